@@ -1,0 +1,296 @@
+"""Model configuration: three frozen dataclasses whose fields carry Hugging Face's names and mean what they mean there."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+
+ARCHITECTURE = "Qwen3VLForConditionalGeneration"
+PVM_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
+MODEL_TYPE = "qwen3_vl"
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower (`Qwen3VLVisionConfig`)."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    depth: int = 27
+    num_heads: int = 16
+    out_hidden_size: int = 4096
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
+    in_channels: int = 3
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+
+    def __post_init__(self):
+        side = self.position_grid_size
+        if side * side != self.num_position_embeddings:
+            raise ValueError(f"vision_config.num_position_embeddings must be a square, got {self.num_position_embeddings}")
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise ValueError(
+                f"vision_config: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4"
+            )
+        taps = self.deepstack_visual_indexes
+        if list(taps) != sorted(set(taps)) or any(not 0 <= tap < self.depth for tap in taps):
+            raise ValueError(
+                f"vision_config.deepstack_visual_indexes must be ascending and in [0, {self.depth}), got {taps}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def position_grid_size(self) -> int:
+        """Side of the square table of learned positions."""
+        return int(self.num_position_embeddings**0.5)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch [channels, time, row, column]."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_factor(self) -> int:
+        """Patches that become one visual token."""
+        return self.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder (`Qwen3VLTextConfig`) and, where `pvm_layers` is not empty, the paper's branch."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 5e6
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
+    max_position_embeddings: int = 262144
+    pvm_layers: tuple[int, ...] = ()
+    pvm_hidden_size: int = 512
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"text_config: num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if sum(self.mrope_section) * 2 != self.head_dim:
+            raise ValueError(
+                f"text_config: mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}"
+            )
+        layers = self.pvm_layers
+        if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(f"pvm_layers must be ascending and in [0, {self.num_hidden_layers}), got {layers}")
+        if layers and self.pvm_hidden_size % self.head_dim:
+            raise ValueError(
+                f"pvm_hidden_size {self.pvm_hidden_size} must be a multiple of the decoder's head_dim {self.head_dim}"
+            )
+
+    @property
+    def pvm_num_heads(self) -> int:
+        return self.pvm_hidden_size // self.head_dim
+
+    @property
+    def pvm_num_key_value_heads(self) -> int:
+        return max(1, self.pvm_num_heads // (self.num_attention_heads // self.num_key_value_heads))
+
+    @property
+    def pvm_intermediate_size(self) -> int:
+        return int(self.pvm_hidden_size * (self.intermediate_size / self.hidden_size))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole Qwen3-VL.
+
+    Attributes:
+        dtype: activations' dtype inside the model, "float32" or "bfloat16". Norms, softmax and logits are float32 always.
+        param_dtype: dtype in which fresh parameters are made; a loaded checkpoint keeps its own.
+        remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full" (keeps layer inputs alone)
+            or "dots" (keeps matrix products).
+        attention: attention kernel (`pvm_jax.attention`): None picks by platform, else "xla", "splash" or "cudnn".
+    """
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "full"
+    attention: str | None = None
+
+    def __post_init__(self):
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise ValueError(
+                f"vision_config.out_hidden_size {self.vision.out_hidden_size} must equal "
+                f"text_config.hidden_size {self.text.hidden_size}"
+            )
+        if len(self.vision.deepstack_visual_indexes) > self.text.num_hidden_layers:
+            raise ValueError("more deepstack_visual_indexes than decoder layers")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"{name} must be float32 or bfloat16, got {getattr(self, name)!r}")
+        if self.remat not in ("none", "full", "dots"):
+            raise ValueError(f"remat must be none, full or dots, got {self.remat!r}")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The published size `name` ("2b", "4b", "8b" or "32b"), with the branch at its default layers and width.
+
+        `overrides` replace ModelConfig's own fields (`dtype="bfloat16"`).
+
+        Raises:
+            KeyError: for an unknown size.
+        """
+        if name not in _PRESETS:
+            raise KeyError(f"unknown preset {name!r}; there are {', '.join(_PRESETS)}")
+        text, vision, tied = _PRESETS[name]
+        config = cls(text=text, vision=vision, tie_word_embeddings=tied).with_pvm()
+        return replace(config, **overrides)
+
+    def with_pvm(self, layers: tuple[int, ...] | None = None, hidden_size: int | None = None) -> Self:
+        """This config with the branch at `layers` (0-based) and of width `hidden_size`; None takes the default by size.
+
+        Defaults for n decoder layers: three layers, evenly spaced. With more hidden units than 2560 they sit at 2/9, 4/9 and
+        6/9 of the depth (8B: 8, 16, 24), else right below 1/6, 2/6 and 3/6 of it (4B: 5, 11, 17): the paper's two published
+        choices, carried to other depths by proportion and clipped to distinct layers. The width is the paper's 512, that is
+        four heads of 128: four of the decoder's head_dim in general.
+        """
+        if layers is None:
+            layers = _default_pvm_layers(self.text.num_hidden_layers, self.text.hidden_size)
+        if hidden_size is None:
+            hidden_size = 4 * self.text.head_dim
+        return replace(self, text=replace(self.text, pvm_layers=tuple(layers), pvm_hidden_size=hidden_size))
+
+    def without_pvm(self) -> Self:
+        """The base model's config."""
+        return replace(self, text=replace(self.text, pvm_layers=()))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any] | str | Path, **overrides: Any) -> Self:
+        """Reads a Hugging Face `config.json`: a path (file or its directory) or the parsed mapping.
+
+        `overrides` replace ModelConfig's own fields.
+
+        Raises:
+            FileNotFoundError: if there is no config.json.
+            ValueError: if the file describes another architecture or a feature that this port does not compute.
+        """
+        if not isinstance(config, Mapping):
+            path = Path(config)
+            config = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        if config.get("model_type") != MODEL_TYPE:
+            raise ValueError(f"config.json: model_type must be {MODEL_TYPE!r} (dense), got {config.get('model_type')!r}")
+        text, vision = dict(config["text_config"]), dict(config["vision_config"])
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+        text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
+        text["mrope_section"] = tuple(rope.get("mrope_section", TextConfig.mrope_section))
+        text["pvm_layers"] = tuple(text.get("pvm_layers") or ())
+        vision["deepstack_visual_indexes"] = tuple(vision["deepstack_visual_indexes"])
+        for section, key, value in (
+            (text, "attention_bias", False),
+            (text, "hidden_act", "silu"),
+            (vision, "hidden_act", "gelu_pytorch_tanh"),
+        ):
+            if section.get(key, value) != value:
+                raise ValueError(f"config.json: {key} = {section[key]!r} is not supported, only {value!r}")
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        own = {key: config[key] for key in _SPECIAL_TOKENS if key in config}
+        return cls(
+            text=_pick(TextConfig, text), vision=_pick(VisionConfig, vision), tie_word_embeddings=tied, **own | overrides
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face `config.json` of this model (the authors' PVM keys included where there is a branch)."""
+        text = {f.name: getattr(self.text, f.name) for f in fields(TextConfig)}
+        section = list(text.pop("mrope_section"))
+        text |= {
+            "model_type": f"{MODEL_TYPE}_text",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": section},
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "pvm_layers": list(text["pvm_layers"]),
+        }
+        if not self.text.pvm_layers:
+            del text["pvm_layers"], text["pvm_hidden_size"]
+        vision = {f.name: getattr(self.vision, f.name) for f in fields(VisionConfig)}
+        vision |= {
+            "model_type": MODEL_TYPE,
+            "hidden_act": "gelu_pytorch_tanh",
+            "deepstack_visual_indexes": list(self.vision.deepstack_visual_indexes),
+        }
+        return {
+            "architectures": [PVM_ARCHITECTURE if self.text.pvm_layers else ARCHITECTURE],
+            "model_type": MODEL_TYPE,
+            "dtype": self.param_dtype,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            **{key: getattr(self, key) for key in _SPECIAL_TOKENS},
+            "text_config": text,
+            "vision_config": vision,
+        }
+
+
+_SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def _pick(cls: type, values: Mapping[str, Any]) -> Any:
+    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+def _default_pvm_layers(depth: int, hidden_size: int) -> tuple[int, ...]:
+    if hidden_size > 2560:
+        layers = [round(depth * share / 9) for share in (2, 4, 6)]
+    else:
+        layers = [depth * share // 6 - 1 for share in (1, 2, 3)]
+    return tuple(sorted({min(max(layer, 0), depth - 1) for layer in layers}))
+
+
+def _text(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> TextConfig:
+    return TextConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+
+
+def _small_vision(out_hidden_size: int) -> VisionConfig:
+    return VisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        depth=24,
+        out_hidden_size=out_hidden_size,
+        deepstack_visual_indexes=(5, 11, 17),
+    )
+
+
+_PRESETS: dict[str, tuple[TextConfig, VisionConfig, bool]] = {
+    "2b": (_text(2048, 6144, 28, 16), _small_vision(2048), True),
+    "4b": (_text(2560, 9728, 36, 32), _small_vision(2560), True),
+    "8b": (_text(4096, 12288, 36, 32), VisionConfig(), False),
+    "32b": (_text(5120, 25600, 64, 64), VisionConfig(out_hidden_size=5120), False),
+}
