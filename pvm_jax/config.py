@@ -38,9 +38,9 @@ class VisionConfig:
                 f"vision_config: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4"
             )
         taps = self.deepstack_visual_indexes
-        if list(taps) != sorted(set(taps)) or any(not 0 <= tap < self.depth for tap in taps):
+        if not taps or list(taps) != sorted(set(taps)) or any(not 0 <= tap < self.depth for tap in taps):
             raise ValueError(
-                f"vision_config.deepstack_visual_indexes must be ascending and in [0, {self.depth}), got {taps}"
+                f"vision_config.deepstack_visual_indexes must be some ascending blocks in [0, {self.depth}), got {taps}"
             )
 
     @property

@@ -1,0 +1,135 @@
+"""One door to attention. Which kernel stands behind it depends on the platform; all compute the same numbers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+
+from pvm_jax.sharding import partition_spec
+
+KERNELS = ("xla", "splash", "cudnn")
+
+_LANES = 128  # splash wants heads and sequences in multiples of a TPU register's lanes
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    causal: bool,
+    kernel: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v among equal segment ids; the softmax is float32.
+
+    Args:
+        q: [B, S, N, H].
+        k, v: [B, T, K, H] with N a multiple of K (grouped queries).
+        q_segment_ids, kv_segment_ids: [B, S] and [B, T]; a query sees the keys that carry its own id.
+        causal: a query at column s sees keys at columns <= s only.
+        kernel: "splash" (TPU), "cudnn" (GPU, H <= 128), "xla" (everywhere: the reference) or None: by platform.
+        interpret: runs the TPU kernel in its interpreter, for tests.
+
+    Returns:
+        [B, S, N, H]. For a query that sees no key at all the result is finite and means nothing: mask it.
+    """
+    if kernel is None:
+        kernel = _platform_kernel(q)
+    if kernel == "xla":
+        return _xla(q, k, v, _mask(q_segment_ids, kv_segment_ids, causal))
+    if kernel == "cudnn":
+        mask = _mask(q_segment_ids, kv_segment_ids, causal)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    if kernel == "splash":
+        return _splash(q, k, v, q_segment_ids, kv_segment_ids, causal, interpret)
+    raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
+
+
+def _platform_kernel(q: jax.Array) -> str:
+    backend = jax.default_backend()
+    if q.shape[1] == 1:  # one decoding query: a matrix-vector product that no tiled kernel speeds up
+        return "xla"
+    if backend == "tpu":
+        return "splash"
+    if backend == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
+        return "cudnn"
+    return "xla"
+
+
+def _mask(q_segment_ids: jax.Array, kv_segment_ids: jax.Array, causal: bool) -> jax.Array:
+    """[B, S, T], True where the query may look."""
+    mask = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+    if causal:
+        mask &= jnp.tri(*mask.shape[1:], dtype=bool)
+    return mask
+
+
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(q.shape)
+
+
+def _splash(q, k, v, q_segment_ids, kv_segment_ids, causal: bool, interpret: bool) -> jax.Array:
+    """The Pallas kernel, which works on one row of one device: vmapped over rows, shard_mapped over the mesh."""
+    length, head_dim = q.shape[1], q.shape[-1]
+    q, q_segment_ids = _pad(q * head_dim**-0.5), _pad_to_lanes(q_segment_ids, 1)
+    k, v, kv_segment_ids = _pad(k), _pad(v), _pad_to_lanes(kv_segment_ids, 1)
+    shape = (q.shape[1], k.shape[1])
+    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
+
+    def local(q, k, v, q_segment_ids, kv_segment_ids):
+        heads = q.shape[2]
+        attend = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * heads),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=_block_sizes(*shape),
+            interpret=interpret,
+        )
+        repeated = [jnp.repeat(x, heads // x.shape[2], axis=2) if x.shape[2] != heads else x for x in (k, v)]
+        by_head = [jnp.swapaxes(x, 1, 2) for x in (q, *repeated)]
+        segments = splash.SegmentIds(q_segment_ids, kv_segment_ids)
+        return jnp.swapaxes(jax.vmap(attend)(*by_head, segments), 1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        q_spec = partition_spec(("batch", "length", "heads", "head_dim"), q.shape, mesh)
+        kv_spec = partition_spec(("batch", "length", "kv_heads", "head_dim"), k.shape, mesh)
+        if kv_spec[2] is None:  # the table could not split the key heads: whole on every device, and so are the queries
+            q_spec = PartitionSpec(q_spec[0])
+        rows = PartitionSpec(q_spec[0])
+        specs = (q_spec, kv_spec, kv_spec, rows, rows)
+        local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)
+    return local(q, k, v, q_segment_ids, kv_segment_ids)[:, :length, :, :head_dim]
+
+
+def _pad(x: jax.Array) -> jax.Array:
+    return _pad_to_lanes(_pad_to_lanes(x, 1), 3)
+
+
+def _pad_to_lanes(x: jax.Array, axis: int) -> jax.Array:
+    """Zeros to the next multiple of 128: zero head dimensions change no product, segment 0 is padding."""
+    missing = -x.shape[axis] % _LANES
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+
+
+def _block_sizes(q_length: int, kv_length: int) -> splash.BlockSizes:
+    q, kv = math.gcd(q_length, 512), math.gcd(kv_length, 512)
+    return splash.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=q,
+        block_kv_dq=kv,
+    )

@@ -1,0 +1,387 @@
+"""What the model reads: `Batch`, and the host-side layout that makes it from Hugging Face's arrays or from examples.
+
+Everything whose shape or value depends on the images' sizes (MRoPE positions, interpolation of the learned positions, gather
+indices, segments) is computed here in NumPy, so that nothing on the device depends on values for its shape.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from pvm_jax.config import ModelConfig, VisionConfig
+
+Array = np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One unpadded conversation in Hugging Face's layout.
+
+    Attributes:
+        input_ids: [S] with one placeholder per visual token.
+        pixel_values: [P, patch_dim], the images' patches in prompt order, each image in 2x2-block order; None without images.
+        image_grid_thw: [images, 3], patches of each image (1, rows, columns).
+        pixel_values_videos, video_grid_thw: the same for videos (frame pairs, rows, columns).
+        loss_mask: [S] bool, True on the tokens that are learned; None: none are.
+    """
+
+    input_ids: np.ndarray
+    pixel_values: np.ndarray | None = None
+    image_grid_thw: np.ndarray | None = None
+    pixel_values_videos: np.ndarray | None = None
+    video_grid_thw: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
+
+    @property
+    def num_patches(self) -> int:
+        return sum(len(pixels) for pixels in (self.pixel_values, self.pixel_values_videos) if pixels is not None)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "tokens",
+        "positions",
+        "segment_ids",
+        "loss_weights",
+        "visual_index",
+        "visual_segment_ids",
+        "patches",
+        "patch_positions",
+        "patch_interp_indices",
+        "patch_interp_weights",
+        "patch_segment_ids",
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B rows of S token columns, P patch columns and V = P / 4 visual tokens; every leaf is batch-major.
+
+    Attributes:
+        tokens: [B, S] int32.
+        positions: [B, 3, S] int32, MRoPE (time, row, column).
+        segment_ids: [B, S] int32: the packed example of each token, from 1; 0 is padding.
+        loss_weights: [B, S] float32: weight of the token as a target, predicted from the column before it.
+        visual_index: [B, S] int32: the visual token of the row that stands at this column, -1 for text.
+        visual_segment_ids: [B, V] int32: the packed example of each visual token; 0 is padding.
+        patches: [B, P, patch_dim] float32.
+        patch_positions: [B, P, 2] int32 (row, column) in its frame.
+        patch_interp_indices, patch_interp_weights: [B, P, 4]: the four learned positions around a patch and their shares.
+        patch_segment_ids: [B, P] int32: the frame of each patch, from 1 in each row; 0 is padding.
+    """
+
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+    loss_weights: Array
+    visual_index: Array
+    visual_segment_ids: Array
+    patches: Array
+    patch_positions: Array
+    patch_interp_indices: Array
+    patch_interp_weights: Array
+    patch_segment_ids: Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, *, rows: int, length: int, patches: int) -> Self:
+        """All padding, in NumPy. `patches` must be a multiple of the merge factor (4)."""
+        merge = config.vision.merge_factor
+        if patches % merge:
+            raise ValueError(f"a row's patches must be a multiple of {merge}, got {patches}")
+        token, patch = (rows, length), (rows, patches)
+        return cls(
+            tokens=np.zeros(token, np.int32),
+            positions=np.zeros((rows, 3, length), np.int32),
+            segment_ids=np.zeros(token, np.int32),
+            loss_weights=np.zeros(token, np.float32),
+            visual_index=np.full(token, -1, np.int32),
+            visual_segment_ids=np.zeros((rows, patches // merge), np.int32),
+            patches=np.zeros((*patch, config.vision.patch_dim), np.float32),
+            patch_positions=np.zeros((*patch, 2), np.int32),
+            patch_interp_indices=np.zeros((*patch, 4), np.int32),
+            patch_interp_weights=np.zeros((*patch, 4), np.float32),
+            patch_segment_ids=np.zeros(patch, np.int32),
+        )
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[Sequence[Example]], config: ModelConfig, *, length: int, patches: int
+    ) -> Self:
+        """Packs each row's examples, in order, into `length` token and `patches` patch columns.
+
+        Raises:
+            ValueError: if a row does not fit (nothing is ever cut), or an example is malformed; it names the row.
+        """
+        batch = cls.empty(config, rows=len(rows), length=length, patches=patches)
+        for number, row in enumerate(rows):
+            used = (sum(len(example.input_ids) for example in row), sum(example.num_patches for example in row))
+            if used[0] > length or used[1] > patches:
+                raise ValueError(
+                    f"row {number} has {used[0]} tokens and {used[1]} patches, more than the {length} and {patches} of the batch"
+                )
+            writer = _RowWriter(batch, number, config)
+            for example in row:
+                start = writer.column
+                writer.add(example, np.arange(start, start + len(example.input_ids)))
+        return batch
+
+    @classmethod
+    def from_hf(cls, arrays: Mapping[str, Any], config: ModelConfig) -> Self:
+        """The batch of what a Hugging Face Qwen3-VL processor gives, left- or right-padded.
+
+        Rows and columns stay where they are; columns are added on the right up to the bucket.
+
+        Args:
+            arrays: `input_ids` [B, S]; optionally `attention_mask` [B, S], `labels` [B, S] (-100: not learned),
+                `pixel_values` [P, patch_dim] and `image_grid_thw` [images, 3] of all rows in order, and the same for
+                videos (`pixel_values_videos`, `video_grid_thw`).
+
+        Raises:
+            ValueError: if placeholders and images do not match, a placeholder run is cut, or a token id is outside the
+                vocabulary; it names the row.
+        """
+        examples, columns = _split_rows({key: np.asarray(value) for key, value in arrays.items()}, config)
+        batch = cls.empty(
+            config,
+            rows=len(examples),
+            length=bucket_size(np.shape(arrays["input_ids"])[1]),
+            patches=bucket_size(max(example.num_patches for example in examples)),
+        )
+        for number, (example, where) in enumerate(zip(examples, columns, strict=True)):
+            _RowWriter(batch, number, config).add(example, where)
+        return batch
+
+
+def bucket_size(count: int) -> int:
+    """The padded size for `count` columns: 0, or the next of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ...
+
+    Four sizes an octave: at most a quarter is padding, and few shapes are ever compiled. All are multiples of 16.
+    """
+    if count == 0:
+        return 0
+    octave = 64
+    while octave * 2 <= count:
+        octave *= 2
+    return max(64, -(-count // (octave // 4)) * (octave // 4))
+
+
+class _RowWriter:
+    """Fills one row of an empty batch, example after example."""
+
+    def __init__(self, batch: Batch, row: int, config: ModelConfig):
+        self.batch, self.row, self.config = batch, row, config
+        self.column = self.patch = self.frame = self.segment = 0
+
+    def add(self, example: Example, columns: np.ndarray) -> None:
+        """Writes `example` at the token `columns` [S] and at the next free patches."""
+        batch, row, merge = self.batch, self.row, self.config.vision.merge_factor
+        try:
+            images = _visual_runs(example, self.config)
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from None
+        self.segment += 1
+        batch.tokens[row, columns] = example.input_ids
+        batch.segment_ids[row, columns] = self.segment
+        batch.positions[row][:, columns] = _mrope_positions(len(example.input_ids), images, self.config.vision)
+        if example.loss_mask is not None:
+            batch.loss_weights[row, columns[1:]] = example.loss_mask[1:]  # the first token has nothing to be predicted from
+        for image in images:
+            geometry = _frame_geometry(image.rows, image.columns, self.config.vision)
+            where = slice(self.patch, self.patch + len(image.pixels))
+            tokens = np.arange(self.patch // merge, where.stop // merge)
+            self.frame += 1
+            batch.patches[row, where] = image.pixels
+            batch.patch_positions[row, where] = geometry.positions
+            batch.patch_interp_indices[row, where] = geometry.interp_indices
+            batch.patch_interp_weights[row, where] = geometry.interp_weights
+            batch.patch_segment_ids[row, where] = self.frame
+            batch.visual_index[row, columns[image.start : image.start + len(tokens)]] = tokens
+            batch.visual_segment_ids[row, tokens] = self.segment
+            self.patch = where.stop
+        self.column += len(columns)
+
+
+class _Frame(NamedTuple):
+    """One image, or one frame pair of a video, and the token that its placeholders start at."""
+
+    start: int
+    rows: int
+    columns: int
+    pixels: np.ndarray
+
+
+def _visual_runs(example: Example, config: ModelConfig) -> list[_Frame]:
+    """The example's frames in prompt order, each checked against its run of placeholders."""
+    ids, vision = example.input_ids, config.vision
+    if ids.ndim != 1:
+        raise ValueError(f"input_ids must be one-dimensional, got shape {ids.shape}")
+    outside = ids[(ids < 0) | (ids >= config.text.vocab_size)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.text.vocab_size}")
+    frames = []
+    for kind, token, pixels, grids in (
+        ("image", config.image_token_id, example.pixel_values, example.image_grid_thw),
+        ("video", config.video_token_id, example.pixel_values_videos, example.video_grid_thw),
+    ):
+        sizes = _frame_sizes(kind, pixels, grids, vision)
+        starts, lengths = _runs_of(ids, token)
+        if len(starts) != len(sizes):
+            raise ValueError(f"the prompt has {len(starts)} runs of {kind} placeholders, but there are {len(sizes)} {kind} frames")
+        offset = 0
+        for start, length, (rows, columns) in zip(starts, lengths, sizes, strict=True):
+            expected = rows * columns // vision.merge_factor
+            if length != expected:
+                raise ValueError(
+                    f"the {kind} placeholders at token {start} are {length}, but its {rows} x {columns} patches make {expected} "
+                    "visual tokens (was the prompt truncated inside the image?)"
+                )
+            frames.append(_Frame(int(start), rows, columns, pixels[offset : offset + rows * columns]))
+            offset += rows * columns
+    return sorted(frames, key=lambda frame: frame.start)
+
+
+def _frame_sizes(
+    kind: str, pixels: np.ndarray | None, grids: np.ndarray | None, vision: VisionConfig
+) -> list[tuple[int, int]]:
+    """(rows, columns) of every frame of all grids."""
+    if (pixels is None) != (grids is None):
+        raise ValueError(f"{kind} pixels and {kind}_grid_thw must come together")
+    if pixels is None or grids is None:
+        return []
+    merge = vision.spatial_merge_size
+    if grids.ndim != 2 or grids.shape[1] != 3:
+        raise ValueError(f"{kind}_grid_thw must be [n, 3], got {grids.shape}")
+    if (grids <= 0).any() or (grids[:, 1:] % merge).any():
+        raise ValueError(f"{kind}_grid_thw needs positive sizes, rows and columns multiples of {merge}; got {grids.tolist()}")
+    expected = (int(grids.prod(1).sum()), vision.patch_dim)
+    if pixels.shape != expected:
+        raise ValueError(f"{kind} pixels must be {expected} for grids {grids.tolist()}, got {pixels.shape}")
+    return [(int(rows), int(columns)) for time, rows, columns in grids for _ in range(time)]
+
+
+def _runs_of(ids: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the maximal runs of `token`."""
+    edges = np.diff(np.concatenate([[0], (ids == token).astype(np.int8), [0]]))
+    starts = np.flatnonzero(edges == 1)
+    return starts, np.flatnonzero(edges == -1) - starts
+
+
+def _mrope_positions(length: int, frames: Sequence[_Frame], vision: VisionConfig) -> np.ndarray:
+    """[3, length] (`Qwen3VLModel.get_rope_index`): text counts on in all three, a frame spans its grid, and the text after it
+    goes on from the largest position so far plus one. A video's frame counts as one step of time."""
+    positions = np.empty((3, length), np.int32)
+    column = value = 0
+    for frame in frames:
+        text = frame.start - column
+        positions[:, column : frame.start] = value + np.arange(text)
+        value += text
+        grid = (1, frame.rows // vision.spatial_merge_size, frame.columns // vision.spatial_merge_size)
+        column = frame.start + grid[1] * grid[2]
+        positions[:, frame.start : column] = value + np.indices(grid).reshape(3, -1)
+        value += max(grid)
+    positions[:, column:] = value + np.arange(length - column)
+    return positions
+
+
+class _Geometry(NamedTuple):
+    positions: np.ndarray
+    interp_indices: np.ndarray
+    interp_weights: np.ndarray
+
+
+@lru_cache(maxsize=4096)
+def _frame_geometry(rows: int, columns: int, vision: VisionConfig) -> _Geometry:
+    """Where the patches of a frame lie, in 2x2-block order: [P, 2], and their four learned positions: [P, 4] twice
+    (`Qwen3VLVisionModel.fast_pos_embed_interpolate`)."""
+    side, merge = vision.position_grid_size, vision.spatial_merge_size
+    low, high, share = [], [], []
+    for size in (rows, columns):
+        place = np.linspace(0, side - 1, size, dtype=np.float32)
+        low.append(place.astype(np.int32))
+        high.append(np.minimum(low[-1] + 1, side - 1))
+        share.append(place - low[-1])
+    indices, weights = [], []
+    for row, row_share in ((low[0], 1 - share[0]), (high[0], share[0])):
+        for column, column_share in ((low[1], 1 - share[1]), (high[1], share[1])):
+            indices.append(row[:, None] * side + column)
+            weights.append(row_share[:, None] * column_share)
+    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1)
+
+    def block_order(x: np.ndarray) -> np.ndarray:
+        blocks = x.reshape(rows // merge, merge, columns // merge, merge, -1)
+        return blocks.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
+
+    return _Geometry(*(block_order(x) for x in (grid, np.stack(indices, -1), np.stack(weights, -1))))
+
+
+def _split_rows(arrays: dict[str, np.ndarray], config: ModelConfig) -> tuple[list[Example], list[np.ndarray]]:
+    """One Example per row, and the columns that its tokens stand at."""
+    ids = arrays["input_ids"]
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids must be [B, S], got shape {ids.shape}")
+    mask = arrays.get("attention_mask", np.ones_like(ids)).astype(bool)
+    labels = arrays.get("labels")
+    for name, array in (("attention_mask", mask), ("labels", labels)):
+        if array is not None and array.shape != ids.shape:
+            raise ValueError(f"{name} must be {ids.shape} like input_ids, got {array.shape}")
+    images = _Supply("image", arrays.get("pixel_values"), arrays.get("image_grid_thw"))
+    videos = _Supply("video", arrays.get("pixel_values_videos"), arrays.get("video_grid_thw"))
+    examples, columns = [], []
+    for row in range(len(ids)):
+        where = np.flatnonzero(mask[row])
+        tokens = ids[row, where]
+        if not len(tokens):
+            raise ValueError(f"row {row}: every token is masked")
+        loss_mask = None
+        if labels is not None:
+            loss_mask = labels[row, where] != -100
+            if (labels[row, where] != tokens)[loss_mask].any():
+                raise ValueError(f"row {row}: labels must be -100 or equal input_ids")
+        try:
+            image = images.take(len(_runs_of(tokens, config.image_token_id)[0]))
+            video = videos.take(len(_runs_of(tokens, config.video_token_id)[0]))
+        except ValueError as error:
+            raise ValueError(f"row {row}: {error}") from None
+        examples.append(Example(tokens, *image, *video, loss_mask))
+        columns.append(where)
+    images.check_used()
+    videos.check_used()
+    return examples, columns
+
+
+class _Supply:
+    """Hands the images (or videos) of all rows out, row by row, as many frames as the row has runs of placeholders."""
+
+    def __init__(self, kind: str, pixels: np.ndarray | None, grids: np.ndarray | None):
+        if (pixels is None) != (grids is None):
+            raise ValueError(f"{kind} pixels and {kind}_grid_thw must come together")
+        self.kind, self.pixels, self.grids = kind, pixels, grids
+        self.grid = self.patch = 0
+
+    def take(self, frames: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Pixels and grids of the next grids that make up `frames` frames; (None, None) for 0."""
+        if not frames:
+            return None, None
+        if self.pixels is None or self.grids is None:
+            raise ValueError(f"the prompt has {self.kind} placeholders, but there are no {self.kind} pixels")
+        stop, left = self.grid, frames
+        while left > 0 and stop < len(self.grids):
+            left -= int(self.grids[stop, 0])
+            stop += 1
+        if left:
+            raise ValueError(f"the prompt has {frames} runs of {self.kind} placeholders, which the grids left for it do not match")
+        grids = self.grids[self.grid : stop]
+        pixels = self.pixels[self.patch : self.patch + int(grids.prod(1).sum())]
+        self.grid, self.patch = stop, self.patch + len(pixels)
+        return pixels, grids
+
+    def check_used(self) -> None:
+        if self.grids is not None and self.grid != len(self.grids):
+            raise ValueError(f"{len(self.grids)} {self.kind}s were given, but the prompts have placeholders for {self.grid}")
+        if self.pixels is not None and self.patch != len(self.pixels):
+            raise ValueError(f"{len(self.pixels)} {self.kind} patches were given, but the grids cover {self.patch}")

@@ -1,0 +1,179 @@
+"""The decoder: one stack of alike layers, scanned in runs between the layers that differ (DeepStack, PVM)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pvm_jax.attention import attention
+from pvm_jax.config import ModelConfig, TextConfig
+from pvm_jax.layers import Embedding, Linear, RMSNorm, SwiGLU, merge_heads, remat, split_heads, stack
+from pvm_jax.rope import mrope_angles, rotate
+from pvm_jax.sharding import constrain
+
+
+class KeyValues(NamedTuple):
+    """The keys and values of all layers, [L, B, T, K, H] each, and the segment of every slot, [B, T] (0: empty)."""
+
+    keys: jax.Array
+    values: jax.Array
+    segment_ids: jax.Array
+
+    def write(self, layer: jax.Array, slot: jax.Array, keys: jax.Array, values: jax.Array) -> "KeyValues":
+        """With `keys`, `values` [B, S, K, H] in the slots from `slot` on of one layer."""
+        start = (layer, 0, slot, 0, 0)
+        return self._replace(
+            keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
+            values=jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
+        )
+
+
+class Decoded(NamedTuple):
+    """`hidden` [B, S, D] after the final norm; the cache, if there was one; with `trace`, the residual stream that leaves
+    every layer [L, B, S, D] and each branch's update, by layer, [B, S, D]."""
+
+    hidden: jax.Array
+    cache: KeyValues | None
+    streams: jax.Array | None
+    updates: dict[int, jax.Array]
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with an RMSNorm on each q and k head (`Qwen3VLTextAttention`)."""
+
+    def __init__(self, c: TextConfig, *, dtype: str, rngs: nnx.Rngs):
+        q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_width, ("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(c.hidden_size, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(c.hidden_size, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(q_width, c.hidden_size, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.head_dim = c.head_dim
+
+    def heads(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, S, D] -> q [B, S, N, H], k and v [B, S, K, H]; q and k rotated."""
+        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles)
+        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles)
+        v = split_heads(self.v_proj(x), self.head_dim)
+        return (
+            constrain(q, "batch", "length", "heads", "head_dim"),
+            constrain(k, "batch", "length", "kv_heads", "head_dim"),
+            constrain(v, "batch", "length", "kv_heads", "head_dim"),
+        )
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, c: TextConfig, *, dtype: str, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+
+
+class _Run(NamedTuple):
+    """Consecutive layers that one scan can run."""
+
+    start: int
+    stop: int
+    deepstack: bool
+    pvm: bool
+
+
+def _runs(config: ModelConfig) -> list[_Run]:
+    layers, taps = config.text.num_hidden_layers, len(config.vision.deepstack_visual_indexes)
+    special = config.text.pvm_layers
+    edges = sorted({0, taps, layers, *special, *(layer + 1 for layer in special)})
+    return [_Run(a, b, a < taps, a in special) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+class Decoder(nnx.Module):
+    """`Qwen3VLTextModel`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.text, config.param_dtype
+        self.config = config
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), dtype=dtype, rngs=rngs)
+        self.layers = stack(lambda r: DecoderLayer(c, dtype=dtype, rngs=r), c.num_hidden_layers, rngs)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        recall: Callable[[int, jax.Array], jax.Array] | None = None,
+        deepstack: jax.Array | None = None,
+        place: Callable[[jax.Array], jax.Array] | None = None,
+        cache: KeyValues | None = None,
+        slot: jax.Array | int = 0,
+        trace: bool = False,
+    ) -> Decoded:
+        """Runs all layers.
+
+        Args:
+            hidden: [B, S, D], embeddings with the visual tokens in place.
+            positions: [B, 3, S].
+            segment_ids: [B, S]; 0 is padding.
+            recall: (layer, stream [B, S, D]) -> the PVM update [B, S, D]; None: no images, the update is 0.
+            deepstack: [taps, B, V, D]; `place` puts one of them at its row's visual tokens: [B, V, D] -> [B, S, D].
+            cache: written from `slot` on. Its `segment_ids` already cover the new tokens. One new token attends to the
+                whole cache; several are a prefill, attend to each other and want the cache empty.
+            trace: also return every layer's stream and update.
+        """
+        c = self.config.text
+        angles = mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+        graphdef, params = nnx.split(self.layers)
+        params = nnx.as_pure(params)
+        decoding = cache is not None and hidden.shape[1] == 1
+
+        def make_layer(run: _Run):
+            def layer(carry, xs):
+                hidden, cache = carry
+                index, params, features = xs
+                block: DecoderLayer = nnx.merge(graphdef, params)
+                q, k, v = block.self_attn.heads(block.input_layernorm(hidden), angles)
+                kv_segment_ids = segment_ids
+                if cache is not None:
+                    cache = cache.write(index, slot, k, v)
+                if decoding:
+                    k, v, kv_segment_ids = cache.keys[index], cache.values[index], cache.segment_ids
+                attended = attention(
+                    q,
+                    k,
+                    v,
+                    q_segment_ids=segment_ids,
+                    kv_segment_ids=kv_segment_ids,
+                    causal=not decoding,
+                    kernel=self.config.attention,
+                )
+                hidden = hidden + block.self_attn.o_proj(merge_heads(attended))
+                update = recall(run.start, hidden) if run.pvm and recall else None
+                hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+                if update is not None:
+                    hidden = hidden + update
+                if features is not None:
+                    hidden = hidden + place(features)
+                hidden = constrain(hidden, "batch", "length", "hidden")
+                return (hidden, cache), (hidden, update) if trace else None
+
+            return remat(layer, self.config.remat)
+
+        carry, streams, updates = (hidden, cache), [], {}
+        for run in _runs(self.config):
+            layers = slice(run.start, run.stop)
+            xs = (
+                jnp.arange(run.start, run.stop),
+                jax.tree.map(lambda p, layers=layers: p[layers], params),
+                deepstack[layers] if run.deepstack and deepstack is not None else None,
+            )
+            carry, traced = jax.lax.scan(make_layer(run), carry, xs)
+            if trace:
+                streams.append(traced[0])
+                if traced[1] is not None:
+                    updates[run.start] = traced[1][0]
+        hidden, cache = carry
+        return Decoded(self.norm(hidden), cache, jnp.concatenate(streams) if trace else None, updates)

@@ -1,0 +1,120 @@
+"""The small parts. Parameters keep Hugging Face's names and layout ([out, in]), so conversion moves bytes and transposes nothing."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+normal = jax.nn.initializers.normal(0.02)
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+def parameter(
+    rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str
+) -> nnx.Param[jax.Array]:
+    """A fresh parameter; `axes` are the logical names that sharding.py's table knows."""
+    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+
+
+def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
+    """`count` alike modules as one: every parameter gets a leading axis [count, ...], to be sliced or scanned."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+
+
+class Linear(nnx.Module):
+    """y = x W^T (+ b), in x's dtype. Weight [out, in]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str, str],
+        *,
+        bias: bool = False,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.weight = parameter(rngs, normal, (out_features, in_features), axes, dtype)
+        self.bias = parameter(rngs, zeros, (out_features,), axes[:1], dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table [entries, features]; read in `dtype` by `__call__`."""
+
+    def __init__(self, entries: int, features: int, axes: tuple[str, str], *, dtype: str, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, normal, (entries, features), axes, dtype)
+
+    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.weight[...][ids].astype(dtype)
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square along the last axis; computed in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, features: int, eps: float, *, dtype: str, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, ones, (features,), ("norm",), dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_normalize(x, self.eps) * self.weight[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Computed in float32, returned in x's dtype."""
+
+    def __init__(self, features: int, eps: float, *, dtype: str, rngs: nnx.Rngs):
+        self.weight = parameter(rngs, ones, (features,), ("norm",), dtype)
+        self.bias = parameter(rngs, zeros, (features,), ("norm",), dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide -= wide.mean(-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
+        return (wide * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), no biases (`Qwen3VLTextMLP`)."""
+
+    def __init__(self, features: int, intermediate: int, *, dtype: str, rngs: nnx.Rngs):
+        self.gate_proj = Linear(features, intermediate, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(features, intermediate, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(intermediate, features, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[..., N * H] -> [..., N, H]."""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[..., N, H] -> [..., N * H]."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def remat(layer: Callable, policy: str) -> Callable:
+    """`layer`, a scan body, with its backward pass recomputing what ModelConfig.remat names."""
+    if policy == "none":
+        return layer
+    keep = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    return jax.checkpoint(layer, prevent_cse=False, policy=keep[policy])

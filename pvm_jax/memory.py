@@ -1,0 +1,120 @@
+"""Persistent Visual Memory: the paper's branch (arXiv 2605.00814, section 3). Nothing else is in this file."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pvm_jax.attention import attention
+from pvm_jax.config import ModelConfig
+from pvm_jax.layers import (
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    merge_heads,
+    parameter,
+    rms_normalize,
+    split_heads,
+    zeros,
+)
+from pvm_jax.sharding import constrain
+
+
+class Memory(NamedTuple):
+    """What one branch keeps of a row's images: keys and values [B, V, K, H] and whose they are, `segment_ids` [B, V]."""
+
+    keys: jax.Array
+    values: jax.Array
+    segment_ids: jax.Array
+
+
+class CrossAttention(nnx.Module):
+    """Grouped-query attention from the text stream to the visual tokens: no positions, no causal order."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.text, config.param_dtype
+        width, q_width = c.pvm_hidden_size, c.pvm_num_heads * c.head_dim
+        kv_width = c.pvm_num_key_value_heads * c.head_dim
+        self.q_proj = Linear(width, q_width, ("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(width, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(width, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(q_width, width, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.head_dim = c.head_dim
+        self.kernel = config.attention
+
+    def memorize(self, compact: jax.Array, segment_ids: jax.Array) -> Memory:
+        keys = self.k_norm(split_heads(self.k_proj(compact), self.head_dim))
+        values = split_heads(self.v_proj(compact), self.head_dim)
+        return Memory(keys, values, segment_ids)
+
+    def __call__(self, query: jax.Array, memory: Memory, segment_ids: jax.Array) -> jax.Array:
+        heads = self.q_norm(split_heads(self.q_proj(query), self.head_dim))
+        recalled = attention(
+            heads,
+            memory.keys,
+            memory.values,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=memory.segment_ids,
+            causal=False,
+            kernel=self.kernel,
+        )
+        return self.o_proj(merge_heads(recalled))
+
+
+class PersistentVisualMemory(nnx.Module):
+    """Gated cross-attention from the text stream to the image, beside one decoder layer's FFN.
+
+    Fresh parameters are those that train: gate 0, every Linear ~ N(0, 0.02), norms 1. The update is then exactly 0, and the
+    gate's gradient is not.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.text, config.param_dtype
+        width = c.pvm_hidden_size
+        self.text_reducer = Linear(c.hidden_size, width, ("hidden", "embed"), dtype=dtype, rngs=rngs)
+        self.vision_reducer = Linear(c.hidden_size, width, ("hidden", "embed"), dtype=dtype, rngs=rngs)
+        self.input_norm = RMSNorm(width, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        self.post_attn_norm = RMSNorm(width, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(width, c.pvm_intermediate_size, dtype=dtype, rngs=rngs)
+        self.output_expander = Linear(width, c.hidden_size, ("embed", "hidden"), dtype=dtype, rngs=rngs)
+        self.gate_alpha = parameter(rngs, zeros, (1,), ("norm",), dtype)
+        self.eps = c.rms_norm_eps
+
+    def memorize(self, embeds: jax.Array, segment_ids: jax.Array) -> Memory:
+        """Projects a row's visual tokens once, whatever is read from them later.
+
+        Args:
+            embeds: [B, V, D], the tower's merged output: what replaces the placeholders.
+            segment_ids: [B, V], the packed example that each belongs to; 0 is padding.
+        """
+        return self.cross_attn.memorize(self.vision_reducer(embeds), segment_ids)
+
+    def __call__(self, stream: jax.Array, memory: Memory, segment_ids: jax.Array, is_visual: jax.Array) -> jax.Array:
+        """The update y that joins the FFN's output.
+
+        Args:
+            stream: [B, S, D], the residual stream after self-attention, before the FFN's norm.
+            memory: of this branch, for the same rows.
+            segment_ids: [B, S]; a token recalls the visual tokens of its own segment.
+            is_visual: [B, S], True where the token is itself a visual one.
+
+        Returns:
+            [B, S, D]: exactly 0 at visual tokens, at padding and where the segment has no visual token.
+        """
+        query = self.input_norm(self.text_reducer(stream))
+        recalled = self.cross_attn(query, memory, segment_ids)
+        recalled = recalled + self.mlp(self.post_attn_norm(recalled))
+        update = rms_normalize(self.output_expander(recalled), self.eps)
+        update = self.gate_alpha[...].astype(update.dtype) * update
+        silent = is_visual | ~_has_memory(segment_ids, memory.segment_ids)
+        return constrain(jnp.where(silent[..., None], 0, update), "batch", "length", "hidden")
+
+
+def _has_memory(segment_ids: jax.Array, visual_segment_ids: jax.Array) -> jax.Array:
+    """[B, S], True where a token's segment owns a visual token."""
+    same = segment_ids[:, :, None] == visual_segment_ids[:, None, :]
+    return jnp.any(same, -1) & (segment_ids > 0)

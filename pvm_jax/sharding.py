@@ -1,0 +1,82 @@
+"""The mesh and the ONE table that says which mesh axis splits which logical axis."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Parameters name their axes in layers.py's `axes=`, activations in `constrain`. "embed" is the parameters' model dimension,
+# "hidden" the activations': the latter stays whole because the batch already uses the fsdp axis.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "hidden": (),
+    "layers": (),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh over all devices with the axes (data, fsdp, tensor); one size may be -1: "what is left".
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    if sizes.count(-1) == 1:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = devices // rest
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {devices} devices exactly")
+    # Auto axes: with the default (Explicit) an embedding gather is refused.
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """Mesh axes for an array whose axes are called `names`; an axis that a mesh axis does not divide stays whole."""
+    spec = []
+    for name, size in zip(names, shape, strict=True):
+        axes = tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
+        divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        spec.append(axes if axes and divides else None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+    """Pins an activation to the table's sharding on the mesh in context (`jax.set_mesh`); without a mesh, `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh))
+
+
+def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
+    """The sharding of every parameter: a pure tree like `params` with NamedShardings as leaves.
+
+    `params` comes from `nnx.split` (arrays or ShapeDtypeStructs, still wrapped in `nnx.Param`: the wrapper names the axes).
+    """
+
+    def sharding(param: nnx.Variable) -> NamedSharding:
+        value = param.get_raw_value()
+        names = param.get_metadata("axes")
+        names = ("layers",) * (value.ndim - len(names)) + names
+        return NamedSharding(mesh, partition_spec(names, value.shape, mesh))
+
+    return nnx.as_pure(
+        jax.tree.map(lambda p: p.replace(sharding(p)), params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    )
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Splits the leading axis (the batch) over data and fsdp; every leaf of a `Batch` takes it."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

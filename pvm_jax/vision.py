@@ -1,0 +1,151 @@
+"""The vision tower: patches of any number of images and frames a row -> visual tokens and DeepStack features."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pvm_jax.attention import attention
+from pvm_jax.config import ModelConfig, VisionConfig
+from pvm_jax.layers import Embedding, LayerNorm, Linear, merge_heads, remat, split_heads, stack
+from pvm_jax.rope import rotate, vision_angles
+from pvm_jax.sharding import constrain
+
+_EPS = 1e-6
+
+
+class Visual(NamedTuple):
+    """What the tower sees: `embeds` [B, V, D] (they replace the placeholders and feed the PVM memory) and `deepstack`
+    [taps, B, V, D] (the j-th is added to the stream after decoder layer j)."""
+
+    embeds: jax.Array
+    deepstack: jax.Array
+
+
+class VisionMLP(nnx.Module):
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+        self.linear_fc1 = Linear(c.hidden_size, c.intermediate_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc2 = Linear(c.intermediate_size, c.hidden_size, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
+
+
+class VisionAttention(nnx.Module):
+    """Full attention within one frame: `segment_ids` [B, P] number the frames of a row."""
+
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+        # The fused projection's rows are q, k and v in turn, so splitting them over devices would not split heads.
+        self.qkv = Linear(c.hidden_size, 3 * c.hidden_size, ("hidden", "embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.proj = Linear(c.hidden_size, c.hidden_size, ("embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
+        self.head_dim = c.head_dim
+
+    def __call__(self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None) -> jax.Array:
+        q, k, v = (split_heads(part, self.head_dim) for part in jnp.split(self.qkv(x), 3, -1))
+        q, k, v = (constrain(part, "batch", "length", "heads", "head_dim") for part in (q, k, v))
+        seen = attention(
+            rotate(q, angles),
+            rotate(k, angles),
+            v,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            causal=False,
+            kernel=kernel,
+        )
+        return self.proj(merge_heads(seen))
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(c.hidden_size, _EPS, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(c.hidden_size, _EPS, dtype=dtype, rngs=rngs)
+        self.attn = VisionAttention(c, dtype=dtype, rngs=rngs)
+        self.mlp = VisionMLP(c, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None) -> jax.Array:
+        x = x + self.attn(self.norm1(x), angles, segment_ids, kernel)
+        x = x + self.mlp(self.norm2(x))
+        return constrain(x, "batch", "length", "hidden")
+
+
+class PatchMerger(nnx.Module):
+    """Four consecutive patches [B, P, C] -> one token [B, P/4, D] (`Qwen3VLVisionPatchMerger`).
+
+    The tower's own merger norms each patch, the DeepStack mergers norm after the concatenation.
+    """
+
+    def __init__(self, c: VisionConfig, *, norm_after_concat: bool, dtype: str, rngs: nnx.Rngs):
+        self.merged_size = c.hidden_size * c.merge_factor
+        self.norm_after_concat = norm_after_concat
+        features = self.merged_size if norm_after_concat else c.hidden_size
+        self.norm = LayerNorm(features, _EPS, dtype=dtype, rngs=rngs)
+        self.linear_fc1 = Linear(self.merged_size, self.merged_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc2 = Linear(self.merged_size, c.out_hidden_size, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        merged_shape = (x.shape[0], -1, self.merged_size)
+        x = self.norm(x.reshape(merged_shape)) if self.norm_after_concat else self.norm(x).reshape(merged_shape)
+        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
+
+
+class PatchEmbed(nnx.Module):
+    """The published Conv3d has kernel = stride = one patch: a matrix product on flattened patches."""
+
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+        self.proj = Linear(c.patch_dim, c.hidden_size, ("embed", "hidden"), bias=True, dtype=dtype, rngs=rngs)
+
+
+class VisionTower(nnx.Module):
+    """`Qwen3VLVisionModel`, batch-major: rows of patches, padded, each patch knowing its place and its frame."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, dtype = config.vision, config.param_dtype
+        self.config = config
+        self.patch_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
+        self.pos_embed = Embedding(c.num_position_embeddings, c.hidden_size, ("hidden", "embed"), dtype=dtype, rngs=rngs)
+        self.blocks = stack(lambda r: VisionBlock(c, dtype=dtype, rngs=r), c.depth, rngs)
+        self.merger = PatchMerger(c, norm_after_concat=False, dtype=dtype, rngs=rngs)
+        self.deepstack_merger_list = stack(
+            lambda r: PatchMerger(c, norm_after_concat=True, dtype=dtype, rngs=r),
+            len(c.deepstack_visual_indexes),
+            rngs,
+        )
+
+    def __call__(
+        self,
+        patches: jax.Array,
+        positions: jax.Array,
+        interp_indices: jax.Array,
+        interp_weights: jax.Array,
+        segment_ids: jax.Array,
+    ) -> Visual:
+        """Encodes patches [B, P, patch_dim] at grid `positions` [B, P, 2].
+
+        `interp_indices`, `interp_weights` [B, P, 4]: the four learned positions around each patch and their bilinear shares.
+        `segment_ids` [B, P]: one per frame, 0 for padding.
+        """
+        c = self.config.vision
+        x = self.patch_embed.proj(patches.astype(self.config.compute_dtype))
+        for corner in range(4):
+            x += self.pos_embed(interp_indices[..., corner], x.dtype) * interp_weights[..., corner, None].astype(x.dtype)
+        x = constrain(x, "batch", "length", "hidden")
+        angles = vision_angles(positions, c.head_dim)
+
+        graphdef, params = nnx.split(self.blocks)
+        params = nnx.as_pure(params)
+
+        def block(x, params):
+            return nnx.merge(graphdef, params)(x, angles, segment_ids, self.config.attention), None
+
+        block = remat(block, self.config.remat)
+        taps, start = [], 0
+        for stop in (*(tap + 1 for tap in c.deepstack_visual_indexes), c.depth):
+            x, _ = jax.lax.scan(block, x, jax.tree.map(lambda p, s=slice(start, stop): p[s], params))
+            taps.append(x)
+            start = stop
+        merge_def, merge_params = nnx.split(self.deepstack_merger_list)
+        deepstack = jax.vmap(lambda p, tap: nnx.merge(merge_def, p)(tap))(
+            nnx.as_pure(merge_params), jnp.stack(taps[:-1])
+        )
+        return Visual(self.merger(x), deepstack)
