@@ -1,0 +1,214 @@
+"""What a supervised fine-tuning run is told, as frozen dataclasses; YAML files and the command line fill them in."""
+
+import difflib
+import re
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+Trainable = Literal["pvm", "decoder", "all"]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One static shape of a row: every example of the bucket is padded to it.
+
+    Attributes:
+        tokens: text positions of a row, visual tokens included.
+        patches: image patches of a row (four of them become one visual token).
+    """
+
+    tokens: int
+    patches: int
+
+    def __post_init__(self):
+        if self.tokens < 1 or self.patches < 0 or self.patches % 4:
+            raise ValueError(
+                f"data.buckets: needs tokens >= 1 and patches a multiple of 4, got {self.tokens} tokens, "
+                f"{self.patches} patches"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training examples.
+
+    Attributes:
+        path: JSONL file, an object {"messages": [...]} a line; image paths are relative to the file (docs in train/data.py).
+        buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One compilation each.
+        too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops the run ("error").
+        threads: batches read at the same time.
+        prefetch: batches kept ready.
+    """
+
+    path: str
+    buckets: list[Bucket]
+    too_long: Literal["drop", "error"] = "drop"
+    threads: int = 4
+    prefetch: int = 8
+
+    def __post_init__(self):
+        if not self.buckets:
+            raise ValueError("data.buckets: needs at least one bucket")
+        if self.threads < 1 or self.prefetch < 1:
+            raise ValueError(f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW.
+
+    Attributes:
+        learning_rate: peak rate.
+        schedule: "cosine" falls to 0 at the last step, "constant" stays; both after the warm-up.
+        warmup: share of the run's steps in which the rate climbs from 0.
+        weight_decay: decoupled decay of matrices; norms, biases and gates never decay.
+        clip_norm: the gradient is scaled down to this global norm.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"optimizer.warmup is a share of the steps in [0, 1), got {self.warmup}")
+        if self.clip_norm <= 0:
+            raise ValueError(f"optimizer.clip_norm must be positive, got {self.clip_norm}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices by kind of parallelism; -1 (at most once) takes what the others leave.
+
+    Attributes:
+        data: copies of the model, each with its part of the batch.
+        fsdp: parts of the batch between which parameters are split too.
+        tensor: parts of every matrix product.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning. The defaults are the paper's alignment stage.
+
+    Attributes:
+        checkpoint: Orbax directory written by convert.hf_to_orbax.
+        run_dir: receives step checkpoints, TensorBoard events and the result; a run found there is continued.
+        data: the training examples.
+        branch: checkpoint to take the PVM branch from (None: the one in `checkpoint`).
+        trainable: "pvm" (the branch alone), "decoder" (decoder, head and branch) or "all" (the vision tower too).
+        batch_size: examples of one optimizer step, over all devices.
+        accumulation: parts that a batch is computed in, one after the other, to save memory.
+        epochs: passes over the data.
+        max_steps: ends the run (and its schedule) early.
+        dtype: of activations and frozen weights; trained weights and optimizer state are float32.
+        remat: what the backward pass recomputes: "none", "dots" (keeps matrix products) or "full" (keeps layer inputs).
+        attention: attention kernel; None picks by platform.
+        loss_chunk: positions of a row whose logits exist at the same time.
+        seed: order of the examples.
+        log_every: steps between two reads of the metrics; every step's values are written then.
+        checkpoint_every: steps between two checkpoints.
+        keep: step checkpoints kept, newest first.
+        optimizer: AdamW and its schedule.
+        mesh: how devices share the work.
+    """
+
+    checkpoint: str
+    run_dir: str
+    data: DataConfig
+    branch: str | None = None
+    trainable: Trainable = "pvm"
+    batch_size: int = 64
+    accumulation: int = 1
+    epochs: int = 1
+    max_steps: int | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["xla", "splash", "cudnn"] | None = None
+    loss_chunk: int = 512
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulation", "epochs", "loss_chunk", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+
+
+class Parser(ArgumentParser):
+    """An argument parser that proposes the nearest option for a misspelt one."""
+
+    def error(self, message: str, *args, **kwargs) -> NoReturn:
+        """Prints `message` with a suggestion where it names an unknown option, and exits."""
+        unknown = _UNKNOWN_OPTION.findall(message)
+        known = sorted({key for action in self._actions for key in _names(action.option_strings)})
+        for groups in unknown:
+            word = next(filter(None, groups))
+            near = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(
+                word, [key.rpartition(".")[2] for key in known], n=1
+            )
+            if near:
+                message += f". Did you mean {near[0]!r}?"
+        super().error(message, *args, **kwargs)
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Shows types and defaults, and the examples line by line."""
+
+
+_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'")
+
+
+def _names(option_strings: Sequence[str]) -> list[str]:
+    return [option.removeprefix("--") for option in option_strings]
+
+
+def parse(cls: type, argv: Sequence[str] | None, *, prog: str, description: str, examples: str) -> object:
+    """An instance of the dataclass `cls` from `--config FILE` (YAML) and overriding `--section.key value` arguments.
+
+    Exits with a message that names the key for unknown, missing or ill-typed values and for what `cls` itself refuses.
+    """
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} --config FILE [--key value ...]",
+        description=description,
+        epilog=examples,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    parser.add_class_arguments(cls)
+    namespace = parser.parse_args(argv)
+    try:
+        return cls(**_values(parser, namespace))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _values(parser: ArgumentParser, namespace) -> dict:
+    values = vars(parser.instantiate(namespace))
+    values.pop("config")
+    return values

@@ -1,0 +1,222 @@
+"""Conversations on disk -> batches of few static shapes, in an order that the seed alone decides.
+
+The file is JSONL: one object a line, chat messages in the form that chat templates take, images by path (relative to the
+file itself) and videos by the paths of their frames:
+
+    {"messages": [
+      {"role": "user", "content": [{"type": "image", "image": "images/17.png"}, {"type": "text", "text": "How many?"}]},
+      {"role": "assistant", "content": "Three."}]}
+
+Loss falls on assistant turns. An example is never truncated: it goes into the smallest bucket that holds it, or nowhere.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from rich.progress import track
+
+from pvm_jax.batch import Batch
+from pvm_jax.config import ModelConfig
+from pvm_jax.processing import Processor
+from train.config import Bucket, SFTConfig
+
+Messages = list[dict[str, Any]]
+
+
+class Conversations(Sequence[Messages]):
+    """The conversations of a JSONL file. Memory holds the byte offsets of its lines; a line is read when it is asked for."""
+
+    def __init__(self, path: str | Path):
+        """Scans `path` once for line ends.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it has no line.
+        """
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            lengths = [len(line) for line in file]
+        if not lengths:
+            raise ValueError(f"{self.path} is empty")
+        ends = np.cumsum(lengths)
+        self._spans = np.stack([ends - lengths, lengths], axis=1)
+        self._file = os.open(self.path, os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Messages:
+        """The messages of line `index` (from 0), image paths made absolute.
+
+        Raises:
+            ValueError: naming file and line, if the line is not an object with a list of messages.
+        """
+        start, length = self._spans[index]
+        try:
+            record = json.loads(os.pread(self._file, int(length), int(start)))
+            return [_with_absolute_paths(message, self.path.parent) for message in record["messages"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f'{self.where(index)}: not an object {{"messages": [{{"role": ..., "content": ...}}, ...]}}: {error!r}'
+            ) from error
+
+    def where(self, index: int) -> str:
+        """`file:line` of conversation `index`, for error messages."""
+        return f"{self.path}:{index + 1}"
+
+
+def _with_absolute_paths(message: dict[str, Any], root: Path) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return message | {"content": [_absolute_item(item, root) for item in content]}
+
+
+def _absolute_item(item: dict[str, Any], root: Path) -> dict[str, Any]:
+    if "image" in item:
+        return item | {"image": str(root / item["image"])}
+    if "video" in item:
+        return item | {"video": [str(root / frame) for frame in item["video"]]}
+    return item
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The batches of a run.
+
+    Attributes:
+        batches: element i is this host's part of step i's batch, NumPy leaves.
+        shapes: (bucket, number of steps) for every bucket in use.
+        report: what became of the examples, for the log.
+    """
+
+    batches: grain.MapDataset[Batch]
+    shapes: list[tuple[Bucket, int]]
+    report: str
+
+    def iterator(self, threads: int, prefetch: int) -> grain.DatasetIterator[Batch]:
+        """Reads ahead in `threads` threads; its state can be saved and restored."""
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        return iter(self.batches.to_iter_dataset(options))
+
+
+def load_training_data(
+    config: SFTConfig, processor: Processor, model_config: ModelConfig, *, host: int = 0, hosts: int = 1
+) -> TrainingData:
+    """Measures every example, sorts them into buckets and lays out all batches of the run.
+
+    Every host gets the same shape at every step, and its own rows of the batch.
+
+    Raises:
+        ValueError: for a bad line (named), for an example that no bucket holds with `too_long` "error", or if no bucket can
+            fill a batch.
+    """
+    if config.batch_size % hosts:
+        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {hosts} hosts")
+    data = config.data
+    conversations = Conversations(data.path)
+    sizes = measure(conversations, processor.count, data.threads)
+    buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
+    members = assign(sizes, buckets, least=-(-config.batch_size // config.epochs))
+    too_long = len(conversations) - sum(map(len, members))
+    if too_long and data.too_long == "error":
+        raise ValueError(_describe_too_long(conversations, sizes, members, too_long))
+
+    def encode(index: int):
+        try:
+            return processor.encode(conversations[index])
+        except ValueError as error:
+            raise ValueError(f"{conversations.where(index)}: {error}") from error
+
+    parts, shapes = [], []
+    for bucket, indices in zip(buckets, members, strict=True):
+        steps = len(indices) * config.epochs // config.batch_size
+        if not steps:
+            continue
+        rows = grain.MapDataset.source(indices).shuffle(config.seed).repeat(config.epochs)
+        rows = rows[: steps * config.batch_size][host::hosts].map(encode)
+        parts.append(rows.batch(config.batch_size // hosts, batch_fn=_collate(bucket, model_config)))
+        shapes.append((bucket, steps))
+    if not parts:
+        raise ValueError(
+            f"{data.path}: no bucket has the {config.batch_size} examples of one batch; {too_long} are too long"
+        )
+    batches = _interleave(parts, config.seed)[: config.max_steps]
+    left_over = sum(len(indices) * config.epochs for indices in members) - len(batches) * config.batch_size
+    report = (
+        f"{len(conversations):,} examples x {config.epochs} epochs: {len(batches):,} steps of {config.batch_size}; "
+        f"{too_long:,} examples too long for every bucket, {left_over:,} readings left over"
+    )
+    return TrainingData(batches, shapes, report)
+
+
+def measure(conversations: Conversations, count: Callable[[Messages], tuple[int, int]], threads: int) -> np.ndarray:
+    """(tokens, patches) of every conversation, [N, 2], with a progress bar on a terminal."""
+
+    def sizes(start: int) -> Iterator[tuple[int, int]]:
+        return [count_one(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))]
+
+    def count_one(index: int) -> tuple[int, int]:
+        try:
+            return count(conversations[index])
+        except ValueError as error:
+            raise ValueError(f"{conversations.where(index)}: {error}") from error
+
+    starts = range(0, len(conversations), _MEASURE_CHUNK)
+    with ThreadPoolExecutor(threads) as pool:
+        chunks = track(pool.map(sizes, starts), "Measuring examples", total=len(starts), transient=True)
+        return np.array([size for chunk in chunks for size in chunk], np.int64)
+
+
+_MEASURE_CHUNK = 64
+
+
+def assign(sizes: np.ndarray, buckets: Sequence[Bucket], *, least: int) -> list[np.ndarray]:
+    """Indices of the examples that go into each bucket: the first in `buckets` that holds them.
+
+    A bucket with fewer than `least` examples could not fill a batch: its examples go on to the next one that holds them.
+    """
+    members, waiting = [], np.arange(len(sizes))
+    for place, bucket in enumerate(buckets):
+        fits = (sizes[waiting, 0] <= bucket.tokens) & (sizes[waiting, 1] <= bucket.patches)
+        later = any(b.tokens >= bucket.tokens and b.patches >= bucket.patches for b in buckets[place + 1 :])
+        if later and fits.sum() < least:
+            fits[:] = False
+        members.append(waiting[fits])
+        waiting = waiting[~fits]
+    return members
+
+
+def _collate(bucket: Bucket, model_config: ModelConfig) -> Callable[[Sequence[Any]], Batch]:
+    def collate(examples: Sequence[Any]) -> Batch:
+        rows = [[example] for example in examples]
+        return Batch.from_rows(rows, model_config, length=bucket.tokens, patches=bucket.patches)
+
+    return collate
+
+
+def _interleave(parts: Sequence[grain.MapDataset], seed: int) -> grain.MapDataset:
+    """All batches of all buckets: each bucket's in their order, the buckets in a random order that all hosts share."""
+    lengths = [len(part) for part in parts]
+    bucket_of_step = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(parts)), lengths))
+    place = np.empty(len(bucket_of_step), np.int64)
+    for bucket, length in enumerate(lengths):
+        place[bucket_of_step == bucket] = np.arange(length)
+    steps = np.stack([bucket_of_step, place], axis=1)
+    return grain.MapDataset.source(steps).map(lambda step: parts[step[0]][int(step[1])])
+
+
+def _describe_too_long(conversations: Conversations, sizes: np.ndarray, members: list[np.ndarray], count: int) -> str:
+    first = int(np.setdiff1d(np.arange(len(sizes)), np.concatenate(members))[0])
+    tokens, patches = sizes[first]
+    return (
+        f"{count} examples fit no bucket, the first is {conversations.where(first)} with {tokens} tokens and {patches} "
+        "patches: add a larger bucket to data.buckets or set data.too_long to drop"
+    )

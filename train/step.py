@@ -1,0 +1,148 @@
+"""One optimizer step as a pure function: gradients of what trains, and of nothing else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pvm_jax.batch import Batch
+from pvm_jax.model import Qwen3VL
+from pvm_jax.sharding import constrain, param_shardings
+from train.config import Trainable
+from train.loss import chunked_cross_entropy
+from train.optimizer import leaf_names
+
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
+Step = Callable[["TrainState", Any, Batch], tuple["TrainState", Metrics]]
+
+TRAINED_PARTS: dict[Trainable, tuple[str, ...]] = {
+    "pvm": ("pvm",),
+    "decoder": ("pvm", "language_model", "lm_head"),
+    "all": ("pvm", "language_model", "lm_head", "visual"),
+}
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes: the trained parameters (float32), the optimizer's state and the number of steps done."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+def split_model(model: Qwen3VL, trainable: Trainable) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The model's structure, the parameters that train and those that do not (still wrapped, as `param_shardings` wants).
+
+    Raises:
+        ValueError: if nothing would train.
+    """
+    parts = TRAINED_PARTS[trainable]
+    graphdef, trained, frozen = nnx.split(model, lambda path, _: path[0] in parts, ...)
+    if not jax.tree.leaves(trained):
+        raise ValueError(
+            f"trainable {trainable!r}: the checkpoint has no PVM branch; convert it with --pvm-layers or train 'all'"
+        )
+    return graphdef, trained, frozen
+
+
+def make_loss(graphdef: nnx.GraphDef, *, chunk: int) -> Loss:
+    """(trained, frozen, batch) -> (summed loss, summed weights)."""
+
+    def loss(trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model: Qwen3VL = nnx.merge(graphdef, trained, frozen)
+        hidden = model.hidden(batch)
+        return chunked_cross_entropy(hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk)
+
+    return loss
+
+
+def loss_and_gradient(
+    loss: Loss, params: Any, frozen: Any, batch: Batch, *, accumulation: int
+) -> tuple[jax.Array, Any]:
+    """The batch's mean loss and its gradient; `accumulation` parts one after the other give what the whole would."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if accumulation == 1:
+        sums = gradient(params, frozen, batch)
+    else:
+        first = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), params))
+        parts = jax.tree.map(partial(_micro_batches, accumulation), batch)
+
+        def add(sums: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(params, frozen, part)), None
+
+        sums, _ = jax.lax.scan(add, first, parts)
+    (total, weight), gradients = sums
+    return total / weight, jax.tree.map(lambda g: g / weight, gradients)
+
+
+def _micro_batches(count: int, x: jax.Array) -> jax.Array:
+    """[B, ...] -> [count, B / count, ...]. Every device keeps its own rows: part i takes rows i, i + count, ..."""
+    parts = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    return constrain(parts, "layers", "batch", *["length"] * (x.ndim - 1))
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, accumulation: int = 1
+) -> Step:
+    """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+
+    Metrics are scalars: loss, grad_norm (before clipping), learning_rate, tokens (padding not counted), loss_tokens and, for
+    each PVM layer l, gate/l; all but the gates' are of the step, the gates' are those that the step started from.
+    """
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        mean, gradients = loss_and_gradient(loss, state.params, frozen, batch, accumulation=accumulation)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {
+            "loss": mean,
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": (batch.segment_ids > 0).sum(),
+            "loss_tokens": (batch.loss_weights > 0).sum(),
+        } | gates(state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    return step
+
+
+def gates(params: Any) -> Metrics:
+    """{"gate/8": scalar, ...} out of a parameter tree; empty without a branch."""
+    named = zip(jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params), strict=True)
+    return {f"gate/{name.split('/')[1]}": gate[0] for name, gate in named if name.endswith("gate_alpha")}
+
+
+def state_shardings(trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """NamedShardings for a whole TrainState: moments lie as their parameters do, counters everywhere."""
+    params, everywhere = param_shardings(trained, mesh), NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, nnx.as_pure(trained)),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(params, opt_state, everywhere)
+
+
+def init_state(trained: nnx.State, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Step 0: the given parameters in float32 with a fresh optimizer, in place on the mesh."""
+
+    def init(params: Any) -> TrainState:
+        params = cast(params, "float32")
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+    return jax.jit(init, out_shardings=shardings)(nnx.as_pure(trained))
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """Every leaf in `dtype`; leaves that have it already are passed on, not copied."""
+    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params)
