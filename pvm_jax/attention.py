@@ -1,6 +1,7 @@
 """One door to attention. Which kernel stands behind it depends on the platform; all compute the same numbers."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,18 +87,16 @@ def _splash(q, k, v, q_segment_ids, kv_segment_ids, causal: bool, interpret: boo
     mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
 
     def local(q, k, v, q_segment_ids, kv_segment_ids):
-        heads = q.shape[2]
         attend = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads),
+            splash.MultiHeadMask([mask] * q.shape[2]),
             head_shards=1,
             q_seq_shards=1,
             block_sizes=_block_sizes(*shape),
             interpret=interpret,
         )
-        repeated = [jnp.repeat(x, heads // x.shape[2], axis=2) if x.shape[2] != heads else x for x in (k, v)]
-        by_head = [jnp.swapaxes(x, 1, 2) for x in (q, *repeated)]
-        segments = splash.SegmentIds(q_segment_ids, kv_segment_ids)
-        return jnp.swapaxes(jax.vmap(attend)(*by_head, segments), 1, 2)
+        by_head = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
+        out: Any = jax.vmap(attend)(*by_head, splash.SegmentIds(q_segment_ids, kv_segment_ids))
+        return jnp.swapaxes(out, 1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pvm_jax.config import ModelConfig, VisionConfig
 
-Array = np.ndarray | jax.Array
+Array = Any  # NumPy's where the batch is made, JAX's where the model reads it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +109,7 @@ class Batch:
         )
 
     @classmethod
-    def from_rows(
-        cls, rows: Sequence[Sequence[Example]], config: ModelConfig, *, length: int, patches: int
-    ) -> Self:
+    def from_rows(cls, rows: Sequence[Sequence[Example]], config: ModelConfig, *, length: int, patches: int) -> Self:
         """Packs each row's examples, in order, into `length` token and `patches` patch columns.
 
         Raises:
@@ -122,7 +120,7 @@ class Batch:
             used = (sum(len(example.input_ids) for example in row), sum(example.num_patches for example in row))
             if used[0] > length or used[1] > patches:
                 raise ValueError(
-                    f"row {number} has {used[0]} tokens and {used[1]} patches, more than the {length} and {patches} of the batch"
+                    f"row {number} has {used[0]} tokens and {used[1]} patches, the batch's columns are {length} and {patches}"
                 )
             writer = _RowWriter(batch, number, config)
             for example in row:
@@ -231,23 +229,24 @@ def _visual_runs(example: Example, config: ModelConfig) -> list[_Frame]:
         sizes = _frame_sizes(kind, pixels, grids, vision)
         starts, lengths = _runs_of(ids, token)
         if len(starts) != len(sizes):
-            raise ValueError(f"the prompt has {len(starts)} runs of {kind} placeholders, but there are {len(sizes)} {kind} frames")
+            raise ValueError(
+                f"the prompt has {len(starts)} runs of {kind} placeholders, but there are {len(sizes)} {kind} frames"
+            )
         offset = 0
         for start, length, (rows, columns) in zip(starts, lengths, sizes, strict=True):
+            assert pixels is not None
             expected = rows * columns // vision.merge_factor
             if length != expected:
                 raise ValueError(
-                    f"the {kind} placeholders at token {start} are {length}, but its {rows} x {columns} patches make {expected} "
-                    "visual tokens (was the prompt truncated inside the image?)"
+                    f"the {kind} placeholders at token {start} are {length}, but its {rows} x {columns} patches make "
+                    f"{expected} visual tokens (was the prompt truncated inside the image?)"
                 )
             frames.append(_Frame(int(start), rows, columns, pixels[offset : offset + rows * columns]))
             offset += rows * columns
     return sorted(frames, key=lambda frame: frame.start)
 
 
-def _frame_sizes(
-    kind: str, pixels: np.ndarray | None, grids: np.ndarray | None, vision: VisionConfig
-) -> list[tuple[int, int]]:
+def _frame_sizes(kind: str, pixels: np.ndarray | None, grids: np.ndarray | None, vision: VisionConfig) -> list[tuple[int, int]]:
     """(rows, columns) of every frame of all grids."""
     if (pixels is None) != (grids is None):
         raise ValueError(f"{kind} pixels and {kind}_grid_thw must come together")
@@ -374,7 +373,9 @@ class _Supply:
             left -= int(self.grids[stop, 0])
             stop += 1
         if left:
-            raise ValueError(f"the prompt has {frames} runs of {self.kind} placeholders, which the grids left for it do not match")
+            raise ValueError(
+                f"the prompt has {frames} runs of {self.kind} placeholders, which the grids left for it do not match"
+            )
         grids = self.grids[self.grid : stop]
         pixels = self.pixels[self.patch : self.patch + int(grids.prod(1).sum())]
         self.grid, self.patch = stop, self.patch + len(pixels)

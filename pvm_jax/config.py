@@ -88,9 +88,7 @@ class TextConfig:
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if sum(self.mrope_section) * 2 != self.head_dim:
-            raise ValueError(
-                f"text_config: mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}"
-            )
+            raise ValueError(f"text_config: mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
         layers = self.pvm_layers
         if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
             raise ValueError(f"pvm_layers must be ascending and in [0, {self.num_hidden_layers}), got {layers}")
@@ -197,12 +195,10 @@ class ModelConfig:
             FileNotFoundError: if there is no config.json.
             ValueError: if the file describes another architecture or a feature that this port does not compute.
         """
-        if not isinstance(config, Mapping):
-            path = Path(config)
-            config = json.loads((path / "config.json" if path.is_dir() else path).read_text())
-        if config.get("model_type") != MODEL_TYPE:
-            raise ValueError(f"config.json: model_type must be {MODEL_TYPE!r} (dense), got {config.get('model_type')!r}")
-        text, vision = dict(config["text_config"]), dict(config["vision_config"])
+        raw = _read_json(config)
+        if raw.get("model_type") != MODEL_TYPE:
+            raise ValueError(f"config.json: model_type must be {MODEL_TYPE!r} (dense), got {raw.get('model_type')!r}")
+        text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported, only 'default'")
@@ -217,10 +213,13 @@ class ModelConfig:
         ):
             if section.get(key, value) != value:
                 raise ValueError(f"config.json: {key} = {section[key]!r} is not supported, only {value!r}")
-        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        own = {key: config[key] for key in _SPECIAL_TOKENS if key in config}
+        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        own = {key: raw[key] for key in _SPECIAL_TOKENS if key in raw}
         return cls(
-            text=_pick(TextConfig, text), vision=_pick(VisionConfig, vision), tie_word_embeddings=tied, **own | overrides
+            text=_pick(TextConfig, text),
+            vision=_pick(VisionConfig, vision),
+            tie_word_embeddings=tied,
+            **own | overrides,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -255,6 +254,13 @@ class ModelConfig:
 
 
 _SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def _read_json(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    path = Path(config)
+    return json.loads((path / "config.json" if path.is_dir() else path).read_text())
 
 
 def _pick(cls: type, values: Mapping[str, Any]) -> Any:

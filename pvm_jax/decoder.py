@@ -1,6 +1,7 @@
 """The decoder: one stack of alike layers, scanned in runs between the layers that differ (DeepStack, PVM)."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ def _runs(config: ModelConfig) -> list[_Run]:
     layers, taps = config.text.num_hidden_layers, len(config.vision.deepstack_visual_indexes)
     special = config.text.pvm_layers
     edges = sorted({0, taps, layers, *special, *(layer + 1 for layer in special)})
-    return [_Run(a, b, a < taps, a in special) for a, b in zip(edges, edges[1:], strict=False)]
+    return [_Run(a, b, a < taps, a in special) for a, b in pairwise(edges)]
 
 
 class Decoder(nnx.Module):
@@ -139,8 +140,8 @@ class Decoder(nnx.Module):
                 kv_segment_ids = segment_ids
                 if cache is not None:
                     cache = cache.write(index, slot, k, v)
-                if decoding:
-                    k, v, kv_segment_ids = cache.keys[index], cache.values[index], cache.segment_ids
+                    if decoding:
+                        k, v, kv_segment_ids = cache.keys[index], cache.values[index], cache.segment_ids
                 attended = attention(
                     q,
                     k,
@@ -151,11 +152,11 @@ class Decoder(nnx.Module):
                     kernel=self.config.attention,
                 )
                 hidden = hidden + block.self_attn.o_proj(merge_heads(attended))
-                update = recall(run.start, hidden) if run.pvm and recall else None
+                update = recall(run.start, hidden) if run.pvm and recall is not None else None
                 hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
                 if update is not None:
                     hidden = hidden + update
-                if features is not None:
+                if features is not None and place is not None:
                     hidden = hidden + place(features)
                 hidden = constrain(hidden, "batch", "length", "hidden")
                 return (hidden, cache), (hidden, update) if trace else None

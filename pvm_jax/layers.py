@@ -1,4 +1,4 @@
-"""The small parts. Parameters keep Hugging Face's names and layout ([out, in]), so conversion moves bytes and transposes nothing."""
+"""The small parts. Parameters keep Hugging Face's names and layout ([out, in]): conversion transposes nothing."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -72,9 +72,7 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
         names = ("layers",) * (value.ndim - len(names)) + names
         return NamedSharding(mesh, partition_spec(names, value.shape, mesh))
 
-    return nnx.as_pure(
-        jax.tree.map(lambda p: p.replace(sharding(p)), params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    )
+    return nnx.as_pure(jax.tree.map(lambda p: p.replace(sharding(p)), params, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -145,7 +145,5 @@ class VisionTower(nnx.Module):
             taps.append(x)
             start = stop
         merge_def, merge_params = nnx.split(self.deepstack_merger_list)
-        deepstack = jax.vmap(lambda p, tap: nnx.merge(merge_def, p)(tap))(
-            nnx.as_pure(merge_params), jnp.stack(taps[:-1])
-        )
+        deepstack = jax.vmap(lambda p, tap: nnx.merge(merge_def, p)(tap))(nnx.as_pure(merge_params), jnp.stack(taps[:-1]))
         return Visual(self.merger(x), deepstack)

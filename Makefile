@@ -1,0 +1,34 @@
+# Every target sets up what it needs, the virtual environment included.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pvm-jax needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
+	@touch $@
+
+demo: .venv/ready  ## convert the shipped tiny checkpoint, fine-tune its PVM branch, generate, plot what changed
+	$(BIN)/python -m demo.run out/demo
+
+test: .venv/ready  ## the tests, on the CPU
+	$(BIN)/python -m pytest --numprocesses 2
+
+lint: .venv/ready  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/ready  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and what runs wrote
+	rm -rf .venv out

@@ -1,0 +1,94 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pvm_jax.attention import attention
+from pvm_jax.sharding import make_mesh
+
+
+def _inputs(rng, *, length, kv_length, heads, kv_heads, head_dim=64, rows=2):
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    q = normal(rows, length, heads, head_dim)
+    k, v = normal(rows, kv_length, kv_heads, head_dim), normal(rows, kv_length, kv_heads, head_dim)
+    return q, k, v
+
+
+def _segments(rows, length, *lengths):
+    ids = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        edges = np.cumsum([0, *lengths]) + row  # rows differ
+        for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False), 1):
+            ids[row, start:stop] = number
+    return jnp.asarray(ids)
+
+
+def _dense(q, k, v, q_segment_ids, kv_segment_ids, causal):
+    """The formula, in float64, a query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, s, n in np.ndindex(q.shape[:3]):
+        seen = np.asarray(kv_segment_ids[b]) == int(q_segment_ids[b, s])
+        if causal:
+            seen &= np.arange(k.shape[1]) <= s
+        if seen.any():
+            head = n // (q.shape[2] // k.shape[2])
+            scores = k[b, seen, head] @ q[b, s, n] / q.shape[-1] ** 0.5
+            weights = np.exp(scores - scores.max())
+            out[b, s, n] = weights / weights.sum() @ v[b, seen, head]
+    return out
+
+
+def test_xla_is_the_formula():
+    q, k, v = _inputs(np.random.default_rng(0), length=24, kv_length=24, heads=4, kv_heads=2, head_dim=8)
+    segments = _segments(2, 24, 9, 11)
+    for causal in (True, False):
+        got = attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=causal, kernel="xla")
+        want = _dense(q, k, v, segments, segments, causal)
+        valid = np.asarray(segments) > 0
+        np.testing.assert_allclose(np.asarray(got)[valid], want[valid], atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 1, "tensor": 4}, {"data": 1, "fsdp": 2, "tensor": 4}])
+@pytest.mark.parametrize(("causal", "kv_length", "kv_heads", "head_dim"), [(True, 200, 4, 64), (False, 72, 1, 72)])
+def test_splash_equals_xla(mesh, causal, kv_length, kv_heads, head_dim):
+    """Values and gradients, grouped queries, lengths and heads that are no multiple of 128; the kernel in its interpreter."""
+    q, k, v = _inputs(np.random.default_rng(1), length=200, kv_length=kv_length, heads=4, kv_heads=kv_heads, head_dim=head_dim)
+    q_segments = _segments(2, 200, 90, 100)
+    kv_segments = q_segments if causal else _segments(2, kv_length, 30, 40)
+    valid = (q_segments > 0)[..., None, None]
+
+    def run(kernel):
+        def loss(q, k, v):
+            out = attention(
+                q,
+                k,
+                v,
+                q_segment_ids=q_segments,
+                kv_segment_ids=kv_segments,
+                causal=causal,
+                kernel=kernel,
+                interpret=kernel == "splash",
+            )
+            out = jnp.where(valid, out, 0)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    want = run("xla")
+    if mesh is None:
+        got = run("splash")
+    else:
+        with jax.set_mesh(make_mesh(**mesh)):
+            got = run("splash")
+    chex.assert_trees_all_close(got, want, atol=2e-5)
+
+
+def test_unknown_kernel_is_named():
+    q, k, v = _inputs(np.random.default_rng(0), length=4, kv_length=4, heads=2, kv_heads=2, head_dim=8)
+    ids = jnp.ones((2, 4), jnp.int32)
+    with pytest.raises(ValueError, match="flash9"):
+        attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, causal=True, kernel="flash9")
