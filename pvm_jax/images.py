@@ -1,0 +1,327 @@
+"""Pixels: pictures and frames -> flattened patches, in NumPy and PIL.
+
+Bit-equal to transformers' `Qwen2VLImageProcessorPil` (which needs neither torch nor torchvision); videos follow its
+`Qwen3VLVideoProcessor`, with PIL's bicubic filter in place of torchvision's.
+"""
+
+import base64
+import binascii
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar, Self
+from urllib.parse import unquote, urlparse
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import load_image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+MAX_ASPECT_RATIO = 200
+
+Source = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any]
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """What a checkpoint's preprocessor config says; `ImageSettings` and `VideoSettings` say what follows from it.
+
+    Attributes:
+        min_pixels, max_pixels: bounds of rows * columns after resizing (for a video: of all its frames together).
+        patch_size: side of a patch in pixels.
+        merge_size: side, in patches, of the square that becomes one visual token.
+        temporal_patch_size: frames in one patch.
+        mean, std: per channel, of values already multiplied by `rescale_factor`.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+    rescale_factor: float = 1 / 255
+
+    computes: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "do_resize": (True,),
+        "do_rescale": (True,),
+        "do_normalize": (True,),
+        "do_convert_rgb": (True,),
+        "resample": (int(Image.Resampling.BICUBIC),),
+    }
+    refuses: ClassVar[tuple[str, ...]] = ()
+    default_size: ClassVar[dict[str, int]]
+
+    def __post_init__(self):
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}")
+        if self.temporal_patch_size * self.patch_size % 2:
+            raise ValueError(f"patch_size {self.patch_size} and temporal_patch_size {self.temporal_patch_size} are both odd")
+
+    @property
+    def factor(self) -> int:
+        """Resized sides are multiples of this many pixels."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], file: str) -> Self:
+        """Reads Hugging Face's preprocessor config; `file` is its name in errors.
+
+        Where `size` is absent, Hugging Face's default for the class counts. Keys that do not bear on pixels are skipped.
+
+        Raises:
+            ValueError: for a setting that is not computed here, or a missing one whose default is another model's.
+        """
+        values: dict[str, Any] = {key: value for key, value in config.items() if value is not None}
+        for key, computed in cls.computes.items():
+            if values.get(key, computed[0]) not in computed:
+                raise ValueError(f"{file}: {key} = {values[key]!r} is not supported, only {' or '.join(map(repr, computed))}")
+        for key in cls.refuses:
+            if key in values:
+                raise ValueError(f"{file}: {key} is not read by Hugging Face for videos; use size")
+        size = values.get("size", cls.default_size)
+        if not isinstance(size, Mapping):
+            raise ValueError(f"{file}: size must have shortest_edge and longest_edge, got {size}")
+        values = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | values
+        for key in ("min_pixels", "max_pixels", "patch_size", "image_mean", "image_std"):
+            if values.get(key) is None:
+                raise ValueError(f"{file}: {key} is missing (size.shortest_edge and .longest_edge are the pixel limits)")
+        try:
+            values["mean"], values["std"] = _per_channel(values["image_mean"]), _per_channel(values["image_std"])
+            return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def grid(self, frames: int, height: int, width: int) -> Grid:
+        """(frame groups, rows, columns) of patches. Raises ValueError where Hugging Face refuses the size."""
+        if min(height, width) < 1:
+            raise ValueError(f"an image of {width} x {height} pixels is empty")
+        rows, columns = (side // self.patch_size for side in self.resized(frames, height, width))
+        return -(-frames // self.temporal_patch_size), rows, columns
+
+    def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Height and width after resizing."""
+        raise NotImplementedError
+
+    def normalized(self) -> np.ndarray:
+        """[channels, 256] float32: what each byte becomes."""
+        raise NotImplementedError
+
+
+class ImageSettings(PixelSettings):
+    """Settings of `Qwen2VLImageProcessorPil`."""
+
+    computes = PixelSettings.computes | {
+        "image_processor_type": ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+    }
+    default_size: ClassVar[dict[str, int]] = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+
+    def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+
+    def normalized(self) -> np.ndarray:
+        rescaled = (np.arange(256) * self.rescale_factor).astype(np.float32)
+        return (rescaled - _column(self.mean)) / _column(self.std)
+
+
+@dataclass(frozen=True)
+class VideoSettings(PixelSettings):
+    """Settings of `Qwen3VLVideoProcessor`. What it says of sampling frames is not read: a video comes as its frames."""
+
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 768
+
+    computes = PixelSettings.computes | {"video_processor_type": ("Qwen3VLVideoProcessor",)}
+    refuses = ("min_pixels", "max_pixels")
+    default_size: ClassVar[dict[str, int]] = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}
+
+    def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        if frames < self.temporal_patch_size:
+            raise ValueError(f"a video needs {self.temporal_patch_size} frames or more, got {frames}")
+        factor = self.factor
+        if height < factor or width < factor:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ValueError(f"absolute aspect ratio must be smaller than {MAX_ASPECT_RATIO}")
+        bounds = round(height / factor) * factor, round(width / factor) * factor
+        total = round(frames / self.temporal_patch_size) * self.temporal_patch_size * math.prod(bounds)
+        limit = self._max_pixels(frames)
+        if total > limit:
+            beta = math.sqrt(frames * height * width / limit)
+            rows, columns = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+            return rows, columns
+        if total < self.min_pixels:
+            beta = math.sqrt(self.min_pixels / (frames * height * width))
+            rows, columns = (math.ceil(side * beta / factor) * factor for side in (height, width))
+            return rows, columns
+        return bounds
+
+    def _max_pixels(self, frames: int) -> int:
+        if not self.cap_pixels_per_frame:
+            return self.max_pixels
+        share = min(self.max_video_tokens * self.factor**2, self.max_pixels // frames)
+        return max(share, int(self.min_pixels * 1.05)) * frames
+
+    def normalized(self) -> np.ndarray:
+        # torchvision folds the rescaling into mean and std, which rounds differently from the image processor.
+        unscale = np.float32(1 / self.rescale_factor)
+        return (np.arange(256, dtype=np.float32) - _column(self.mean) * unscale) / (_column(self.std) * unscale)
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """Height and width of an image from its header (a quarter turn in its EXIF data is not followed).
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`, as far as the header tells.
+    """
+    image, _ = _open(source)
+    try:
+        return image.height, image.width
+    finally:
+        _close(image, source)
+
+
+def read_image(source: Source) -> Image.Image:
+    """An RGB image.
+
+    As Hugging Face has it: a file is turned upright by its EXIF data and its alpha channel is dropped; a PIL image is
+    taken as it stands and its transparency laid on white.
+
+    Args:
+        source: a path, a `file://` or `data:` URL, encoded bytes, {"bytes": …, "path": …} with one of them possibly
+            None, a PIL image, or a uint8 array [H, W, 3].
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if it cannot be decoded, holds several frames, exceeds PIL's limit or lies across the network.
+    """
+    image, name = _open(source)
+    try:
+        if image is not source:
+            return load_image(image)
+        opaque = image.mode == "RGB" and image.info.get("transparency") is None
+        return image if opaque else Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+    except Exception as error:  # PIL's decoders raise whatever they meet in a broken file
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
+    finally:
+        _close(image, source)
+
+
+def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.ndarray, Grid]:
+    """The flattened patches of one image (one frame) or one video (all frames of one size), and their grid.
+
+    Returns:
+        [groups * rows * columns, 3 * temporal_patch_size * patch_size**2] float32, the patches of a visual token
+        together; and (groups, rows, columns). The last frame is repeated where a group is not full.
+
+    Raises:
+        ValueError: if Hugging Face refuses the size, or the frames differ in size.
+    """
+    if len(sizes := {frame.size for frame in frames}) > 1:
+        raise ValueError(f"the frames of a video must have one size (width, height), got {sorted(sizes)}")
+    width, height = frames[0].size
+    grid = groups, rows, columns = settings.grid(len(frames), height, width)
+    size = columns * settings.patch_size, rows * settings.patch_size
+    resized = [np.asarray(frame.resize(size, Image.Resampling.BICUBIC)) for frame in frames]
+    resized += resized[-1:] * (groups * settings.temporal_patch_size - len(frames))
+    square, side = settings.merge_size, settings.patch_size
+    pixels = np.stack(resized).reshape(
+        groups, settings.temporal_patch_size, rows // square, square, side, columns // square, square, side, 3
+    )
+    pixels = np.ascontiguousarray(pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
+    return _normalize(pixels.reshape(math.prod(grid), 3, -1), settings), grid
+
+
+def _normalize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
+    """[patches, 3, numbers] uint8 -> [patches, 3 * numbers] float32."""
+    pairs = pixels.view(np.uint16)
+    values = np.empty(pairs.shape, np.complex64)
+    for channel, table in enumerate(_pair_tables(settings)):
+        values[:, channel] = np.take(table, pairs[:, channel], mode="clip")
+    return values.view(np.float32).reshape(len(pixels), -1)
+
+
+@lru_cache(maxsize=8)
+def _pair_tables(settings: PixelSettings) -> np.ndarray:
+    """[3, 65536]: two float32 (as one complex64) for each pair of bytes, which halves the look-ups of `_normalize`."""
+    pairs = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+    return np.ascontiguousarray(settings.normalized()[:, pairs]).view(np.complex64)[..., 0]
+
+
+def _open(source: Source) -> tuple[Image.Image, str]:
+    """The image with its header read, and its name for errors; the caller closes it."""
+    if isinstance(source, Image.Image):
+        image, name = source, "the PIL image"
+    elif isinstance(source, np.ndarray):
+        image, name = _from_array(source), "the array"
+    else:
+        file, name = _file(source)
+        try:
+            image = Image.open(file)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name} does not exist") from error
+        except Exception as error:
+            raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    # Phones write ordinary photographs as MPO, with a preview as its second frame.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        _close(image, source)
+        raise ValueError(f"{name} holds several frames: give one of them, or all as a video")
+    return image, name
+
+
+def _close(image: Image.Image, source: Source) -> None:
+    if image is not source:
+        image.close()
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"an image array must be [H, W, 3] of uint8, got {list(array.shape)} of {array.dtype}")
+    return Image.fromarray(array)
+
+
+def _file(source: Any) -> tuple[Path | BytesIO, str]:
+    """What PIL can open, and its name for errors."""
+    if isinstance(source, Mapping):
+        if source.get("bytes") is not None:
+            return BytesIO(source["bytes"]), str(source.get("path") or "the image in 'bytes'")
+        source = source.get("path")
+    if isinstance(source, bytes):
+        return BytesIO(source), f"the image of {len(source)} bytes"
+    if isinstance(source, Path):
+        return source, str(source)
+    if not isinstance(source, str):
+        raise ValueError(
+            "an image must be a path, a file:// or data: URL, encoded bytes, a PIL image, a uint8 array or "
+            f"a mapping with 'bytes' or 'path', got {type(source).__name__}"
+        )
+    if source.startswith("data:"):
+        header, _, payload = source.partition(",")
+        try:
+            return BytesIO(base64.b64decode(payload)), f"the image in a {header} URL"
+        except binascii.Error as error:
+            raise ValueError(f"{header},…: not base64 ({error})") from error
+    if source.startswith("file://"):
+        source = url2pathname(unquote(urlparse(source).path))
+    elif "://" in source:
+        raise ValueError(f"{source}: images are not fetched over the network; download it and give the file's path")
+    return Path(source), source
+
+
+def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
+    if len(values) != 3:
+        raise ValueError(f"image_mean and image_std need three numbers, got {value}")
+    return values
+
+
+def _column(values: tuple[float, ...]) -> np.ndarray:
+    return np.array(values, np.float32)[:, None]

@@ -1,0 +1,295 @@
+"""Chat messages with images and videos -> the arrays that Hugging Face's Qwen3VLProcessor gives, without torch.
+
+The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.images` the pixels.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jinja2
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pvm_jax.batch import Example
+from pvm_jax.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
+from pvm_jax.messages import Conversation, Messages, naming, parse
+
+VISUAL_TOKENS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+
+Segment = tuple[str, bool]
+"""A stretch of text, and whether it is learned."""
+
+
+class Processor:
+    """Turns conversations into model inputs.
+
+    A conversation is a list of messages {"role": …, "content": …}. Content is a string or a list of parts:
+    {"type": "text", "text": …}, {"type": "image", "image": …} (also under "url" or "path") and
+    {"type": "video", "video": [frame, …]} with the "fps" of these frames, or "timestamps" in seconds, beside it.
+    Images and frames are whatever `images.read_image` takes; all frames of a video are used.
+
+    Attributes:
+        tokenizer: the checkpoint's tokenizer.
+        chat_template: its Jinja template.
+        image_settings, video_settings: how pixels are prepared.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str,
+        image_settings: ImageSettings,
+        video_settings: VideoSettings,
+    ):
+        """Raises ValueError if the tokenizer lacks one of the visual tokens."""
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.image_settings = image_settings
+        self.video_settings = video_settings
+        visual = [getattr(tokenizer, name, default) for name, default in VISUAL_TOKENS.items()]
+        added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        for token in visual:
+            if token not in added:
+                raise ValueError(f"the tokenizer has no token {token}: it is not Qwen3-VL's")
+        self._image, self._video, self._start, self._end = visual
+        self._visual_ids = tokenizer.convert_tokens_to_ids(visual[:2])
+        specials = (token for token in added if added[token].special and token in chat_template)
+        self._structure = (*visual, *specials)
+        # The template writes one run around a video; each group of frames gets one of its own in its place.
+        run = re.escape(self._start + self._video + self._end)
+        self._placeholder = re.compile(f"{run}|{re.escape(self._video)}|{re.escape(self._image)}")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Reads tokenizer, chat template and preprocessor config from a Hugging Face or converted checkpoint directory.
+
+        Raises:
+            FileNotFoundError: if the directory or one of the files is not there.
+            ValueError: for a preprocessor setting that is not computed here, or a tokenizer without visual tokens.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such directory")
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise FileNotFoundError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return cls(tokenizer, _chat_template(folder, tokenizer), *_pixel_settings(folder))
+
+    def encode(self, messages: Messages, *, add_generation_prompt: bool = False) -> Example:
+        """One conversation; `loss_mask` is true on the content of every assistant turn and the token that ends it.
+
+        Raises:
+            FileNotFoundError, ValueError: for messages or images that cannot be taken, naming them; and where the chat
+                template or the tokenizer gives an assistant turn no exact place in the text.
+        """
+        conversation = parse(messages, self._structure)
+        return self._example(conversation, self._supervised(conversation.messages, add_generation_prompt))
+
+    def __call__(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        add_generation_prompt: bool = True,
+        padding_side: Literal["left", "right"] = "left",
+    ) -> dict[str, np.ndarray]:
+        """A padded batch with the keys of Hugging Face's processor.
+
+        Returns:
+            input_ids, attention_mask [B, S] int64; where there are images, pixel_values [P, patch_dim] float32 and
+            image_grid_thw [images, 3] int64; where there are videos, pixel_values_videos and video_grid_thw.
+
+        Raises:
+            FileNotFoundError, ValueError: for messages or images that cannot be taken, naming them.
+        """
+        if len(conversations) == 0 or not isinstance(conversations[0], list | tuple):
+            raise ValueError("give a list of conversations, each of them a list of messages")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        examples = []
+        for number, messages in enumerate(conversations):
+            with naming(f"conversation {number}"):
+                conversation = parse(messages, self._structure)
+                text = self._render(conversation.messages, add_generation_prompt)
+                examples.append(self._example(conversation, [(text, False)]))
+        arrays = self._pad([example.input_ids for example in examples], padding_side)
+        for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
+            found = [value for example in examples if (value := getattr(example, key)) is not None]
+            if found:
+                arrays[key] = np.concatenate(found)
+        return arrays
+
+    def count(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[int, int]:
+        """Tokens and patches that `encode` would give, from headers alone: no pixels are decoded.
+
+        Raises:
+            FileNotFoundError, ValueError: as `encode`, as far as the headers tell.
+        """
+        conversation = parse(messages, self._structure)
+        image_grids, video_grids = [], []
+        for where, source in conversation.images:
+            with naming(where):
+                image_grids.append(self.image_settings.grid(1, *image_size(source)))
+        for where, video in conversation.videos:
+            with naming(where):
+                video_grids.append(self.video_settings.grid(len(video.frames), *image_size(video.frames[0])))
+        text = self._render(conversation.messages, add_generation_prompt)
+        ids, _ = self._tokens([(text, False)], conversation, image_grids, video_grids)
+        return len(ids), sum(math.prod(grid) for grid in image_grids + video_grids)
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids [S]."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def _example(self, conversation: Conversation, segments: list[Segment]) -> Example:
+        image_pixels, image_grids, video_pixels, video_grids = [], [], [], []
+        for where, source in conversation.images:
+            with naming(where):
+                pixels, grid = patches([read_image(source)], self.image_settings)
+            image_pixels.append(pixels)
+            image_grids.append(grid)
+        for where, video in conversation.videos:
+            with naming(where):
+                pixels, grid = patches([read_image(frame) for frame in video.frames], self.video_settings)
+            video_pixels.append(pixels)
+            video_grids.append(grid)
+        ids, mask = self._tokens(segments, conversation, image_grids, video_grids)
+        return Example(
+            input_ids=ids,
+            pixel_values=np.concatenate(image_pixels) if image_pixels else None,
+            image_grid_thw=np.array(image_grids, np.int64) if image_grids else None,
+            pixel_values_videos=np.concatenate(video_pixels) if video_pixels else None,
+            video_grid_thw=np.array(video_grids, np.int64) if video_grids else None,
+            loss_mask=mask,
+        )
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the first {len(messages)} messages: {error}") from error
+        return str(text)
+
+    def _supervised(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> list[Segment]:
+        """The rendered conversation, cut at both ends of each assistant turn.
+
+        A turn begins where the template, given what came before, would prompt for it, and ends in its last token.
+        """
+        whole = self._render(messages, add_generation_prompt)
+        segments, end = [], 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if number == 0:
+                raise ValueError("messages[0]: a conversation to learn from cannot begin with the assistant")
+            before = self._render(messages[:number], False)
+            prompt = self._render(messages[:number], True)
+            through = self._render(messages[: number + 1], False).rstrip()
+            chain = (before, prompt, through, whole)
+            grows = all(longer.startswith(shorter) for shorter, longer in pairwise(chain)) and before != prompt
+            if not grows or not through.endswith(self._structure):
+                raise ValueError(
+                    f"messages[{number}]: what is learned has no exact place, since the chat template writes no prompt for "
+                    "an assistant turn, no token at its end, or a turn differently once others follow: use another "
+                    "template, or one assistant turn a conversation"
+                )
+            segments += [(whole[end : len(prompt)], False), (through[len(prompt) :], True)]
+            end = len(through)
+        return [*segments, (whole[end:], False)]
+
+    def _tokens(
+        self, segments: list[Segment], conversation: Conversation, image_grids: list[Grid], video_grids: list[Grid]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [S] int64 with one placeholder per visual token, and which are learned [S] bool."""
+        text = "".join(text for text, _ in segments)
+        for kind, token, grids in (("image", self._image, image_grids), ("video", self._video, video_grids)):
+            if text.count(token) != len(grids):
+                raise ValueError(
+                    f"the chat template wrote {text.count(token)} placeholders for {len(grids)} {kind}s: "
+                    f"does it show the {kind}s of every role?"
+                )
+        images, videos = iter(image_grids), zip(video_grids, conversation.videos, strict=True)
+        lengths: list[int] = []
+
+        def expand(match: re.Match[str]) -> str:
+            if match[0] == self._image:
+                lengths.append(math.prod(next(images)) // self.image_settings.merge_size**2)
+                return self._image
+            (groups, rows, columns), (_, video) = next(videos)
+            lengths.extend([rows * columns // self.video_settings.merge_size**2] * groups)
+            moments = video.moments(self.video_settings.temporal_patch_size)
+            return "".join(f"<{moment:.1f} seconds>{self._start}{self._video}{self._end}" for moment in moments)
+
+        ids, learned = self._tokenize([(self._placeholder.sub(expand, text), learned) for text, learned in segments])
+        # A placeholder is a token on its own, so that repeating one is what tokenizing a run of them would give.
+        repeats = np.ones(len(ids), np.int64)
+        repeats[np.isin(ids, self._visual_ids)] = lengths
+        return np.repeat(ids, repeats), np.repeat(learned, repeats)
+
+    def _tokenize(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the joined text, which must be those of its segments, and which are learned."""
+        pieces = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in segments]
+        whole = self.tokenizer("".join(text for text, _ in segments), add_special_tokens=False)["input_ids"]
+        learned: list[bool] = []
+        for (text, mark), piece in zip(segments, pieces, strict=True):
+            if whole[len(learned) : len(learned) + len(piece)] != piece:
+                raise ValueError(
+                    f"the tokenizer merges characters across the border of an assistant turn, near {text[:40]!r}: "
+                    "strip white space from the turn's beginning"
+                )
+            learned += [mark] * len(piece)
+        return np.array(whole, np.int64), np.array(learned, bool)
+
+    def _pad(self, rows: list[np.ndarray], side: str) -> dict[str, np.ndarray]:
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            raise ValueError("the tokenizer has no pad_token: set it in tokenizer_config.json")
+        length = max(map(len, rows))
+        ids = np.full((len(rows), length), pad, np.int64)
+        mask = np.zeros((len(rows), length), np.int64)
+        for number, row in enumerate(rows):
+            columns = slice(length - len(row), length) if side == "left" else slice(len(row))
+            ids[number, columns] = row
+            mask[number, columns] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The processor's template where it has one of its own, else the tokenizer's (chat_template.jinja among them)."""
+    for file in ("processor_config.json", "chat_template.json"):
+        if template := _read_json(folder / file).get("chat_template"):
+            return template
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ValueError(f"{folder}: no chat template (chat_template.jinja): {error}") from error
+
+
+def _pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
+    """From processor_config.json, as transformers 5 saves it, or from the files that came before it."""
+    nested = _read_json(folder / "processor_config.json")
+    file = "processor_config.json" if "image_processor" in nested else "preprocessor_config.json"
+    image = nested.get("image_processor") or _read_json(folder / file)
+    if not image:
+        raise FileNotFoundError(f"{folder}: no preprocessor_config.json (nor image_processor in processor_config.json)")
+    image_settings = ImageSettings.from_config(image, str(folder / file))
+    video = nested.get("video_processor") or _read_json(folder / "video_preprocessor_config.json")
+    if not video:
+        # Hugging Face then reads the images' file, whose min_pixels and max_pixels mean nothing to videos.
+        video = {key: value for key, value in image.items() if key not in VideoSettings.refuses}
+    return image_settings, VideoSettings.from_config(video, f"{folder}: video preprocessor")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
