@@ -1,0 +1,112 @@
+"""A checkpoint directory's plain files: how it comes into being, config.json, the tokenizer's and processor's files."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
+
+from pvm_jax.config import ModelConfig
+
+_ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+
+
+class CheckpointError(ValueError):
+    """A directory is no (whole) checkpoint, or not one of this model."""
+
+
+@contextmanager
+def write_aside(path: str | Path) -> Iterator[Path]:
+    """A directory to fill beside `path`, which takes its place when the block ends well and vanishes when it does not.
+
+    Raises:
+        FileExistsError: if `path` is there and not an empty directory.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not empty: choose another place or remove it")
+    aside, primary = aside_of(target), jax.process_index() == 0
+    if primary:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    sync_global_devices(f"made {aside}")
+    try:
+        yield aside
+    except BaseException:
+        if primary:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_global_devices(f"wrote {aside}")
+    if primary:
+        os.replace(aside, target)
+    sync_global_devices(f"finished {target}")
+
+
+def copy_assets(source: str | Path, target: Path) -> None:
+    """Copies the tokenizer's, processor's and generation's files, not the weights, their index or config.json."""
+    for file in sorted(Path(source).iterdir()):
+        own = file.name == "config.json" or file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in _ASSET_SUFFIXES and not own:
+            shutil.copyfile(file, target / file.name)
+
+
+def write_config(directory: Path, config: ModelConfig, original: Mapping[str, Any]) -> None:
+    """Writes `config` as Hugging Face's config.json, over the keys of `original` (a parsed config.json), which stay.
+
+    Where the original speaks of RoPE in transformers 5's way (`rope_parameters`), so does what is written.
+    """
+    original, ours = dict(original), config.to_hf()
+    text = dict(original.get("text_config") or {})
+    for key in ("pvm_layers", "pvm_hidden_size"):
+        text.pop(key, None)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = rope | ours["text_config"].pop("rope_scaling")
+    if text.get("rope_parameters"):
+        text.pop("rope_scaling", None)
+        text["rope_parameters"] = rope | {"rope_theta": ours["text_config"].pop("rope_theta")}
+    else:
+        text["rope_scaling"] = rope
+    sections = {
+        "text_config": text | ours["text_config"],
+        "vision_config": dict(original.get("vision_config") or {}) | ours["vision_config"],
+    }
+    for section in (original, *sections.values()):
+        section.pop("torch_dtype", None)
+        if "dtype" in section:
+            section["dtype"] = ours["dtype"]
+    (directory / "config.json").write_text(json.dumps(original | ours | sections, indent=2) + "\n")
+
+
+def compare_shapes(
+    what: str,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    *,
+    also: list[str] | None = None,
+) -> None:
+    """Raises a CheckpointError that lists every missing, unexpected and misshaped tensor, and the lines in `also`."""
+    lines = [f"  missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    lines += [f"  unexpected: {name} {shape}" for name, shape in found.items() if name not in expected]
+    lines += [
+        f"  wrong shape: {name}: expected {shape}, found {found[name]}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    lines += [f"  {line}" for line in also or ()]
+    if lines:
+        raise CheckpointError("\n".join([f"{what} does not fit its config.json ({len(lines)} problems):", *lines]))
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The directory's config.json as it is."""
+    return json.loads((Path(directory) / "config.json").read_text())
+
+
+def aside_of(target: Path) -> Path:
+    """Where `write_aside` fills what becomes `target`."""
+    return target.with_name(f".{target.name}.partial")
