@@ -27,8 +27,7 @@ class Bucket:
     def __post_init__(self):
         if self.tokens < 1 or self.patches < 0 or self.patches % 4:
             raise ValueError(
-                f"data.buckets: needs tokens >= 1 and patches a multiple of 4, got {self.tokens} tokens, "
-                f"{self.patches} patches"
+                f"data.buckets: needs tokens >= 1 and patches a multiple of 4, got {self.tokens} tokens, {self.patches} patches"
             )
 
 

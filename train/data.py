@@ -145,9 +145,7 @@ def load_training_data(
         parts.append(rows.batch(config.batch_size // hosts, batch_fn=_collate(bucket, model_config)))
         shapes.append((bucket, steps))
     if not parts:
-        raise ValueError(
-            f"{data.path}: no bucket has the {config.batch_size} examples of one batch; {too_long} are too long"
-        )
+        raise ValueError(f"{data.path}: no bucket has the {config.batch_size} examples of one batch; {too_long} are too long")
     batches = _interleave(parts, config.seed)[: config.max_steps]
     left_over = sum(len(indices) * config.epochs for indices in members) - len(batches) * config.batch_size
     report = (

@@ -17,9 +17,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate: a linear climb from 0, then a cosine to 0 at `steps`, or a constant."""
     warmup = round(config.warmup * steps)
     if config.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if warmup else config.learning_rate, config.learning_rate, warmup, steps
-        )
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, steps)
     return optax.warmup_constant_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup)
 
 
@@ -27,9 +25,7 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
     """Clips to the global norm, then AdamW; matrices alone decay."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decays
-        ),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decays),
     )
 
 

@@ -65,9 +65,7 @@ def make_loss(graphdef: nnx.GraphDef, *, chunk: int) -> Loss:
     return loss
 
 
-def loss_and_gradient(
-    loss: Loss, params: Any, frozen: Any, batch: Batch, *, accumulation: int
-) -> tuple[jax.Array, Any]:
+def loss_and_gradient(loss: Loss, params: Any, frozen: Any, batch: Batch, *, accumulation: int) -> tuple[jax.Array, Any]:
     """The batch's mean loss and its gradient; `accumulation` parts one after the other give what the whole would."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulation == 1:
@@ -90,9 +88,7 @@ def _micro_batches(count: int, x: jax.Array) -> jax.Array:
     return constrain(parts, "layers", "batch", *["length"] * (x.ndim - 1))
 
 
-def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, accumulation: int = 1
-) -> Step:
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, accumulation: int = 1) -> Step:
     """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     Metrics are scalars: loss, grad_norm (before clipping), learning_rate, tokens (padding not counted), loss_tokens and, for

@@ -1,0 +1,220 @@
+"""A fine-tuning run from checkpoint to result: load, iterate, log, save, and go on after an interruption."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from pvm_jax.batch import Batch
+from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch
+from pvm_jax.model import Qwen3VL, abstract_model
+from pvm_jax.processing import Processor
+from pvm_jax.sharding import batch_sharding, make_mesh
+from train.config import SFTConfig
+from train.data import load_training_data
+from train.flops import count_flops, peak_flops
+from train.log import RunLog
+from train.optimizer import make_optimizer, make_schedule
+from train.step import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
+
+# What may change between a run and its continuation: none of it changes what is computed.
+_FREE_KEYS = {"accumulation", "mesh", "remat", "attention", "loss_chunk", "log_every", "checkpoint_every", "keep"}
+
+
+@dataclass(frozen=True)
+class Program:
+    """The compiled part of a run.
+
+    Attributes:
+        graphdef: structure of the model, with the run's dtypes, remat and kernel.
+        frozen: parameters that do not train, in the compute dtype.
+        step: jitted, donates its state.
+        flops: of one step on a batch of this shape; 0 where the devices' peak is unknown.
+        batch_sharding: of every leaf of a batch.
+    """
+
+    graphdef: nnx.GraphDef
+    frozen: Any
+    step: Step
+    flops: Callable[[TrainState, Batch], int]
+    batch_sharding: NamedSharding
+
+
+def run(config: SFTConfig) -> None:
+    """Trains as `config` says, from the last step checkpoint in `run_dir` if there is one.
+
+    Raises:
+        ValueError: if the batch does not divide over the mesh, or `run_dir` holds a run with another config.
+        FloatingPointError: if the loss stops being finite.
+    """
+    mesh = make_mesh(**asdict(config.mesh))
+    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size // config.accumulation
+    if rows % shards:
+        raise ValueError(f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}")
+    run_dir = Path(config.run_dir).absolute()
+    with jax.set_mesh(mesh):
+        model = load_for_training(config, mesh)
+        data = load_training_data(
+            config,
+            Processor.from_pretrained(config.checkpoint),
+            model.config,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        total = len(data.batches)
+        _claim(run_dir, config, total)
+        result = run_dir / ("branch" if config.trainable == "pvm" else "model")
+        if result.exists():
+            raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
+        identity = backbone_identity(nnx.state(model))
+        program, state = build(config, model, total, mesh)
+        model_config = model.config
+        del model  # its arrays live on in `program` and `state`, in their training dtypes
+        batches = data.iterator(config.data.threads, config.data.prefetch)
+        with TrainCheckpoints(run_dir / "steps", model_config, identity, keep=config.keep) as checkpoints:
+            if checkpoints.latest is not None:
+                abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+                del state
+                state = checkpoints.restore(abstract, batches)
+            device_kind = jax.devices()[0].device_kind
+            peak = peak_flops(device_kind)
+            log = RunLog(
+                run_dir / "log",
+                start=int(state.step),
+                total=total,
+                every=config.log_every,
+                peak_flops=peak and peak * jax.device_count(),
+            )
+            with log:
+                log.print(data.report)
+                if not peak:
+                    log.print(f"MFU is not logged: the peak of {device_kind!r} is not in train/flops.py")
+                state = train(config, program, state, batches, total, checkpoints, log)
+        if int(state.step) < total:
+            log.print(f"stopped after step {int(state.step)}; the same command continues")
+            return
+        export(config, program, state, result)
+        log.print(f"written: {result}")
+
+
+def load_for_training(config: SFTConfig, mesh: Mesh) -> Qwen3VL:
+    """The checkpoint on the mesh, computing in the run's dtype with its remat policy and kernel."""
+    model = load(config.checkpoint, mesh=mesh, branch=config.branch)
+    model_config = replace(model.config, dtype=config.dtype, remat=config.remat, attention=config.attention)
+    return nnx.merge(nnx.graphdef(abstract_model(model_config)), nnx.state(model))
+
+
+def build(config: SFTConfig, model: Qwen3VL, total: int, mesh: Mesh) -> tuple[Program, TrainState]:
+    """The program of a run of `total` steps and its state at step 0."""
+    schedule = make_schedule(config.optimizer, total)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    graphdef, trained, frozen = split_model(model, config.trainable)
+    shardings = state_shardings(trained, optimizer, mesh)
+    state = init_state(trained, optimizer, shardings)
+    frozen = cast(nnx.as_pure(frozen), config.dtype)
+
+    def step_of(graphdef: nnx.GraphDef) -> Step:
+        loss = make_loss(graphdef, chunk=config.loss_chunk)
+        return make_step(loss, optimizer, schedule, accumulation=config.accumulation)
+
+    # MFU is about the model's own products: not those that remat repeats, nor those that a kernel skips or pads.
+    plain_config = replace(model.config, remat="none", attention="xla")
+    plain = step_of(split_model(abstract_model(plain_config), config.trainable)[0])
+    known_peak = peak_flops(jax.devices()[0].device_kind) is not None
+
+    def flops(state: TrainState, batch: Batch) -> int:
+        return count_flops(plain, state, frozen, batch) if known_peak else 0
+
+    step = jax.jit(step_of(graphdef), donate_argnums=0, out_shardings=(shardings, None))
+    return Program(graphdef, frozen, step, flops, batch_sharding(mesh)), state
+
+
+def train(
+    config: SFTConfig,
+    program: Program,
+    state: TrainState,
+    batches: grain.DatasetIterator[Batch],
+    total: int,
+    checkpoints: TrainCheckpoints,
+    log: RunLog,
+) -> TrainState:
+    """Steps from `state.step` to `total`, or to a SIGTERM, with a step checkpoint at the end of either."""
+    flops: dict[tuple[int, int], int] = {}
+    with _stop_requests() as stop_requested:
+        for number in range(int(state.step), total):
+            batch = to_devices(next(batches), program.batch_sharding)
+            shape = (batch.tokens.shape[1], batch.patches.shape[1])
+            if new_shape := shape not in flops:
+                log.flush()
+                flops[shape] = program.flops(state, batch)
+            start = time.perf_counter()
+            state, metrics = program.step(state, program.frozen, batch)
+            log.add(number, metrics, flops[shape])
+            if new_shape:
+                log.flush(timed=False)
+                log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
+            stopping = stop_requested(number)
+            if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
+                log.flush()  # raises before a checkpoint could keep parameters that are not finite
+                checkpoints.save(number + 1, state, batches)
+                log.restart_clock()
+            if stopping:
+                break
+    return state
+
+
+def to_devices(batch: Batch, sharding: NamedSharding) -> Batch:
+    """The global batch whose rows on this host are `batch`'s."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def export(config: SFTConfig, program: Program, state: TrainState, path: Path) -> None:
+    """Writes what was trained: the branch alone (float32), or the whole model in the dtype of the checkpoint it came from."""
+    model: Qwen3VL = nnx.merge(program.graphdef, state.params, program.frozen)
+    if config.trainable == "pvm":
+        save_branch(path, model)
+        return
+    params = cast(nnx.as_pure(nnx.state(model)), model.config.param_dtype)
+    save(path, nnx.merge(program.graphdef, params), assets=config.checkpoint)
+
+
+def _claim(run_dir: Path, config: SFTConfig, total: int) -> None:
+    """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there."""
+    mine = {"steps": total} | {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
+    mine = json.loads(json.dumps(mine))
+    note = run_dir / "run.json"
+    if note.exists():
+        other = json.loads(note.read_text())
+        if changed := [key for key in mine if mine[key] != other.get(key)]:
+            raise ValueError(
+                f"{run_dir} holds a run with another {', '.join(changed)}: give the values of {note}, or another --run_dir"
+            )
+    elif jax.process_index() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(mine, indent=2))
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields step -> whether the run was asked to end (SIGTERM); all processes get True at the same step."""
+    if jax.process_count() > 1:  # jax.distributed listens to the signal and agrees on the step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    requests: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
+    try:
+        yield lambda _: bool(requests)
+    finally:
+        signal.signal(signal.SIGTERM, before)
