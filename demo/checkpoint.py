@@ -136,12 +136,8 @@ def write_assets(folder: Path) -> ModelConfig:
         "image_std": [0.5, 0.5, 0.5],
         "processor_class": "Qwen3VLProcessor",
     }
-    _write_json(
-        folder / "preprocessor_config.json", common | {"image_processor_type": "Qwen2VLImageProcessorFast"}
-    )
-    _write_json(
-        folder / "video_preprocessor_config.json", common | {"video_processor_type": "Qwen3VLVideoProcessor"}
-    )
+    _write_json(folder / "preprocessor_config.json", common | {"image_processor_type": "Qwen2VLImageProcessorFast"})
+    _write_json(folder / "video_preprocessor_config.json", common | {"video_processor_type": "Qwen3VLVideoProcessor"})
     return config
 
 

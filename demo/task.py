@@ -50,10 +50,9 @@ VALUES: dict[str, tuple[str, ...]] = {
 ATTRIBUTES = tuple(VALUES)
 CELLS = tuple(f"{column}{row + 1}" for row in range(MAX_SIZE) for column in COLUMNS)
 QUESTION = "List"
-FILLER = (
-    "the road ran along a quiet river and then over some low hills where old farms stood between fields of wheat "
-    "no one spoke while slow carts went by"
-).split()
+FILLER_TEXT = """the road ran along a quiet river and then over some low hills where old farms stood between fields of wheat
+no one spoke while slow carts went by"""
+FILLER = FILLER_TEXT.split()
 
 Digits = Literal["train", "heldout"]
 
