@@ -65,7 +65,8 @@ class Processor:
         self._visual_ids = tokenizer.convert_tokens_to_ids(visual[:2])
         specials = (token for token in added if added[token].special and token in chat_template)
         self._structure = (*visual, *specials)
-        # The template writes one run around a video; each group of frames gets one of its own in its place.
+        # The template writes one run around a video, in whose place each group of frames gets its own: so does the processor
+        # that the model was published with (transformers 4.57); from 5.10 on transformers leaves the outer run around them.
         run = re.escape(self._start + self._video + self._end)
         self._placeholder = re.compile(f"{run}|{re.escape(self._video)}|{re.escape(self._image)}")
 
