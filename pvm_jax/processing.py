@@ -63,8 +63,8 @@ class Processor:
                 raise ValueError(f"the tokenizer has no token {token}: it is not Qwen3-VL's")
         self._image, self._video, self._start, self._end = visual
         self._visual_ids = tokenizer.convert_tokens_to_ids(visual[:2])
-        specials = (token for token in added if added[token].special and token in chat_template)
-        self._structure = (*visual, *specials)
+        specials = [token for token in added if added[token].special and token in chat_template]
+        self._structure = tuple(dict.fromkeys([*visual, *specials]))
         # The template writes one run around a video, in whose place each group of frames gets its own: so does the processor
         # that the model was published with (transformers 4.57); from 5.10 on transformers leaves the outer run around them.
         run = re.escape(self._start + self._video + self._end)

@@ -1,6 +1,7 @@
 """Conversations -> arrays, against transformers' Qwen3VLProcessor (its text part, which runs without torchvision)."""
 
 import json
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -184,6 +185,11 @@ def test_encode_equals_a_batch_of_one(processor):
     assert np.array_equal(example.image_grid_thw, arrays["image_grid_thw"])
     assert example.pixel_values_videos is None
     assert example.video_grid_thw is None
+
+
+def test_goes_to_worker_processes(processor):
+    copy = pickle.loads(pickle.dumps(processor))
+    assert np.array_equal(copy.encode(LONG).input_ids, processor.encode(LONG).input_ids)
 
 
 def test_text_alone_has_no_pixels(processor):
