@@ -1,5 +1,6 @@
 """Qwen3-VL with Persistent Visual Memory: tower + decoder + branches, a pure function of parameters and a batch."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -59,8 +60,9 @@ class Qwen3VL(nnx.Module):
         self.pvm = nnx.Dict({str(layer): PersistentVisualMemory(config, rngs=rngs) for layer in c.pvm_layers})
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Logits [B, S, vocab] float32. A convenience: training reads `hidden` and the head in chunks."""
-        return self.logits(self.hidden(batch))
+        """Logits [B, S, vocab] float32, compiled once per shape. A convenience: training reads `hidden` and the head in chunks."""
+        graphdef, params = nnx.split(self)
+        return _logits(graphdef, nnx.as_pure(params), batch)
 
     def hidden(self, batch: Batch) -> jax.Array:
         """[B, S, D] after the final norm."""
@@ -180,6 +182,12 @@ class Qwen3VL(nnx.Module):
             return self.pvm[key](stream, memories[key], segment_ids, visual_index >= 0)
 
         return self.language_model(hidden, positions, segment_ids, recall=recall if memories else None, **kwargs)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Array:
+    model: Qwen3VL = nnx.merge(graphdef, params)
+    return model.logits(model.hidden(batch))
 
 
 def abstract_model(config: ModelConfig) -> Qwen3VL:

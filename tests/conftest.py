@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from convert.hf_to_orbax import convert
+from pvm_jax import Qwen3VL, load
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -17,3 +20,18 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden(request) -> Path:
     """One of the reference checkpoints with what the authors' code computed (tests/golden/README.md)."""
     return GOLDEN / request.param
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """The reference checkpoints, converted."""
+    root = tmp_path_factory.mktemp("golden")
+    for shape in ("shape_8b", "shape_4b"):
+        convert(GOLDEN / shape, root / shape)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture
+def golden_model(golden, golden_checkpoints) -> Qwen3VL:
+    """The model of `golden`, through conversion and loading."""
+    return load(golden_checkpoints[golden.name])

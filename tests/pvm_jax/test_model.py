@@ -1,0 +1,233 @@
+"""Properties of the model that need no reference: exact neutrality of a fresh branch, packing, caching, static shapes, meshes."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, generate
+from pvm_jax.sharding import batch_sharding, make_mesh, param_shardings
+
+CONFIG = ModelConfig(
+    text=TextConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        mrope_section=(4, 2, 2),
+        pvm_layers=(1, 3),
+        pvm_hidden_size=32,
+    ),
+    vision=VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        depth=4,
+        num_heads=2,
+        out_hidden_size=32,
+        num_position_embeddings=36,
+        deepstack_visual_indexes=(0, 1, 2),
+        patch_size=4,
+    ),
+    tie_word_embeddings=True,
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+)
+
+
+def example(seed: int, *, text: tuple[int, ...], grids: tuple[tuple[int, int], ...] = ()) -> Example:
+    """Random text runs around images of the given (rows, columns) of patches; every text token but the first is learned."""
+    rng = np.random.default_rng(seed)
+    pieces, pixels = [], []
+    for number, length in enumerate(text):
+        pieces.append(rng.integers(1, 80, length))
+        if number < len(grids):
+            rows, columns = grids[number]
+            pieces.append([92, *[90] * (rows * columns // 4), 93])
+            pixels.append(rng.normal(size=(rows * columns, CONFIG.vision.patch_dim)).astype(np.float32))
+    ids = np.concatenate(pieces).astype(np.int32)
+    return Example(
+        input_ids=ids,
+        pixel_values=np.concatenate(pixels) if pixels else None,
+        image_grid_thw=np.array([(1, *grid) for grid in grids]) if grids else None,
+        loss_mask=ids < 80,
+    )
+
+
+EXAMPLES = [
+    example(1, text=(5, 9), grids=((4, 6),)),
+    example(2, text=(12,)),
+    example(3, text=(3, 4, 7), grids=((2, 2), (6, 4))),
+    example(4, text=(1, 20), grids=((2, 8),)),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3VL:
+    return randomized(CONFIG)
+
+
+def randomized(config: ModelConfig) -> Qwen3VL:
+    """Random, with gates that are open and norms that are not 1: nothing is neutral by accident."""
+    graphdef, params = nnx.split(abstract_model(config))
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(mean + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
+
+
+def run(model: Qwen3VL, method: str, *args, **static):
+    """A method of the model under jit."""
+    graphdef, params = nnx.split(model)
+    call = jax.jit(lambda params, *args: getattr(nnx.merge(graphdef, params), method)(*args, **static))
+    return call(nnx.as_pure(params), *args)
+
+
+def test_packed_rows_give_the_same_logits(model):
+    """Segments confine decoder attention, the PVM branch and the tower to the example's own tokens and frames."""
+    alone = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
+    packed = Batch.from_rows([EXAMPLES[:2], EXAMPLES[2:]], CONFIG, length=80, patches=64)
+    want, got = model(alone), model(packed)
+    for number, (row, start) in enumerate([(0, 0), (0, len(EXAMPLES[0].input_ids)), (1, 0), (1, len(EXAMPLES[2].input_ids))]):
+        length = len(EXAMPLES[number].input_ids)
+        scale = np.abs(want[number, :length]).max()
+        np.testing.assert_allclose(got[row, start : start + length], want[number, :length], atol=1e-5 * scale)
+
+
+def test_a_row_without_images_gets_no_update(model):
+    batch = Batch.from_rows([[EXAMPLES[0]], [EXAMPLES[1]], [EXAMPLES[1], EXAMPLES[0]]], CONFIG, length=64, patches=32)
+    trace = run(model, "trace", batch)
+    for update in trace.updates.values():
+        text_only = len(EXAMPLES[1].input_ids)
+        assert not np.asarray(update[1]).any()
+        assert not np.asarray(update[2, :text_only]).any()
+        assert np.asarray(update[2, text_only:]).any()
+        assert not np.asarray(update[0][batch.visual_index[0] >= 0]).any()
+
+
+def test_a_batch_without_patches_skips_the_tower(model):
+    with_columns = Batch.from_rows([[EXAMPLES[1]]], CONFIG, length=16, patches=16)
+    without = Batch.from_rows([[EXAMPLES[1]]], CONFIG, length=16, patches=0)
+    np.testing.assert_allclose(model(without), model(with_columns), atol=1e-5)
+
+
+def test_a_fresh_branch_is_the_base_model_and_can_learn():
+    """Bit for bit; and at the first step the gate alone has a gradient."""
+    model = nnx.jit(lambda: Qwen3VL(CONFIG, rngs=nnx.Rngs(3)))()
+    base = abstract_model(CONFIG.without_pvm())
+    nnx.update(base, nnx.state(model, lambda path, _: path[0] != "pvm"))
+    batch = Batch.from_rows([EXAMPLES], CONFIG, length=128, patches=128)
+    np.testing.assert_array_equal(np.asarray(model(batch)), np.asarray(base(batch)))
+
+    graphdef, branch, rest = nnx.split(model, lambda path, _: path[0] == "pvm", ...)
+
+    def loss(branch):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, branch, rest)(batch)))
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(nnx.as_pure(branch))):
+        assert bool(jnp.any(gradient != 0)) == ("gate_alpha" in jax.tree_util.keystr(path)), path
+
+
+def test_decoding_equals_the_full_forward(model):
+    """Teacher-forced, left-padded and right-padded rows: every step of the cache against one forward pass."""
+    rows = [[EXAMPLES[0]], [EXAMPLES[3]], [EXAMPLES[1]]]
+    prompt = Batch.from_rows(rows, CONFIG, length=32, patches=32)
+    continuation = np.random.default_rng(5).integers(1, 80, (len(rows), 12))
+    hidden, cache = run(model, "prefill", prompt, slots=32 + 12)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def decode(tokens, positions, cache, slot):
+        model = nnx.merge(graphdef, params)
+        hidden, cache = model.decode(tokens, positions, jnp.ones(len(rows), int), cache, slot)
+        return model.logits(hidden)[:, 0], cache
+
+    position = prompt.positions.max((1, 2)) + 1
+    stepwise = []
+    for step in range(12):
+        logits, cache = decode(continuation[:, step], position + step, cache, 32 + step)
+        stepwise.append(logits)
+    longer = [
+        [dataclasses.replace(row[0], input_ids=np.append(row[0].input_ids, more), loss_mask=None)]
+        for row, more in zip(rows, continuation, strict=True)
+    ]
+    full = model(Batch.from_rows(longer, CONFIG, length=48, patches=32))
+    for row, (e,) in enumerate(rows):
+        start = len(e.input_ids)
+        want = full[row, start : start + 12]
+        np.testing.assert_allclose(np.stack(stepwise, 1)[row], want, atol=1e-4 * np.abs(want).max())
+
+
+def test_compilations_are_bounded_by_the_buckets(model):
+    """Fifty batches of varied images: as many traces as there are shapes."""
+    chex.clear_trace_counter()
+    graphdef, params = nnx.split(model)
+    rng, shapes = np.random.default_rng(0), set()
+
+    @jax.jit
+    @chex.assert_max_traces(n=2 * 2)  # two buckets of tokens times two of patches
+    def forward(params, batch):
+        return nnx.merge(graphdef, params).hidden(batch)
+
+    for seed in range(50):
+        rows, columns = 2 * rng.integers(1, 5, 2)
+        e = example(seed, text=(int(rng.integers(1, 30)), int(rng.integers(1, 28))), grids=((rows, columns),))
+        ids = e.input_ids[None]
+        batch = Batch.from_hf({"input_ids": ids, "pixel_values": e.pixel_values, "image_grid_thw": e.image_grid_thw}, CONFIG)
+        shapes.add((batch.tokens.shape, batch.patches.shape))
+        forward(params, batch)
+    assert len(shapes) > 1
+
+
+@pytest.fixture(scope="module")
+def shallow() -> Qwen3VL:
+    """One layer of every kind: what sharding needs to be tested, and no more to compile."""
+    text = dataclasses.replace(CONFIG.text, num_hidden_layers=2, pvm_layers=(1,))
+    vision = dataclasses.replace(CONFIG.vision, depth=2, deepstack_visual_indexes=(0,))
+    return randomized(dataclasses.replace(CONFIG, text=text, vision=vision))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_sharded_equals_unsharded(shallow, shape):
+    """Values and gradients. Four heads do not divide over eight devices: there they stay whole."""
+    batch = Batch.from_rows([[e] for e in EXAMPLES * 2], CONFIG, length=48, patches=64)
+    graphdef, params = nnx.split(shallow)
+
+    def loss(params, batch):
+        hidden = nnx.merge(graphdef, params).hidden(batch)
+        return jnp.sum(jnp.where((batch.segment_ids > 0)[..., None], jnp.sin(hidden), 0)), hidden
+
+    step = jax.grad(loss, has_aux=True)
+    want = jax.jit(step)(nnx.as_pure(params), batch)
+    mesh = make_mesh(*shape)
+    shardings = param_shardings(params, mesh)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(nnx.as_pure(params), shardings)
+        got = jax.jit(step, out_shardings=(shardings, None))(placed, jax.device_put(batch, batch_sharding(mesh)))
+    if shape[1] * shape[2] > 1:
+        largest = max(jax.tree.leaves(placed), key=lambda leaf: leaf.size)
+        assert not largest.sharding.is_fully_replicated
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(want))
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), atol=2e-5 * scale)
+
+
+def test_sharded_generation_gives_the_same_tokens(shallow):
+    batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
+    want = generate(shallow, batch, max_new_tokens=16, temperature=0.0)
+    mesh = make_mesh(2, 2, 2)
+    graphdef, params = nnx.split(shallow)
+    with jax.set_mesh(mesh):
+        sharded = nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh)))
+        got = generate(sharded, batch, max_new_tokens=16, temperature=0.0)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
