@@ -14,12 +14,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from pvm_jax.batch import Batch
@@ -70,6 +72,14 @@ class Conversations(Sequence[Messages]):
     def where(self, index: int) -> str:
         """`file:line` of conversation `index`, for error messages."""
         return f"{self.path}:{index + 1}"
+
+    @contextmanager
+    def naming(self, index: int) -> Iterator[None]:
+        """Turns what conversation `index` is refused for into a ValueError that names its line."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.where(index)}: {error}") from error
 
 
 def _with_absolute_paths(message: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -130,10 +140,8 @@ def load_training_data(
         raise ValueError(_describe_too_long(conversations, sizes, members, too_long))
 
     def encode(index: int):
-        try:
+        with conversations.naming(index):
             return processor.encode(conversations[index])
-        except ValueError as error:
-            raise ValueError(f"{conversations.where(index)}: {error}") from error
 
     parts, shapes = [], []
     for bucket, indices in zip(buckets, members, strict=True):
@@ -158,18 +166,26 @@ def load_training_data(
 def measure(conversations: Conversations, count: Callable[[Messages], tuple[int, int]], threads: int) -> np.ndarray:
     """(tokens, patches) of every conversation, [N, 2], with a progress bar on a terminal."""
 
-    def sizes(start: int) -> Iterator[tuple[int, int]]:
+    def sizes(start: int) -> list[tuple[int, int]]:
         return [count_one(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))]
 
     def count_one(index: int) -> tuple[int, int]:
-        try:
-            return count(conversations[index])
-        except ValueError as error:
-            raise ValueError(f"{conversations.where(index)}: {error}") from error
+        messages = conversations[index]
+        with conversations.naming(index):
+            if not any(message.get("role") == "assistant" for message in messages):
+                raise ValueError("there is no assistant turn to learn from")
+            return count(messages)
 
     starts = range(0, len(conversations), _MEASURE_CHUNK)
     with ThreadPoolExecutor(threads) as pool:
-        chunks = track(pool.map(sizes, starts), "Measuring examples", total=len(starts), transient=True)
+        console = Console()
+        chunks = track(
+            pool.map(sizes, starts),
+            "Measuring examples",
+            total=len(starts),
+            console=console,
+            disable=not console.is_terminal,
+        )
         return np.array([size for chunk in chunks for size in chunk], np.int64)
 
 

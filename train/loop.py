@@ -11,8 +11,6 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
-import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding

@@ -1,6 +1,7 @@
 """The reference checkpoints as models, and their batch with labels."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,17 +10,17 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pvm_jax.batch import Batch
+from pvm_jax.batch import Batch, Example
 from pvm_jax.config import ModelConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 
 
-def load_golden_model(path: Path, **overrides) -> Qwen3VL:
+def _load_model(path: Path) -> Qwen3VL:
     """Reads a reference checkpoint without the converter (which has its own tests)."""
     tensors = {}
     for file in sorted(path.glob("model*.safetensors")):
         tensors |= load_file(file)
-    config = ModelConfig.from_hf(path, **overrides)
+    config = ModelConfig.from_hf(path)
     graphdef, abstract = nnx.split(abstract_model(config))
     params = [
         (path, param.replace(jnp.asarray(_find(tensors, "/".join(map(str, path)), param.shape))))
@@ -39,7 +40,7 @@ def _find(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> 
 
 @pytest.fixture
 def golden_model(golden) -> Qwen3VL:
-    return load_golden_model(golden)
+    return _load_model(golden)
 
 
 @pytest.fixture
@@ -47,3 +48,38 @@ def golden_batch(golden) -> Batch:
     arrays = load_file(golden / "forward_inputs.safetensors")
     arrays["labels"] = load_file(golden / "grad_outputs.safetensors")["labels"]
     return Batch.from_hf(arrays, ModelConfig.from_hf(golden))
+
+
+@pytest.fixture(scope="session")
+def model() -> Qwen3VL:
+    """The smallest model with every part in it, its gate open: it compiles fast."""
+    config = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b", remat="none")
+    text = replace(config.text, num_hidden_layers=2, pvm_layers=(1,))
+    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
+    model = Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0))
+    model.pvm["1"].gate_alpha[...] = jnp.ones(1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def eight_rows(model) -> Batch:
+    """Eight rows with images of several sizes, one without any; each has its own share of learned tokens."""
+    rng, config = np.random.default_rng(0), model.config
+
+    def example(grids: list[tuple[int, int]], learned: float) -> Example:
+        images = [
+            [config.vision_start_token_id, *[config.image_token_id] * (rows * columns // 4), config.vision_end_token_id]
+            for rows, columns in grids
+        ]
+        ids = np.concatenate([*images, rng.integers(0, 400, rng.integers(10, 24))]).astype(np.int32)
+        patches = sum(rows * columns for rows, columns in grids)
+        return Example(
+            ids,
+            rng.normal(size=(patches, config.vision.patch_dim)).astype(np.float32) if grids else None,
+            np.array([(1, *grid) for grid in grids]) if grids else None,
+            loss_mask=(np.arange(len(ids)) > sum(map(len, images))) & (rng.random(len(ids)) < learned),
+        )
+
+    grids = [[(2, 2)], [(4, 4)], [(2, 4), (4, 2)], [], [(2, 8)], [(4, 2)], [(2, 2), (2, 2)], [(4, 4)]]
+    rows = [[example(grid, learned)] for grid, learned in zip(grids, np.linspace(0.1, 1, 8), strict=True)]
+    return Batch.from_rows(rows, config, length=48, patches=16)

@@ -1,16 +1,20 @@
 """Training steps: the reference's gradients and losses, accumulation, sharding, and what a step costs."""
 
+import dataclasses
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import load_golden_model
 from flax import nnx
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
+from pvm_jax.batch import Batch, Example
+from pvm_jax.model import abstract_model
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from train.config import OptimizerConfig
 from train.flops import count_flops
@@ -40,7 +44,7 @@ def test_branch_gradients_equal_the_reference(golden, golden_model, golden_batch
     loss = make_loss(graphdef, chunk=8)
     step = jax.jit(lambda *args: loss_and_gradient(loss, *args, accumulation=1))
     mean, gradients = step(nnx.as_pure(trained), nnx.as_pure(frozen), golden_batch)
-    assert mean == pytest.approx(expected["loss"][0], rel=1e-5)
+    assert float(mean) == pytest.approx(expected["loss"][0], rel=1e-5)
     gradients = named(gradients)
     assert len(gradients) == sum(key.startswith("grad.") for key in expected)
     for name, gradient in gradients.items():
@@ -53,30 +57,143 @@ def one_device():
     return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
-def train(model, batch, trainable, *, steps, mesh=None, accumulation=1, optimizer_config=None):
-    """Runs `steps` steps on one batch; returns the losses and the final parameters."""
+def set_up(model, trainable, *, mesh, accumulation=1, steps=20):
+    """(jitted step, state, frozen) of a run at a constant rate."""
+    config = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0)
+    schedule = make_schedule(config, steps)
+    optimizer = make_optimizer(config, schedule)
+    graphdef, trained, frozen = split_model(model, trainable)
+    shardings = state_shardings(trained, optimizer, mesh)
+    frozen = jax.device_put(nnx.as_pure(frozen), param_shardings(frozen, mesh))
+    step = make_step(make_loss(graphdef, chunk=16), optimizer, schedule, accumulation=accumulation)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return step, init_state(trained, optimizer, shardings), frozen
+
+
+def train(model, batch, trainable, *, steps, mesh=None, accumulation=1):
+    """Runs `steps` steps on one batch; returns the losses and the final state."""
     mesh = mesh or one_device()
     with jax.set_mesh(mesh):
-        config = optimizer_config or OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0)
-        schedule = make_schedule(config, steps)
-        optimizer = make_optimizer(config, schedule)
-        graphdef, trained, frozen = split_model(model, trainable)
-        shardings = state_shardings(trained, optimizer, mesh)
-        state = init_state(trained, optimizer, shardings)
-        frozen = jax.device_put(nnx.as_pure(frozen), param_shardings(frozen, mesh))
+        step, state, frozen = set_up(model, trainable, mesh=mesh, accumulation=accumulation)
         batch = jax.device_put(batch, batch_sharding(mesh))
-        step = make_step(make_loss(graphdef, chunk=16), optimizer, schedule, accumulation=accumulation)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         losses = []
         for _ in range(steps):
             state, metrics = step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
-        return losses, metrics, state
+        return losses, state
 
 
 def test_twenty_steps_equal_the_reference(golden, golden_model, golden_batch):
     expected = load_file(golden / "train_outputs.safetensors")
-    losses, _, state = train(golden_model, golden_batch, "pvm", steps=20)
+    losses, state = train(golden_model, golden_batch, "pvm", steps=20)
     np.testing.assert_allclose(losses, expected["losses"], rtol=1e-3)
     gates = [float(gate[0]) for name, gate in named(state.params).items() if name.endswith("gate_alpha")]
     np.testing.assert_allclose(gates, expected["gates"], rtol=1e-3)
+
+
+def gradient(model, batch, accumulation):
+    graphdef, trained, frozen = split_model(model, "all")
+    loss = make_loss(graphdef, chunk=16)
+    step = jax.jit(lambda *args: loss_and_gradient(loss, *args, accumulation=accumulation))
+    return step(nnx.as_pure(trained), nnx.as_pure(frozen), batch)
+
+
+def test_accumulated_gradients_equal_those_of_one_big_batch(model, eight_rows):
+    whole, expected = gradient(model, eight_rows, 1)
+    for accumulation in (2, 8):
+        mean, actual = gradient(model, eight_rows, accumulation)
+        assert float(mean) == pytest.approx(float(whole), rel=1e-6)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def unsharded(model, eight_rows):
+    return train(model, eight_rows, "all", steps=2)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor", "accumulation"), [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 2)])
+def test_sharded_steps_equal_unsharded(model, eight_rows, unsharded, data, fsdp, tensor, accumulation):
+    expected, expected_state = unsharded
+    mesh = make_mesh(data, fsdp, tensor)
+    losses, state = train(model, eight_rows, "all", steps=2, mesh=mesh, accumulation=accumulation)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    moments = optax.tree.get(expected_state.opt_state, "mu"), optax.tree.get(state.opt_state, "mu")
+    chex.assert_trees_all_close(*map(jax.device_get, moments), rtol=1e-3, atol=1e-6)
+    if fsdp > 1:  # parameters and moments are split alike, not copied
+        for tree in (state.params, optax.tree.get(state.opt_state, "mu")):
+            assert not named(tree)["language_model/layers/mlp/up_proj/weight"].sharding.is_fully_replicated
+
+
+def test_bfloat16_run_keeps_trained_weights_and_moments_in_float32(model, eight_rows, unsharded):
+    graphdef = nnx.graphdef(abstract_model(dataclasses.replace(model.config, dtype="bfloat16")))
+    model, mesh = nnx.merge(graphdef, nnx.state(model)), one_device()
+    with jax.set_mesh(mesh):
+        step, state, frozen = set_up(model, "pvm", mesh=mesh)
+        state, metrics = step(state, cast(frozen, "bfloat16"), eight_rows)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, optax.tree.get(state.opt_state, "mu")))} == {
+        jnp.float32.dtype
+    }
+    assert float(metrics["loss"]) == pytest.approx(unsharded[0][0], rel=1e-2)
+
+
+def test_no_more_compilations_than_buckets(model):
+    """Fifty batches of images of any size: as many traces as buckets."""
+    rng, shapes = np.random.default_rng(0), [(64, 16), (96, 16), (96, 64)]
+    config, mesh = model.config, one_device()
+
+    def example(length, patches):
+        grid = np.array([[1, 2, 2 * rng.integers(1, patches // 4 + 1)]])
+        image = [config.vision_start_token_id, *[config.image_token_id] * (grid.prod() // 4), config.vision_end_token_id]
+        text = rng.integers(0, 400, rng.integers(10, length - len(image)))
+        ids = np.concatenate([image, text])
+        pixels = rng.normal(size=(grid.prod(), config.vision.patch_dim)).astype(np.float32)
+        return Example(ids, pixels, grid, loss_mask=np.arange(len(ids)) >= len(image))
+
+    with jax.set_mesh(mesh):
+        graphdef, trained, frozen = split_model(model, "pvm")
+        loss = make_loss(graphdef, chunk=16)
+        chex.clear_trace_counter()
+        traced_once_a_bucket = chex.assert_max_traces(loss, n=len(shapes))
+        step = jax.jit(lambda *args: traced_once_a_bucket(*args)[0])
+        for index in range(50):
+            length, patches = shapes[index % 3]
+            rows = [[example(length, patches)] for _ in range(2)]
+            batch = Batch.from_rows(rows, config, length=length, patches=patches)
+            assert np.isfinite(step(nnx.as_pure(trained), nnx.as_pure(frozen), batch))
+
+
+class TestCost:
+    """What a step costs, counted from the traced program."""
+
+    @staticmethod
+    def forward_and_step(config, trainable):
+        graphdef, trained, frozen = split_model(abstract_model(config), trainable)
+        trained, frozen = nnx.as_pure(trained), nnx.as_pure(frozen)
+        batch = Batch.empty(config, rows=2, length=32, patches=16)
+        loss = make_loss(graphdef, chunk=16)
+        forward = count_flops(loss, trained, frozen, batch)
+        return forward, count_flops(partial(loss_and_gradient, loss, accumulation=1), trained, frozen, batch)
+
+    @pytest.fixture
+    def config(self, model):
+        return dataclasses.replace(model.config, remat="none")
+
+    def test_branch_step_is_cheaper_than_decoder_than_all(self, config):
+        costs = {trainable: self.forward_and_step(config, trainable) for trainable in ("pvm", "decoder", "all")}
+        assert len({forward for forward, _ in costs.values()}) == 1
+        backward = {trainable: step - forward for trainable, (forward, step) in costs.items()}
+        assert backward["pvm"] < backward["decoder"] < backward["all"]
+        forward = costs["all"][0]
+        assert backward["all"] == pytest.approx(2 * forward, rel=0.05)
+        assert backward["pvm"] < forward  # a product's input has a gradient, its weight has none
+
+    def test_backward_stops_below_the_first_branch(self, config):
+        """Layers under the branch make the forward pass dearer and the backward pass not at all."""
+
+        def costs(layers):
+            text = dataclasses.replace(config.text, num_hidden_layers=layers, pvm_layers=(layers - 1,))
+            return self.forward_and_step(dataclasses.replace(config, text=text), "pvm")
+
+        (shallow, shallow_step), (deep, deep_step) = costs(4), costs(8)
+        assert deep > shallow
+        assert deep_step - deep == shallow_step - shallow
