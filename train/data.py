@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from pvm_jax.batch import Batch
+from pvm_jax.batch import Batch, Example
 from pvm_jax.config import ModelConfig
 from pvm_jax.processing import Processor
 from train.config import Bucket, SFTConfig
@@ -139,17 +140,17 @@ def load_training_data(
     if too_long and data.too_long == "error":
         raise ValueError(_describe_too_long(conversations, sizes, members, too_long))
 
-    def encode(index: int):
-        with conversations.naming(index):
-            return processor.encode(conversations[index])
+    def encode(indices: np.ndarray, place: int) -> Example:
+        with conversations.naming(indices[place]):
+            return processor.encode(conversations[indices[place]])
 
     parts, shapes = [], []
     for bucket, indices in zip(buckets, members, strict=True):
         steps = len(indices) * config.epochs // config.batch_size
         if not steps:
             continue
-        rows = grain.MapDataset.source(indices).shuffle(config.seed).repeat(config.epochs)
-        rows = rows[: steps * config.batch_size][host::hosts].map(encode)
+        rows = grain.MapDataset.range(len(indices)).shuffle(config.seed).repeat(config.epochs)
+        rows = rows[: steps * config.batch_size][host::hosts].map(partial(encode, indices))
         parts.append(rows.batch(config.batch_size // hosts, batch_fn=_collate(bucket, model_config)))
         shapes.append((bucket, steps))
     if not parts:
@@ -208,8 +209,8 @@ def assign(sizes: np.ndarray, buckets: Sequence[Bucket], *, least: int) -> list[
     return members
 
 
-def _collate(bucket: Bucket, model_config: ModelConfig) -> Callable[[Sequence[Any]], Batch]:
-    def collate(examples: Sequence[Any]) -> Batch:
+def _collate(bucket: Bucket, model_config: ModelConfig) -> Callable[[Sequence[Example]], Batch]:
+    def collate(examples: Sequence[Example]) -> Batch:
         rows = [[example] for example in examples]
         return Batch.from_rows(rows, model_config, length=bucket.tokens, patches=bucket.patches)
 
@@ -223,8 +224,7 @@ def _interleave(parts: Sequence[grain.MapDataset], seed: int) -> grain.MapDatase
     place = np.empty(len(bucket_of_step), np.int64)
     for bucket, length in enumerate(lengths):
         place[bucket_of_step == bucket] = np.arange(length)
-    steps = np.stack([bucket_of_step, place], axis=1)
-    return grain.MapDataset.source(steps).map(lambda step: parts[step[0]][int(step[1])])
+    return grain.MapDataset.range(len(place)).map(lambda step: parts[bucket_of_step[step]][int(place[step])])
 
 
 def _describe_too_long(conversations: Conversations, sizes: np.ndarray, members: list[np.ndarray], count: int) -> str:

@@ -46,14 +46,15 @@ def _jaxpr_flops(jaxpr: jex.Jaxpr) -> int:
 
 def _equation_flops(equation: jex.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
+    operands: list[Any] = [variable.aval for variable in equation.invars]
+    results: list[Any] = [variable.aval for variable in equation.outvars]
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
-        depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
-        return 2 * depth * equation.outvars[0].aval.size
+        depth = math.prod(operands[0].shape[axis] for axis in contracting)
+        return 2 * depth * results[0].size
     if name == "conv_general_dilated":
-        kernel = equation.invars[1].aval
-        outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * equation.outvars[0].aval.size * kernel.size // outputs
+        outputs = operands[1].shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * results[0].size * operands[1].size // outputs
     inner = [_jaxpr_flops(jaxpr) for jaxpr in jex.jaxprs_in_params(params)]
     if name == "cond":
         return max(inner)

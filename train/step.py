@@ -32,11 +32,12 @@ TRAINED_PARTS: dict[Trainable, tuple[str, ...]] = {
 @partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes: the trained parameters (float32), the optimizer's state and the number of steps done."""
+    """What a step changes: the trained parameters (float32), the optimizer's state and the number of steps done, an int32
+    scalar; or the sharding of each."""
 
     params: Any
     opt_state: Any
-    step: jax.Array
+    step: Any
 
 
 def split_model(model: Qwen3VL, trainable: Trainable) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -48,9 +49,7 @@ def split_model(model: Qwen3VL, trainable: Trainable) -> tuple[nnx.GraphDef, nnx
     parts = TRAINED_PARTS[trainable]
     graphdef, trained, frozen = nnx.split(model, lambda path, _: path[0] in parts, ...)
     if not jax.tree.leaves(trained):
-        raise ValueError(
-            f"trainable {trainable!r}: the checkpoint has no PVM branch; convert it with --pvm-layers or train 'all'"
-        )
+        raise ValueError(f"trainable {trainable!r}: the checkpoint has no PVM branch (convert.hf_to_orbax adds one)")
     return graphdef, trained, frozen
 
 

@@ -1,0 +1,132 @@
+"""Whole runs of `train.sft` on a tiny checkpoint: results, interruption and continuation, refusals."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from demo.checkpoint import write_assets
+from pvm_jax.checkpoint import load, save
+from pvm_jax.model import Qwen3VL
+from train import sft
+from train.log import RunLog
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
+    root = tmp_path_factory.mktemp("sft")
+    config = write_assets(root / "hf").with_pvm((1,), 64)
+    text = replace(config.text, num_hidden_layers=2)
+    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
+    model = Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0))
+    save(root / "base", model, assets=root / "hf")
+    model.pvm["1"].gate_alpha[...] = np.nan * model.pvm["1"].gate_alpha[...]
+    save(root / "broken", model, assets=root / "hf")
+    rng = np.random.default_rng(0)
+    with open(root / "data.jsonl", "w") as file:
+        for index in range(8 * STEPS):
+            size = (32, 32) if index % 3 else (64, 32)
+            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / f"{index}.png")
+            content = [{"type": "image", "image": f"{index}.png"}, {"type": "text", "text": "List"}]
+            answer = "B3 ground navy\n" * (1 + index % 2)
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield root
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def sft_run(workplace, monkeypatch):
+    """(run_dir, *arguments, stop_at) -> {step: loss} of the steps that the command did."""
+
+    def run(run_dir, *arguments, stop_at=None):
+        losses, write, add = {}, RunLog._write, RunLog.add
+
+        def record(log, step, scalars):
+            losses.update({step: float(scalars["loss"])} if "loss" in scalars else {})
+            write(log, step, scalars)
+
+        def stop(log, step, *args):
+            add(log, step, *args)
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(RunLog, "_write", record)
+        monkeypatch.setattr(RunLog, "add", stop)
+        root = workplace
+        sft.main(
+            [
+                *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.path={root / 'data.jsonl'}"),
+                "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]",
+                *("--batch_size=8", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2"),
+                *("--log_every=2", "--checkpoint_every=2"),
+                *arguments,
+            ]
+        )
+        monkeypatch.undo()
+        return losses
+
+    return run
+
+
+def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys):
+    whole = sft_run("whole")
+    assert sorted(whole) == list(range(len(whole)))
+    assert len(whole) >= STEPS - 1
+    before = sft_run("parts", stop_at=2)
+    assert sorted(before) == [0, 1, 2]
+    assert not (workplace / "parts" / "branch").exists()
+    assert "stopped after step 3" in capsys.readouterr().out
+    after = sft_run("parts")
+    assert sorted(after) == list(range(3, len(whole)))
+    assert before | after == whole
+    kept = sorted(path.name for path in (workplace / "parts" / "steps").iterdir() if path.name.isdigit())
+    assert len(kept) == 2
+
+    base = load(workplace / "base")
+    trained = [load(workplace / "base", branch=workplace / run / "branch") for run in ("whole", "parts")]
+    branches = [jax.tree.leaves(nnx.state(model)["pvm"]) for model in (base, *trained)]
+    assert all(np.array_equal(a, b) for a, b in zip(*branches[1:], strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(*branches[:2], strict=True))
+    assert list((workplace / "whole" / "log").glob("events.*"))
+
+
+def test_finished_run_is_not_run_again(sft_run):
+    sft_run("done", "--max_steps=1")
+    with pytest.raises(FileExistsError, match="this run is finished"):
+        sft_run("done", "--max_steps=1")
+    with pytest.raises(ValueError, match=r"another optimizer: give the values of .*run.json"):
+        sft_run("done", "--max_steps=1", "--optimizer.learning_rate=1")
+
+
+def test_whole_model_is_written_when_all_of_it_trains(workplace, sft_run):
+    sft_run("all", "--trainable=all", "--max_steps=1", "--optimizer.warmup=0", "--accumulation=1")
+    base, model = load(workplace / "base"), load(workplace / "all" / "model")
+    same = [np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (base, model)), strict=True)]
+    assert sum(same) < len(same) / 2
+    assert (workplace / "all" / "model" / "tokenizer.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workplace, sft_run):
+    with pytest.raises(FloatingPointError, match="step 0: loss nan"):
+        sft_run("nan", f"--checkpoint={workplace / 'broken'}")
+    assert not [path for path in (workplace / "nan" / "steps").iterdir() if path.name.isdigit()]
+
+
+def test_batch_must_divide_over_the_mesh(sft_run):
+    with pytest.raises(ValueError, match="4 rows do not divide over the mesh's data x fsdp = 8"):
+        sft_run("uneven", "--accumulation=2")

@@ -1,0 +1,75 @@
+"""Configuration by files and options: what is refused, and with which words; the shipped recipes."""
+
+from pathlib import Path
+
+import pytest
+
+from train import sft
+from train.config import Bucket, SFTConfig, parse
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILE = """
+checkpoint: ckpt
+run_dir: run
+data:
+  path: data.jsonl
+  buckets:
+  - {tokens: 128, patches: 64}
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    """(options, text of the YAML file) -> config."""
+
+    def read(*options, text=FILE):
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        return parse(SFTConfig, ["--config", str(file), *options], prog="sft", description="", examples="")
+
+    return read
+
+
+def test_options_override_the_file(read):
+    config = read("--optimizer.learning_rate", "2e-5", "--trainable=all", "--mesh.tensor=2")
+    assert (config.optimizer.learning_rate, config.trainable, config.mesh.tensor) == (2e-5, "all", 2)
+    assert config.data.buckets == [Bucket(128, 64)]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        (["--optimizer.learnin_rate=1"], FILE, "Did you mean 'optimizer.learning_rate'?"),
+        (["--bacth_size=1"], FILE, "Did you mean 'batch_size'?"),
+        ([], FILE.replace("run_dir", "run_dr"), "Option 'run_dr' is not accepted. Did you mean 'run_dir'?"),
+        ([], FILE.replace("path:", "pth:"), "Did you mean 'path'?"),
+        ([], FILE.replace("tokens", "tokns"), "Did you mean 'tokens'?"),
+        ([], FILE.replace("checkpoint: ckpt", ""), "required: checkpoint"),
+        (["--trainable=pwm"], FILE, "trainable"),
+        (["--batch_size=10", "--accumulation=4"], FILE, "batch_size 10 must be a multiple of accumulation 4"),
+        (["--optimizer.warmup=10"], FILE, "optimizer.warmup is a share of the steps"),
+        ([], FILE.replace("64}", "63}"), "patches a multiple of 4"),
+    ],
+)
+def test_what_is_wrong_is_named(read, capsys, options, text, message):
+    with pytest.raises(SystemExit):
+        read(*options, text=text)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_has_examples_and_print_config_is_complete(capsys):
+    for option in ("--help", "--print_config"):
+        with pytest.raises(SystemExit) as exit_info:
+            sft.main(["--config", str(CONFIGS / "sft_qwen3_vl_4b.yaml"), option])
+        assert exit_info.value.code == 0
+    output = capsys.readouterr().out
+    assert "python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --trainable decoder --mesh.tensor 4\n" in output
+    assert "eps: 1.0e-08" in output
+
+
+@pytest.mark.parametrize("name", ["sft_qwen3_vl_4b", "sft_qwen3_vl_8b"])
+def test_shipped_recipes_are_the_published_one(name):
+    config = parse(SFTConfig, [f"--config={CONFIGS / name}.yaml"], prog="sft", description="", examples="")
+    optimizer = config.optimizer
+    assert (config.trainable, config.batch_size, config.epochs, config.dtype) == ("pvm", 64, 1, "bfloat16")
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup) == (1e-4, "cosine", 0.1)
