@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -104,12 +105,10 @@ class TrainingData:
 
     Attributes:
         batches: element i is this host's part of step i's batch, NumPy leaves.
-        shapes: (bucket, number of steps) for every bucket in use.
         report: what became of the examples, for the log.
     """
 
     batches: grain.MapDataset[Batch]
-    shapes: list[tuple[Bucket, int]]
     report: str
 
     def iterator(self, threads: int, prefetch: int) -> grain.DatasetIterator[Batch]:
@@ -119,40 +118,44 @@ class TrainingData:
 
 
 def load_training_data(
-    config: SFTConfig, processor: Processor, model_config: ModelConfig, *, host: int = 0, hosts: int = 1
+    config: SFTConfig,
+    processor: Processor,
+    model_config: ModelConfig,
+    *,
+    rows: slice = slice(None),
+    sizes_file: Path | None = None,
 ) -> TrainingData:
     """Measures every example, sorts them into buckets and lays out all batches of the run.
 
-    Every host gets the same shape at every step, and its own rows of the batch.
+    Every host gets the same shape at every step.
+
+    Args:
+        rows: those of a batch that this host reads.
+        sizes_file: keeps the measured sizes for the next start on the same data (an .npy file).
 
     Raises:
         ValueError: for a bad line (named), for an example that no bucket holds with `too_long` "error", or if no bucket can
             fill a batch.
     """
-    if config.batch_size % hosts:
-        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {hosts} hosts")
     data = config.data
     conversations = Conversations(data.path)
-    sizes = measure(conversations, processor.count, data.threads)
+    sizes = _cached(sizes_file, lambda: measure(conversations, processor.count, data.threads))
     buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
     members = assign(sizes, buckets, least=-(-config.batch_size // config.epochs))
     too_long = len(conversations) - sum(map(len, members))
     if too_long and data.too_long == "error":
         raise ValueError(_describe_too_long(conversations, sizes, members, too_long))
 
-    def encode(indices: np.ndarray, place: int) -> Example:
-        with conversations.naming(indices[place]):
-            return processor.encode(conversations[indices[place]])
+    def encode(index: int) -> Example:
+        with conversations.naming(index):
+            return processor.encode(conversations[index])
 
-    parts, shapes = [], []
+    parts = []
     for bucket, indices in zip(buckets, members, strict=True):
-        steps = len(indices) * config.epochs // config.batch_size
-        if not steps:
-            continue
-        rows = grain.MapDataset.range(len(indices)).shuffle(config.seed).repeat(config.epochs)
-        rows = rows[: steps * config.batch_size][host::hosts].map(partial(encode, indices))
-        parts.append(rows.batch(config.batch_size // hosts, batch_fn=_collate(bucket, model_config)))
-        shapes.append((bucket, steps))
+        if steps := len(indices) * config.epochs // config.batch_size:
+            order = grain.MapDataset.range(len(indices)).shuffle(config.seed).repeat(config.epochs)
+            batches = order[: steps * config.batch_size].batch(config.batch_size)
+            parts.append(batches.map(partial(_read_rows, encode, model_config, bucket, indices, rows)))
     if not parts:
         raise ValueError(f"{data.path}: no bucket has the {config.batch_size} examples of one batch; {too_long} are too long")
     batches = _interleave(parts, config.seed)[: config.max_steps]
@@ -161,7 +164,31 @@ def load_training_data(
         f"{len(conversations):,} examples x {config.epochs} epochs: {len(batches):,} steps of {config.batch_size}; "
         f"{too_long:,} examples too long for every bucket, {left_over:,} readings left over"
     )
-    return TrainingData(batches, shapes, report)
+    return TrainingData(batches, report)
+
+
+def _read_rows(
+    encode: Callable[[int], Example],
+    model_config: ModelConfig,
+    bucket: Bucket,
+    indices: np.ndarray,
+    rows: slice,
+    places: np.ndarray,
+) -> Batch:
+    """The batch of the examples at `places` of a bucket's `indices`: those `rows` of it that this host reads."""
+    examples = [[encode(index)] for index in indices[places[rows]].tolist()]
+    return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+
+
+def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+    if file and file.exists():
+        return np.load(file)
+    array = make()
+    if file and jax.process_index() == 0:
+        aside = file.with_suffix(".partial.npy")
+        np.save(aside, array)
+        aside.replace(file)
+    return array
 
 
 def measure(conversations: Conversations, count: Callable[[Messages], tuple[int, int]], threads: int) -> np.ndarray:
@@ -207,14 +234,6 @@ def assign(sizes: np.ndarray, buckets: Sequence[Bucket], *, least: int) -> list[
         members.append(waiting[fits])
         waiting = waiting[~fits]
     return members
-
-
-def _collate(bucket: Bucket, model_config: ModelConfig) -> Callable[[Sequence[Example]], Batch]:
-    def collate(examples: Sequence[Example]) -> Batch:
-        rows = [[example] for example in examples]
-        return Batch.from_rows(rows, model_config, length=bucket.tokens, patches=bucket.patches)
-
-    return collate
 
 
 def _interleave(parts: Sequence[grain.MapDataset], seed: int) -> grain.MapDataset:

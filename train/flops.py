@@ -28,6 +28,12 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
+def devices_peak_flops() -> float | None:
+    """Of all devices of the run together."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return peak and peak * jax.device_count()
+
+
 def count_flops(function: Callable, *args: Any) -> int:
     """Multiplications and additions of the matrix products and convolutions in `function(*args)`.
 

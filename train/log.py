@@ -19,9 +19,9 @@ class RunLog:
     Process 0 writes; the others only look for a loss that is not finite.
     """
 
-    def __init__(self, directory: Path, *, start: int, total: int, every: int, peak_flops: float | None):
-        """`peak_flops`: FLOP/s of all devices together; None where unknown (no MFU is logged then)."""
-        self.total, self.every, self.peak_flops = total, every, peak_flops
+    def __init__(self, directory: Path, *, start: int, total: int, every: int, peak: float | None):
+        """`peak`: FLOP/s of all devices together; None where unknown (no MFU is logged then)."""
+        self.total, self.every, self.peak = total, every, peak
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
         self._writer = SummaryWriter(str(directory), purge_step=start) if jax.process_index() == 0 else None
         self._pending: list[tuple[int, Metrics, int]] = []
@@ -39,6 +39,9 @@ class RunLog:
         self._task = self._progress.add_task("train", total=total, completed=start, line="")
 
     def __enter__(self) -> "RunLog":
+        if not self.peak:
+            kind = jax.devices()[0].device_kind
+            self.print(f"MFU is not logged: train/flops.py does not know the peak of {kind!r}")
         self._progress.start()
         return self
 
@@ -80,8 +83,8 @@ class RunLog:
                 )
         if timed:
             speed = {"tokens_per_second": sum(int(scalars["tokens"]) for scalars in values) / seconds}
-            if self.peak_flops:
-                speed["mfu"] = sum(flops for _, _, flops in self._pending) / seconds / self.peak_flops
+            if self.peak:
+                speed["mfu"] = sum(flops for _, _, flops in self._pending) / seconds / self.peak
             last = self._pending[-1][0]
             self._write(last, speed)
             self._report(last + 1, values[-1] | speed, seconds / len(values))

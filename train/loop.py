@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -22,7 +23,7 @@ from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, make_mesh
 from train.config import SFTConfig
 from train.data import load_training_data
-from train.flops import count_flops, peak_flops
+from train.flops import count_flops, devices_peak_flops
 from train.log import RunLog
 from train.optimizer import make_optimizer, make_schedule
 from train.step import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
@@ -62,20 +63,20 @@ def run(config: SFTConfig) -> None:
     if rows % shards:
         raise ValueError(f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}")
     run_dir = Path(config.run_dir).absolute()
+    result = run_dir / ("branch" if config.trainable == "pvm" else "model")
+    _claim(run_dir, config)
+    if result.exists():
+        raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
     with jax.set_mesh(mesh):
         model = load_for_training(config, mesh)
         data = load_training_data(
             config,
             Processor.from_pretrained(config.checkpoint),
             model.config,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            rows=local_rows(batch_sharding(mesh), config.batch_size),
+            sizes_file=run_dir / "sizes.npy",
         )
         total = len(data.batches)
-        _claim(run_dir, config, total)
-        result = run_dir / ("branch" if config.trainable == "pvm" else "model")
-        if result.exists():
-            raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
         identity = backbone_identity(nnx.state(model))
         program, state = build(config, model, total, mesh)
         model_config = model.config
@@ -86,24 +87,14 @@ def run(config: SFTConfig) -> None:
                 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state
                 state = checkpoints.restore(abstract, batches)
-            device_kind = jax.devices()[0].device_kind
-            peak = peak_flops(device_kind)
-            log = RunLog(
-                run_dir / "log",
-                start=int(state.step),
-                total=total,
-                every=config.log_every,
-                peak_flops=peak and peak * jax.device_count(),
-            )
+            log = RunLog(run_dir / "log", start=int(state.step), total=total, every=config.log_every, peak=devices_peak_flops())
             with log:
                 log.print(data.report)
-                if not peak:
-                    log.print(f"MFU is not logged: the peak of {device_kind!r} is not in train/flops.py")
                 state = train(config, program, state, batches, total, checkpoints, log)
         if int(state.step) < total:
             log.print(f"stopped after step {int(state.step)}; the same command continues")
             return
-        export(config, program, state, result)
+        export(config, mesh, program, state, result)
         log.print(f"written: {result}")
 
 
@@ -130,10 +121,9 @@ def build(config: SFTConfig, model: Qwen3VL, total: int, mesh: Mesh) -> tuple[Pr
     # MFU is about the model's own products: not those that remat repeats, nor those that a kernel skips or pads.
     plain_config = replace(model.config, remat="none", attention="xla")
     plain = step_of(split_model(abstract_model(plain_config), config.trainable)[0])
-    known_peak = peak_flops(jax.devices()[0].device_kind) is not None
 
     def flops(state: TrainState, batch: Batch) -> int:
-        return count_flops(plain, state, frozen, batch) if known_peak else 0
+        return count_flops(plain, state, frozen, batch) if devices_peak_flops() else 0
 
     step = jax.jit(step_of(graphdef), donate_argnums=0, out_shardings=(shardings, None))
     return Program(graphdef, frozen, step, flops, batch_sharding(mesh)), state
@@ -150,15 +140,18 @@ def train(
 ) -> TrainState:
     """Steps from `state.step` to `total`, or to a SIGTERM, with a step checkpoint at the end of either."""
     flops: dict[tuple[int, int], int] = {}
+    last: jax.Array | None = None
     with _stop_requests() as stop_requested:
         for number in range(int(state.step), total):
-            batch = to_devices(next(batches), program.batch_sharding)
+            batch = to_devices(next(batches), program.batch_sharding, config.batch_size)
             shape = (batch.tokens.shape[1], batch.patches.shape[1])
             if new_shape := shape not in flops:
                 log.flush()
                 flops[shape] = program.flops(state, batch)
             start = time.perf_counter()
             state, metrics = program.step(state, program.frozen, batch)
+            jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
+            last = metrics["loss"]
             log.add(number, metrics, flops[shape])
             if new_shape:
                 log.flush(timed=False)
@@ -173,35 +166,50 @@ def train(
     return state
 
 
-def to_devices(batch: Batch, sharding: NamedSharding) -> Batch:
-    """The global batch whose rows on this host are `batch`'s."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def local_rows(sharding: NamedSharding, batch_size: int) -> slice:
+    """The rows of a batch that this process's devices hold."""
+    parts = [
+        index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index
+    ]
+    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 
-def export(config: SFTConfig, program: Program, state: TrainState, path: Path) -> None:
+def to_devices(batch: Batch, sharding: NamedSharding, batch_size: int) -> Batch:
+    """The global batch of which `batch` holds this process's rows."""
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+
+    return jax.tree.map(place, batch)
+
+
+def export(config: SFTConfig, mesh: Mesh, program: Program, state: TrainState, path: Path) -> None:
     """Writes what was trained: the branch alone (float32), or the whole model in the dtype of the checkpoint it came from."""
-    model: Qwen3VL = nnx.merge(program.graphdef, state.params, program.frozen)
     if config.trainable == "pvm":
-        save_branch(path, model)
+        save_branch(path, nnx.merge(program.graphdef, state.params, program.frozen))
         return
-    params = cast(nnx.as_pure(nnx.state(model)), model.config.param_dtype)
-    save(path, nnx.merge(program.graphdef, params), assets=config.checkpoint)
+    # What did not train is read again: the run may have held it in fewer bits.
+    graphdef, trained, frozen = split_model(load(config.checkpoint, mesh=mesh, branch=config.branch), config.trainable)
+    params = jax.tree.map(lambda x, stored: x.astype(stored.dtype), state.params, nnx.as_pure(trained))
+    save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=config.checkpoint)
 
 
-def _claim(run_dir: Path, config: SFTConfig, total: int) -> None:
+def _claim(run_dir: Path, config: SFTConfig) -> None:
     """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there."""
-    mine = {"steps": total} | {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
-    mine = json.loads(json.dumps(mine))
+    mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
+    mine["data"] = {key: mine["data"][key] for key in ("path", "buckets", "too_long")}
+    mine["data"]["bytes"] = Path(config.data.path).stat().st_size
     note = run_dir / "run.json"
     if note.exists():
         other = json.loads(note.read_text())
         if changed := [key for key in mine if mine[key] != other.get(key)]:
             raise ValueError(
-                f"{run_dir} holds a run with another {', '.join(changed)}: give the values of {note}, or another --run_dir"
+                f"{run_dir} holds a run with another {', '.join(changed)} (see {note}): continue it with the same values, "
+                "or give another --run_dir"
             )
     elif jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(mine, indent=2))
+        note.write_text(json.dumps(mine, indent=2) + "\n")
 
 
 @contextmanager

@@ -91,11 +91,18 @@ def test_the_order_depends_on_the_seed_alone(make_config):
 def test_hosts_share_shapes_and_split_the_rows(make_config):
     config = make_config([*SIZES, (5, 4)], batch_size=4)  # 41 small examples: one is left over on every host
     whole = read(config)
-    parts = [read(config, host=host, hosts=2) for host in range(2)]
-    for step, batch in enumerate(whole):
-        assert parts[0][step].shape == parts[1][step].shape == batch.shape
-        assert sorted(np.concatenate([part[step].ids for part in parts])) == sorted(batch.ids)
-    assert len(parts[0]) == len(parts[1]) == len(whole)
+    parts = [read(config, rows=rows) for rows in (slice(0, 2), slice(2, 4))]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert first.shape == second.shape == batch.shape
+        assert [*first.ids, *second.ids] == list(batch.ids)
+
+
+def test_measured_sizes_are_kept_for_the_next_start(make_config, tmp_path):
+    config = make_config(SIZES, batch_size=4)
+    expected = read(config, sizes_file=tmp_path / "sizes.npy")
+    (tmp_path / "data.jsonl").write_text("{}\n" * len(SIZES))  # nothing is measured again
+    data = load_training_data(config, FakeProcessor(), None, sizes_file=tmp_path / "sizes.npy")
+    assert len(data.batches) == len(expected)
 
 
 def test_too_long_examples_are_counted_or_refused(make_config):

@@ -109,7 +109,7 @@ def test_finished_run_is_not_run_again(sft_run):
     sft_run("done", "--max_steps=1")
     with pytest.raises(FileExistsError, match="this run is finished"):
         sft_run("done", "--max_steps=1")
-    with pytest.raises(ValueError, match=r"another optimizer: give the values of .*run.json"):
+    with pytest.raises(ValueError, match=r"another optimizer \(see .*run.json"):
         sft_run("done", "--max_steps=1", "--optimizer.learning_rate=1")
 
 
