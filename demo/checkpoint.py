@@ -1,4 +1,4 @@
-"""The demo's untrained model: a Qwen3-VL of 2.5 million parameters as an ordinary Hugging Face directory.
+"""The demo's untrained model: a Qwen3-VL of two million parameters, without the branch, in both layouts.
 
 The tokenizer is byte-level BPE like Qwen's, so that any text can be asked, trained on the task's words alone, so that each of
 them is one token: a line of an answer is three tokens (`B3`, ` ground`, ` navy‚èé`).
@@ -6,16 +6,23 @@ them is one token: a line of an answer is three tokens (`B3`, ` ground`, ` navy‚
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from flax import nnx
+from jsonargparse import auto_cli
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from convert.orbax_to_hf import convert
 from demo import task
+from pvm_jax.checkpoint import save
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
+from pvm_jax.model import Qwen3VL
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 VOCABULARY_MULTIPLE = 64
+POSITION_SCALE = 25  # N(0, 0.5): beside the patches' embeddings, N(0, 0.02) would say nothing about place for hundreds of steps
 
 CHAT_TEMPLATE = """\
 {%- set count = namespace(images=0, videos=0) %}
@@ -95,10 +102,10 @@ def make_config(tokenizer: Tokenizer) -> ModelConfig:
         text=text,
         vision=vision,
         tie_word_embeddings=True,
-        image_token_id=tokenizer.token_to_id(IMAGE_PAD),
-        video_token_id=tokenizer.token_to_id(VIDEO_PAD),
-        vision_start_token_id=tokenizer.token_to_id(VISION_START),
-        vision_end_token_id=tokenizer.token_to_id(VISION_END),
+        image_token_id=_token_id(tokenizer, IMAGE_PAD),
+        video_token_id=_token_id(tokenizer, VIDEO_PAD),
+        vision_start_token_id=_token_id(tokenizer, VISION_START),
+        vision_end_token_id=_token_id(tokenizer, VISION_END),
     )
 
 
@@ -108,7 +115,7 @@ def write_assets(folder: Path) -> ModelConfig:
     tokenizer = make_tokenizer()
     config = make_config(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    end, pad = tokenizer.token_to_id(IM_END), tokenizer.token_to_id(ENDOFTEXT)
+    end, pad = _token_id(tokenizer, IM_END), _token_id(tokenizer, ENDOFTEXT)
     _write_json(folder / "config.json", config.to_hf())
     _write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad})
     _write_json(
@@ -141,5 +148,41 @@ def write_assets(folder: Path) -> ModelConfig:
     return config
 
 
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    assert number is not None, token
+    return number
+
+
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def make_model(config: ModelConfig, seed: int) -> Qwen3VL:
+    """The model with fresh weights, its learned vision positions scaled up."""
+    model = nnx.jit(lambda: Qwen3VL(config, rngs=nnx.Rngs(seed)))()
+    table = model.visual.pos_embed.weight
+    table[...] = table[...] * POSITION_SCALE
+    return model
+
+
+def write(out: Path, seed: int = 0) -> None:
+    """Writes the untrained model to out/orbax, for train.sft, and to out/hf, an ordinary Hugging Face directory.
+
+    Example: python -m demo.checkpoint out/demo/untrained
+
+    Args:
+        out: folder to write; its orbax and hf must be absent or empty.
+        seed: of the weights.
+
+    Raises:
+        FileExistsError: if one of them holds something.
+    """
+    with TemporaryDirectory() as assets:
+        config = write_assets(Path(assets))
+        save(out / "orbax", make_model(config, seed), assets=assets)
+    convert(out / "orbax", out / "hf")
+
+
+if __name__ == "__main__":
+    auto_cli(write, as_positional=True)

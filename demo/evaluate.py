@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jsonargparse import auto_cli
 
+from demo.checkpoint import IM_END
 from demo.report import write_report
 from demo.task import Example, Mixture, draw, make_example
 from pvm_jax.batch import Batch, bucket_size
@@ -151,7 +152,7 @@ def writes(model: Qwen3VL, processor: Processor, examples: Sequence[Example], se
     """Lets the model write each answer, greedily, and checks every whole line of it."""
     prompts = [example.messages(draw(example.scene))[:1] for example in examples]
     batch = Batch.from_hf(processor(prompts), model.config)
-    stop = processor.tokenizer.eos_token_id
+    stop = int(processor.tokenizer.get_vocab()[IM_END])
     tokens = settings.written_lines * TOKENS_PER_LINE
     generation = generate(model, batch, max_new_tokens=tokens, temperature=0.0, stop_tokens=(stop,))
     counts = np.zeros(len(Written._fields), int)

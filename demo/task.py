@@ -186,12 +186,19 @@ def draw(scene: Scene) -> Image.Image:
     return Image.fromarray(canvas)
 
 
-def _draw_cell(values: dict[str, str], glyph: int) -> np.ndarray:
+@cache
+def _coverage(glyph: int) -> np.ndarray:
+    """How much of each pixel of its cell a digit image covers, [32, 32, 1] in [0, 1]."""
     small = Image.fromarray(np.round(255 * _digits()[0][glyph]).astype(np.uint8))
+    scaled = small.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
     margin = (CELL - DIGIT_SIDE) // 2
     coverage = np.zeros((CELL, CELL, 1), np.float32)
-    scaled = small.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
     coverage[margin : margin + DIGIT_SIDE, margin : margin + DIGIT_SIDE, 0] = np.asarray(scaled) / 255
+    return coverage
+
+
+def _draw_cell(values: dict[str, str], glyph: int) -> np.ndarray:
+    coverage = _coverage(glyph)
     cell = coverage * np.array(INKS[values["ink"]]) + (1 - coverage) * np.array(GROUNDS[values["ground"]])
     edges: dict[str, Any] = {
         "none": np.s_[:0],

@@ -1,10 +1,15 @@
 """The demo's Hugging Face directory is what the processor, the model and transformers expect of one."""
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from demo import checkpoint, task
 from pvm_jax.batch import Batch
+from pvm_jax.checkpoint import load
 from pvm_jax.config import ModelConfig
 from pvm_jax.processing import Processor
 
@@ -71,3 +76,20 @@ def test_a_cell_is_a_visual_token_and_loss_covers_the_answer(folder, processor, 
     assert len(learned) == 3 * len(example.lines) + 1
     assert len(encoded.input_ids) == 15 + size**2 + words + 3 * len(example.lines)
     Batch.from_rows([[encoded]], ModelConfig.from_hf(folder), length=128, patches=64)
+
+
+def test_both_layouts_hold_the_model(tmp_path):
+    checkpoint.write(tmp_path)
+    model = load(tmp_path / "orbax")
+    sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(model))]
+    assert 1.5e6 < sum(sizes) < 3e6
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert sum(tensor.size for tensor in tensors.values()) == sum(sizes)
+    assert not any("pvm" in name for name in tensors)
+    positions = tensors["model.visual.pos_embed.weight"]
+    np.testing.assert_array_equal(positions, model.visual.pos_embed.weight[...])
+    assert 0.4 < positions.std() < 0.6
+    for folder in ("orbax", "hf"):
+        assert Processor.from_pretrained(tmp_path / folder).tokenizer.eos_token == checkpoint.IM_END
+    with pytest.raises(FileExistsError):
+        checkpoint.write(tmp_path)

@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from demo import checkpoint, evaluate, report, task
-from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 
 SETTINGS = evaluate.Settings(
@@ -30,8 +28,7 @@ def processor(folder):
 
 @pytest.fixture(scope="module")
 def model():
-    config = checkpoint.make_config(checkpoint.make_tokenizer())
-    return Qwen3VL(config, rngs=nnx.Rngs(0))
+    return checkpoint.make_model(checkpoint.make_config(checkpoint.make_tokenizer()), seed=0)
 
 
 def test_hits_are_the_values(processor, model, monkeypatch):
