@@ -58,13 +58,13 @@ def load(
         CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the branch was trained on
             another backbone.
     """
-    root = _find(path)
+    root = find(path)
     if _BRANCH_KEY in read_config(root):
         raise CheckpointError(f"{root} holds a PVM branch alone: load its backbone, with branch={str(path)!r}")
     config = ModelConfig.from_hf(root)
     if branch is not None:
         config = config.without_pvm()
-    width = dtype or jnp.dtype(_stored(root)[_EMBEDDING].dtype).name
+    width = dtype or jnp.dtype(stored_arrays(root)[_EMBEDDING].dtype).name
     config = replace(config, dtype=width, param_dtype=width)
     graphdef, params = nnx.split(abstract_model(config))
     model = nnx.merge(graphdef, nnx.State(_restore(root, params, mesh, dtype)))
@@ -116,7 +116,7 @@ def load_branch(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -
     Raises:
         FileNotFoundError, CheckpointError: as in `load`.
     """
-    root = _find(path)
+    root = find(path)
     config = ModelConfig.from_hf(root)
     if not config.text.pvm_layers:
         raise CheckpointError(f"{root} has no PVM branch (config.json: text_config.pvm_layers)")
@@ -272,9 +272,35 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def find(path: str | Path) -> Path:
+    """The absolute path of a checkpoint directory.
+
+    Raises:
+        FileNotFoundError, CheckpointError: saying what is there instead.
+    """
+    root = Path(path).absolute()
+    if (root / "config.json").is_file() and (root / PARAMS).is_dir() and ocp.is_orbax_checkpoint(str(root / PARAMS)):
+        return root
+    if aside_of(root).exists():
+        raise CheckpointError(f"{root} was never finished: {aside_of(root)} is what an interrupted write left. Run it again")
+    if not root.is_dir():
+        raise FileNotFoundError(f"no checkpoint directory at {root}")
+    if any(root.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{root} is a Hugging Face checkpoint: convert it first, python -m convert.hf_to_orbax {path} DST"
+        )
+    names = sorted(file.name for file in root.iterdir())
+    raise CheckpointError(f"{root} is no checkpoint: expected config.json and {PARAMS}/, found {', '.join(names) or 'nothing'}")
+
+
+def stored_arrays(root: Path) -> dict[str, Any]:
+    """Shape and dtype of everything in a checkpoint, by path."""
+    return by_path(ocp.metadata(str(root / PARAMS)).metadata)
+
+
 def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtype: str | None) -> dict[str, Any]:
     """Reads the tree `params` (abstract, in its `nnx.Param`s); what else the checkpoint holds must be a branch."""
-    expected, stored = by_path(params), _stored(root)
+    expected, stored = by_path(params), stored_arrays(root)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
     wants_branch = any(path.startswith(_BRANCH) for path in expected)
     wants_backbone = _EMBEDDING in expected
@@ -297,11 +323,6 @@ def _write(directory: Path, params: dict[str, Any]) -> None:
         ocp.save(str(directory / PARAMS), params)
 
 
-def _stored(root: Path) -> dict[str, Any]:
-    """Shape and dtype of everything in a checkpoint, by path."""
-    return by_path(ocp.metadata(str(root / PARAMS)).metadata)
-
-
 def _context(*, partial: bool = False) -> ocp.Context:
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _storage_options
@@ -315,23 +336,3 @@ def _storage_options(key: Any, value: Any) -> Any:
         return None
     options = ocp.options.ArrayOptions.Saving.StorageOptions
     return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
-
-
-def _find(path: str | Path) -> Path:
-    root = Path(path).absolute()
-    if (root / "config.json").is_file() and (root / PARAMS).is_dir() and ocp.is_orbax_checkpoint(str(root / PARAMS)):
-        return root
-    if aside_of(root).exists():
-        raise CheckpointError(
-            f"{root} was never finished: {aside_of(root)} is what an interrupted write left. Run it again"
-        )
-    if not root.is_dir():
-        raise FileNotFoundError(f"no checkpoint directory at {root}")
-    if any(root.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{root} is a Hugging Face checkpoint: convert it first, python -m convert.hf_to_orbax {path} DST"
-        )
-    names = sorted(file.name for file in root.iterdir())
-    raise CheckpointError(
-        f"{root} is no checkpoint: expected config.json and {PARAMS}/, found {', '.join(names) or 'nothing'}"
-    )

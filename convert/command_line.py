@@ -1,0 +1,47 @@
+"""What the two commands share with their user: help with examples, a progress bar, a summary."""
+
+import resource
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Shows types and defaults, and the examples line by line."""
+
+
+def command_parser(prog: str, description: str | None, examples: str) -> ArgumentParser:
+    """A parser whose --help ends with `examples` as they are written."""
+    return ArgumentParser(prog=prog, description=description, epilog=examples, formatter_class=_HelpFormatter)
+
+
+@contextmanager
+def report(target: str, tensors: int, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows the bytes that the yielded function is told of, and sums up at the end.
+
+    Args:
+        target: what is written, for the summary.
+        total: bytes to come.
+    """
+    console, start = Console(stderr=True), time.monotonic()
+    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count: bar.advance(task, count)
+    seconds = time.monotonic() - start
+    print(
+        f"{target}: {tensors} tensors, {total / 1e9:.2f} GB, {seconds:.1f} s ({total / 1e6 / seconds:.0f} MB/s), "
+        f"peak memory {peak_memory() / 2**30:.2f} GiB"
+    )
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has had resident at most."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,198 @@
+"""A Hugging Face directory of Qwen3-VL, plain or with the PVM branch, to Orbax: `python -m convert.hf_to_orbax`."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from convert.command_line import command_parser, report
+from convert.layout import BRANCH, EMBEDDING, HEAD, Slot, Source, layout, parameter_tree, sources
+from convert.safetensors_files import DTYPES, SafetensorsReader
+from convert.store import BlockWriter, blocks, create
+from pvm_jax.checkpoint import by_path
+from pvm_jax.checkpoint_files import (
+    compare_shapes,
+    copy_assets,
+    read_config,
+    write_aside,
+    write_config,
+)
+from pvm_jax.config import ModelConfig
+from pvm_jax.memory import PersistentVisualMemory
+
+EXAMPLES = """
+examples:
+  python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b
+  python -m convert.hf_to_orbax ~/models/Qwen3-VL-4B-Instruct checkpoints/4b --pvm-layers 5 11 17 --pvm-hidden-size 512
+  python -m convert.hf_to_orbax ~/models/Qwen3-VL-2B-Instruct checkpoints/2b --dtype float32
+A plain Qwen3-VL gets a fresh branch, at layers that its size decides; until trained, it changes nothing (gate 0).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (default: the command line) and converts."""
+    parser = command_parser("python -m convert.hf_to_orbax", __doc__, EXAMPLES)
+    parser.add_argument("src", type=str, help="Hugging Face directory: config.json and safetensors")
+    parser.add_argument("dst", type=str, help="directory to write; absent or empty")
+    parser.add_argument("--pvm-layers", type=int, nargs="+", help="decoder layers that get a branch (default: by size)")
+    parser.add_argument("--pvm-hidden-size", type=int, help="the branch's width (default: 4 heads)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="cast every tensor (default: as stored)")
+    parser.add_argument("--seed", type=int, default=0, help="of a fresh branch")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    layers = tuple(args.pvm_layers) if args.pvm_layers else None
+    try:
+        convert(args.src, args.dst, layers, args.pvm_hidden_size, dtype=args.dtype, seed=args.seed)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    pvm_layers: tuple[int, ...] | None = None,
+    pvm_hidden_size: int | None = None,
+    *,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Writes the checkpoint `dst`; in memory are a few blocks of about 128 MiB, whatever the size.
+
+    Args:
+        pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by size for a fresh one.
+        dtype: "float32" or "bfloat16", of everything; None keeps each tensor's own.
+        seed: of a fresh branch.
+
+    Raises:
+        FileNotFoundError: if config.json or weights are missing.
+        FileExistsError: if `dst` holds something.
+        CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file is broken.
+    """
+    src = Path(src)
+    original = read_config(src)
+    reader = SafetensorsReader(src)
+    config, fresh = _config(original, pvm_layers, pvm_hidden_size, with_branch=any(BRANCH in n for n in reader.tensors))
+    slots = layout(config)
+    wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}
+    with reader:
+        _check(src, reader, wanted, tied=config.tie_word_embeddings, one_dtype=dtype is not None)
+        target = dtype or DTYPES[reader.tensors[EMBEDDING].dtype].name
+        stored = sources(wanted)
+        arrays = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype or _stored_dtype(reader, stored.get(path), target))
+            for path, leaf in parameter_tree(config).items()
+        }
+        branch = _fresh_branch(config, target, seed) if fresh else {}
+        total = sum(prod(array.shape) * array.dtype.itemsize for array in arrays.values())
+        with write_aside(dst) as aside, report(str(dst), len(slots), total) as advance, BlockWriter() as writer:
+            copy_assets(src, aside)
+            write_config(aside, replace(config, param_dtype=target), original)
+            for path, store in create(aside, arrays).items():
+                contents = _fresh(branch[path]) if path in branch else _read(reader, stored[path], arrays[path])
+                for block, content in contents:
+                    writer.write(store[block], content)
+                    advance(content.nbytes)
+
+
+def _config(
+    original: Mapping, layers: tuple[int, ...] | None, hidden_size: int | None, *, with_branch: bool
+) -> tuple[ModelConfig, bool]:
+    """The model's config, and whether its branch is to be made."""
+    config = ModelConfig.from_hf(original)
+    stored = config.text
+    if not stored.pvm_layers:
+        return config.with_pvm(layers, hidden_size), not with_branch
+    for flag, given, found in (
+        ("--pvm-layers", layers, stored.pvm_layers),
+        ("--pvm-hidden-size", hidden_size, stored.pvm_hidden_size),
+    ):
+        if given not in (None, found):
+            raise ValueError(f"{flag} {given}: the checkpoint brings its own branch, with {found} (config.json); leave it out")
+    return config, False
+
+
+def _check(src: Path, reader: SafetensorsReader, wanted: Mapping[str, Slot], *, tied: bool, one_dtype: bool) -> None:
+    """Raises a CheckpointError unless the files hold exactly the wanted tensors."""
+    found = {name: stored.shape for name, stored in reader.tensors.items()}
+    if tied and HEAD in found and found[HEAD] == wanted[EMBEDDING].shape and _same(reader, HEAD, EMBEDDING):
+        del found[HEAD]
+    problems = [
+        f"wrong type: {name}: expected {' or '.join(DTYPES)}, found {reader.tensors[name].dtype}"
+        for name in found
+        if name in wanted and reader.tensors[name].dtype not in DTYPES
+    ]
+    for path, source in sources(wanted).items():
+        types = {reader.tensors[name].dtype for name in source.names if name in reader.tensors}
+        if len(types) > 1 and types <= DTYPES.keys() and not one_dtype:
+            problems.append(f"mixed types: the layers of {path} are {' and '.join(sorted(types))}: choose one with --dtype")
+    compare_shapes(str(src), {name: slot.shape for name, slot in wanted.items()}, found, also=problems)
+
+
+def _same(reader: SafetensorsReader, one: str, other: str) -> bool:
+    """Whether two tensors of the same shape hold the same bytes."""
+    a, b = reader.tensors[one], reader.tensors[other]
+    if a.dtype != b.dtype or a.dtype not in DTYPES:
+        return False
+    pieces = zip(_pieces(reader, one, DTYPES[a.dtype]), _pieces(reader, other, DTYPES[b.dtype]), strict=True)
+    return all(np.array_equal(left.view(np.uint8), right.view(np.uint8)) for left, right in pieces)
+
+
+def _pieces(reader: SafetensorsReader, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+    array = jax.ShapeDtypeStruct(reader.tensors[name].shape, dtype)
+    return (content for _, content in _read(reader, Source((name,), stacked=False), array))
+
+
+def _stored_dtype(reader: SafetensorsReader, source: Source | None, fresh: str) -> np.dtype | str:
+    return fresh if source is None else DTYPES[reader.tensors[source.names[0]].dtype]
+
+
+def _read(
+    reader: SafetensorsReader, source: Source, array: jax.ShapeDtypeStruct
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """The blocks of an array and their contents, cast to its dtype; each content lives until the next is asked for."""
+    buffer = np.empty(0, array.dtype)
+    for block in blocks(array.shape, array.dtype.itemsize):
+        shape = [part.stop - part.start for part in block]
+        buffer = buffer if buffer.size >= prod(shape) else np.empty(prod(shape), array.dtype)
+        content = buffer[: prod(shape)].reshape(shape)
+        if source.stacked:
+            parts = zip(source.names[block[0]], content, strict=True)
+            start = block[1].start * prod(array.shape[2:])
+        else:
+            parts = [(source.names[0], content)]
+            start = block[0].start * prod(array.shape[1:])
+        for name, part in parts:
+            dtype = DTYPES[reader.tensors[name].dtype]
+            if dtype == array.dtype:
+                reader.read(name, start, part)
+            else:
+                raw = np.empty(part.shape, dtype)
+                reader.read(name, start, raw)
+                part[...] = raw
+        yield block, content
+
+
+def _fresh_branch(config: ModelConfig, dtype: str, seed: int) -> dict[str, np.ndarray]:
+    """The parameters of an untrained branch, by path."""
+
+    @jax.jit
+    def make(key: jax.Array) -> nnx.State:
+        return nnx.as_pure(nnx.state(PersistentVisualMemory(replace(config, param_dtype=dtype), rngs=nnx.Rngs(key))))
+
+    keys = jax.random.split(jax.random.key(seed), len(config.text.pvm_layers))
+    branch = {str(layer): make(key) for layer, key in zip(config.text.pvm_layers, keys, strict=True)}
+    return {path: np.asarray(leaf) for path, leaf in by_path({"pvm": branch}).items()}
+
+
+def _fresh(content: np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    for block in blocks(content.shape, content.dtype.itemsize):
+        yield block, content[block]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""An Orbax checkpoint back to a Hugging Face directory: `python -m convert.orbax_to_hf`."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from convert.command_line import command_parser, report
+from convert.layout import EMBEDDING, Slot, layout, parameter_tree
+from convert.safetensors_files import Planned, write_safetensors
+from convert.store import blocks, open_arrays
+from pvm_jax.checkpoint import find
+from pvm_jax.checkpoint_files import compare_shapes, copy_assets, read_config, write_aside, write_config
+from pvm_jax.config import ModelConfig
+
+EXAMPLES = """
+examples:
+  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM
+  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-plain --plain --max-shard-size 2GB
+The first is for the authors' code, the second for transformers' own Qwen3VLForConditionalGeneration.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (default: the command line) and converts."""
+    parser = command_parser("python -m convert.orbax_to_hf", __doc__, EXAMPLES)
+    parser.add_argument("src", type=str, help="checkpoint directory (convert.hf_to_orbax, pvm_jax.save)")
+    parser.add_argument("dst", type=str, help="directory to write; absent or empty")
+    parser.add_argument("--plain", action="store_true", help="leave the branch and its config keys out")
+    parser.add_argument("--max-shard-size", type=str, default="5GB", help="largest safetensors file")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        convert(args.src, args.dst, plain=args.plain, max_shard_size=args.max_shard_size)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def convert(src: str | Path, dst: str | Path, *, plain: bool = False, max_shard_size: str = "5GB") -> None:
+    """Writes the Hugging Face directory `dst`; in memory are a few blocks of about 128 MiB, whatever the size.
+
+    Args:
+        plain: leave the branch out.
+        max_shard_size: as transformers writes it: "5GB", "500MB".
+
+    Raises:
+        FileNotFoundError, CheckpointError: if `src` is no whole checkpoint.
+        FileExistsError: if `dst` holds something.
+    """
+    root = find(src)
+    config = ModelConfig.from_hf(root)
+    arrays = open_arrays(root)
+    found = {path: tuple(array.shape) for path, array in arrays.items()}
+    compare_shapes(str(root), {path: leaf.shape for path, leaf in parameter_tree(config).items()}, found)
+    if plain:
+        config = config.without_pvm()
+    slots = layout(config)
+    tensors = {name: Planned(arrays[slot.path].dtype.numpy_dtype, slot.shape) for name, slot in slots.items()}
+    config = replace(config, param_dtype=tensors[EMBEDDING].dtype.name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with write_aside(dst) as aside, report(str(dst), len(tensors), total) as advance:
+        copy_assets(root, aside)
+        write_config(aside, config, read_config(root))
+        write_safetensors(aside, tensors, _contents(arrays, slots, advance), max_shard_size)
+
+
+def _contents(
+    arrays: Mapping[str, ts.TensorStore], slots: Mapping[str, Slot], advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """All tensors in order, in blocks."""
+    for slot in slots.values():
+        array = arrays[slot.path] if slot.index is None else arrays[slot.path][slot.index]
+        for block in blocks(array.shape, array.dtype.numpy_dtype.itemsize):
+            content = array[block].read().result()
+            yield content
+            advance(content.nbytes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Safetensors, a slice at a time: the library checks files, plain reads and writes move the bytes.
+
+Its own readers map the file, and every page that they touch counts as the process's memory; its writer wants all tensors
+of a file at once.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Self
+
+import ml_dtypes
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+
+from pvm_jax.checkpoint_files import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: `dtype` as safetensors names it, `offset` its first byte."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsReader:
+    """The tensors of a Hugging Face directory, whether in one file or several."""
+
+    def __init__(self, directory: Path):
+        """Reads and checks the headers.
+
+        Raises:
+            FileNotFoundError: if there are no safetensors, or a file that the index names is missing.
+            CheckpointError: for a file that is cut off or otherwise broken, named.
+        """
+        self.tensors: dict[str, Stored] = {}
+        for file in _files(directory):
+            self.tensors |= _header(file)
+        self._open = ExitStack()
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        for file in {stored.file for stored in self.tensors.values()}:
+            self._descriptors[file] = self._open.enter_context(open(file, "rb", buffering=0)).fileno()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def read(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out` (contiguous, of the tensor's dtype) with the tensor's elements from `start` on, row after row."""
+        stored = self.tensors[name]
+        offset, bytes_left = stored.offset + start * out.itemsize, _bytes(out)
+        while bytes_left:
+            count = os.preadv(self._descriptors[stored.file], [bytes_left], offset)
+            if not count:
+                raise CheckpointError(f"{stored.file} ended while {name} was read: it was cut off meanwhile")
+            offset, bytes_left = offset + count, bytes_left[count:]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    directory: Path, tensors: Mapping[str, Planned], chunks: Iterator[np.ndarray], max_shard_size: str
+) -> None:
+    """Writes files of at most `max_shard_size` ("5GB"), and the index where there are several.
+
+    Args:
+        chunks: the tensors' contents, in the order of `tensors`; each tensor in as many pieces as the caller likes.
+
+    Raises:
+        ValueError: if `max_shard_size` is no size.
+    """
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda planned: planned.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for filename in sorted(split.filename_to_tensors):
+        names = split.filename_to_tensors[filename]
+        with open(directory / filename, "wb") as file:
+            file.write(_encode_header({name: tensors[name] for name in names}))
+            left = sum(tensors[name].nbytes for name in names)
+            while left:
+                piece = next(chunks)
+                file.write(_bytes(np.ascontiguousarray(piece)))
+                left -= piece.nbytes
+            file.flush()
+            os.fsync(file.fileno())
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _files(directory: Path) -> list[Path]:
+    single, index = directory / "model.safetensors", directory / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise FileNotFoundError(f"{directory} has neither model.safetensors nor {INDEX}")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}")
+    return [directory / name for name in names]
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, "numpy") as content:
+            names = content.offset_keys()
+            slices = {name: content.get_slice(name) for name in names}
+            shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
+            dtypes = {name: view.get_dtype() for name, view in slices.items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+    with open(file, "rb") as raw:
+        offset = 8 + int.from_bytes(raw.read(8), "little")
+    stored = {}
+    for name in names:
+        stored[name] = Stored(file, dtypes[name], shapes[name], offset)
+        # Tensors of other types are refused later, by name; nothing behind them is read.
+        offset += prod(shapes[name]) * (DTYPES[dtypes[name]].itemsize if dtypes[name] in DTYPES else 0)
+    return stored
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _encode_header(tensors: Mapping[str, Planned]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, planned in tensors.items():
+        header[name] = {
+            "dtype": NAMES[planned.dtype],
+            "shape": planned.shape,
+            "data_offsets": [offset, offset + planned.nbytes],
+        }
+        offset += planned.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

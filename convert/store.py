@@ -1,0 +1,140 @@
+"""An Orbax checkpoint's arrays, a block at a time: Orbax writes the tree's metadata, TensorStore the contents.
+
+Orbax itself saves whole arrays; a stack of 64 layers would have to be in memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Self
+
+import jax
+import numpy as np
+import tensorstore as ts
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from pvm_jax.checkpoint import PARAMS, stored_arrays
+
+BLOCK_BYTES = 128 * 2**20
+_CHUNK_BYTES = 2**18
+_SPLITS = 16
+
+
+def create(directory: Path, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ts.TensorStore]:
+    """A new checkpoint in `directory`, its arrays open for writing, by path; they are to be written in `blocks`."""
+    context = ocp.Context()
+    # What these record would be the placeholders'.
+    context.array.saving.array_metadata_store = None
+    context.array.saving.enable_write_sharding_file = False
+    placeholders = {path: np.zeros((), array.dtype) for path, array in arrays.items()}
+    with context:
+        ocp.save(str(directory / PARAMS), traverse_util.unflatten_dict(placeholders, sep="/"))
+    # One context, or every array would open a database of its own, and they would outdate each other's commits.
+    database = ts.Context()
+    with ts.Transaction(atomic=True) as transaction:
+        opened = {
+            path: ts.open(_location(directory, path) | _new(array), context=database, transaction=transaction).result()
+            for path, array in arrays.items()
+        }
+    return {path: store.with_transaction(None) for path, store in opened.items()}
+
+
+def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
+    """The arrays of a checkpoint (`create`, `pvm_jax.save`), open for reading, by path."""
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 2 * BLOCK_BYTES}})
+    paths = stored_arrays(directory)
+    stores = {path: ts.open(_location(directory, path), context=context, read=True) for path in paths}
+    return {path: store.result() for path, store in stores.items()}
+
+
+class BlockWriter:
+    """Writes in the background: a commit (a file) for a block or many small arrays, at most one of them on its way."""
+
+    def __init__(self):
+        self._transaction, self._bytes = ts.Transaction(atomic=True), 0
+        self._committing: ts.Future | None = None
+
+    def write(self, part: ts.TensorStore, content: np.ndarray) -> None:
+        part.with_transaction(self._transaction).write(content).copy.result()
+        self._bytes += content.nbytes
+        if self._bytes >= BLOCK_BYTES // 2:
+            self._commit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self._commit()
+        self._wait()
+
+    def _commit(self) -> None:
+        self._wait()
+        self._committing = self._transaction.commit_async()
+        self._transaction, self._bytes = ts.Transaction(atomic=True), 0
+
+    def _wait(self) -> None:
+        if self._committing is not None:
+            self._committing.result()
+
+
+def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Slices that tile an array: whole layers of a stack or rows of a layer, of about BLOCK_BYTES each."""
+    steps = _block_shape(shape, itemsize)
+    starts = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
+    for corner in product(*starts):
+        yield tuple(slice(a, min(a + b, n)) for a, b, n in zip(corner, steps, shape, strict=True))
+
+
+def _location(directory: Path, path: str) -> dict:
+    kvstore = {"driver": "ocdbt", "base": f"file://{directory.absolute() / PARAMS / 'state'}/"}
+    return {"driver": "zarr3", "kvstore": kvstore | {"path": f"{path.replace('/', '.')}/"}}
+
+
+def _new(array: jax.ShapeDtypeStruct) -> dict:
+    """One value per block; inside it chunks that are read alone. Uncompressed: weights hardly compress."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    shape, itemsize = array.shape, array.dtype.itemsize
+    codec = {
+        "chunk_shape": _chunk_shape(shape, itemsize),
+        "codecs": [little],
+        "index_codecs": [little, {"name": "crc32c"}],
+    }
+    return {
+        "create": True,
+        "delete_existing": True,
+        # Orbax takes what is not stored for damage, zeros too.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": shape,
+            "data_type": array.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": _block_shape(shape, itemsize)}},
+            "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+        },
+    }
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """What one read takes: one layer, cut along rows and columns, so that 16 x 16 devices read no more than they need."""
+    if prod(shape) * itemsize <= 2**4 * _CHUNK_BYTES or len(shape) < 2:
+        return shape
+    chunk = [1] * (len(shape) - 2) + list(shape[-2:])
+    while prod(chunk) * itemsize > _CHUNK_BYTES:
+        divisible = [a for a in (-2, -1) if chunk[a] % 2 == 0 and shape[a] // chunk[a] < _SPLITS]
+        if not divisible:
+            break
+        chunk[max(divisible, key=lambda a: chunk[a])] //= 2
+    return tuple(chunk)
+
+
+def _block_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """As many leading indices as BLOCK_BYTES hold, in whole chunks."""
+    block, chunk = list(shape), _chunk_shape(shape, itemsize)
+    for axis, size in enumerate(shape):
+        fits = BLOCK_BYTES // (prod(block[axis + 1 :]) * itemsize) // chunk[axis] * chunk[axis]
+        block[axis] = min(size, max(fits, chunk[axis]))
+        if fits:
+            break
+    return tuple(block)
