@@ -158,11 +158,12 @@ def load_training_data(
             parts.append(batches.map(partial(_read_rows, encode, model_config, bucket, indices, rows)))
     if not parts:
         raise ValueError(f"{data.path}: no bucket has the {config.batch_size} examples of one batch; {too_long} are too long")
-    batches = _interleave(parts, config.seed)[: config.max_steps]
+    batches = _interleave(parts, config.seed)
     left_over = sum(len(indices) * config.epochs for indices in members) - len(batches) * config.batch_size
+    batches = batches[: config.max_steps]
     report = (
         f"{len(conversations):,} examples x {config.epochs} epochs: {len(batches):,} steps of {config.batch_size}; "
-        f"{too_long:,} examples too long for every bucket, {left_over:,} readings left over"
+        f"{too_long:,} examples too long for every bucket, {left_over:,} readings fill no batch"
     )
     return TrainingData(batches, report)
 
