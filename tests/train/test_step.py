@@ -99,11 +99,9 @@ def gradient(model, batch, accumulation):
 
 
 def test_accumulated_gradients_equal_those_of_one_big_batch(model, eight_rows):
-    whole, expected = gradient(model, eight_rows, 1)
-    for accumulation in (2, 8):
-        mean, actual = gradient(model, eight_rows, accumulation)
-        assert float(mean) == pytest.approx(float(whole), rel=1e-6)
-        chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-6)
+    (whole, expected), (mean, actual) = gradient(model, eight_rows, 1), gradient(model, eight_rows, 4)
+    assert float(mean) == pytest.approx(float(whole), rel=1e-6)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +109,7 @@ def unsharded(model, eight_rows):
     return train(model, eight_rows, "all", steps=2)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor", "accumulation"), [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 2)])
+@pytest.mark.parametrize(("data", "fsdp", "tensor", "accumulation"), [(1, 8, 1, 1), (2, 2, 2, 2)])
 def test_sharded_steps_equal_unsharded(model, eight_rows, unsharded, data, fsdp, tensor, accumulation):
     expected, expected_state = unsharded
     mesh = make_mesh(data, fsdp, tensor)
