@@ -130,9 +130,10 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def _block_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """As many leading indices as BLOCK_BYTES hold, in whole chunks."""
+    """As many leading indices as BLOCK_BYTES hold, in whole chunks. The last axis stays whole: a block's rows are
+    contiguous in a file."""
     block, chunk = list(shape), _chunk_shape(shape, itemsize)
-    for axis, size in enumerate(shape):
+    for axis, size in enumerate(shape[:-1]):
         fits = BLOCK_BYTES // (prod(block[axis + 1 :]) * itemsize) // chunk[axis] * chunk[axis]
         block[axis] = min(size, max(fits, chunk[axis]))
         if fits:

@@ -84,9 +84,11 @@ def save(path: str | Path, model: Qwen3VL, *, assets: str | Path | None = None) 
     """
     with write_aside(path) as aside:
         if jax.process_index() == 0:
+            original = {} if assets is None else read_config(assets)
+            original.pop(_BRANCH_KEY, None)
+            write_config(aside, model.config, original)
             if assets is not None:
                 copy_assets(assets, aside)
-            write_config(aside, model.config, {} if assets is None else read_config(assets))
         _write(aside, nnx.to_pure_dict(nnx.state(model)))
 
 

@@ -13,6 +13,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from pvm_jax.config import ModelConfig
 
+_MAX_LINES = 100
 _ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -60,26 +61,24 @@ def write_config(directory: Path, config: ModelConfig, original: Mapping[str, An
 
     Where the original speaks of RoPE in transformers 5's way (`rope_parameters`), so does what is written.
     """
-    original, ours = dict(original), config.to_hf()
-    text = dict(original.get("text_config") or {})
-    for key in ("pvm_layers", "pvm_hidden_size"):
-        text.pop(key, None)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope = rope | ours["text_config"].pop("rope_scaling")
+    ours = config.to_hf()
+    merged = {**original, **ours}
+    for section in ("text_config", "vision_config"):
+        theirs = original.get(section) or {}
+        # transformers 4 and 5 call the vision section by different names, and read either.
+        merged[section] = {**theirs, **ours[section], "model_type": theirs.get("model_type", ours[section]["model_type"])}
+    text = merged["text_config"]
     if text.get("rope_parameters"):
-        text.pop("rope_scaling", None)
-        text["rope_parameters"] = rope | {"rope_theta": ours["text_config"].pop("rope_theta")}
-    else:
-        text["rope_scaling"] = rope
-    sections = {
-        "text_config": text | ours["text_config"],
-        "vision_config": dict(original.get("vision_config") or {}) | ours["vision_config"],
-    }
-    for section in (original, *sections.values()):
-        section.pop("torch_dtype", None)
-        if "dtype" in section:
-            section["dtype"] = ours["dtype"]
-    (directory / "config.json").write_text(json.dumps(original | ours | sections, indent=2) + "\n")
+        rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
+        text["rope_parameters"] = text["rope_parameters"] | rope
+    if not config.text.pvm_layers:
+        text.pop("pvm_layers", None)
+        text.pop("pvm_hidden_size", None)
+    for part in (merged, merged["text_config"], merged["vision_config"]):
+        part.pop("torch_dtype", None)
+        if "dtype" in part:
+            part["dtype"] = ours["dtype"]
+    (directory / "config.json").write_text(json.dumps(merged, indent=2) + "\n")
 
 
 def compare_shapes(
@@ -99,7 +98,9 @@ def compare_shapes(
     ]
     lines += [f"  {line}" for line in also or ()]
     if lines:
-        raise CheckpointError("\n".join([f"{what} does not fit its config.json ({len(lines)} problems):", *lines]))
+        rest = [f"  and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
+        shown = [f"{what} does not fit its config.json ({len(lines)} problems):", *lines[:_MAX_LINES], *rest]
+        raise CheckpointError("\n".join(shown))
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -1,0 +1,258 @@
+"""Hugging Face -> Orbax -> Hugging Face: equal bytes, and errors that name what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from convert import hf_to_orbax, orbax_to_hf, store
+from pvm_jax import load, save
+from pvm_jax.checkpoint import by_path
+from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.config import ModelConfig
+from pvm_jax.sharding import make_mesh
+from tests.convert.directories import read_tensors
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
+DOWN = "model.language_model.layers.3.mlp.down_proj.weight"
+
+
+def assert_equal_bytes(one: Path, other: Path) -> None:
+    a, b = read_tensors(one), read_tensors(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_there_and_back(golden, tmp_path):
+    hf_to_orbax.convert(golden, tmp_path / "orbax")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back", max_shard_size="300KB")
+    assert_equal_bytes(golden, tmp_path / "back")
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    assert ModelConfig.from_hf(tmp_path / "back") == ModelConfig.from_hf(golden)
+
+
+def test_there_and_back_in_small_blocks(golden, tmp_path, monkeypatch):
+    """Layers cut into rows, rows into chunks: what full-size tensors go through."""
+    monkeypatch.setattr(store, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(store, "_CHUNK_BYTES", 2**9)
+    hf_to_orbax.convert(golden, tmp_path / "orbax")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
+    assert_equal_bytes(golden, tmp_path / "back")
+    read, target = load(tmp_path / "orbax", mesh=make_mesh(1, 4, 2)), read_tensors(golden)
+    layers = by_path(nnx.state(read))["language_model/layers/mlp/down_proj/weight"]
+    np.testing.assert_array_equal(layers[3], target[DOWN])
+
+
+def test_plain_bfloat16(plain, tmp_path):
+    """Side files and unknown config keys survive; the fresh branch is left out again."""
+    hf_to_orbax.convert(plain, tmp_path / "orbax", (1, 2), 16)
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back", plain=True)
+    assert_equal_bytes(plain, tmp_path / "back")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "back" / name).read_bytes() == (plain / name).read_bytes()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (plain, tmp_path / "back"))
+    after["text_config"].pop("tie_word_embeddings")
+    before["text_config"].pop("tie_word_embeddings", None)
+    assert after == before
+
+
+@pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
+def test_with_the_branch_the_config_is_the_authors(plain, tmp_path):
+    hf_to_orbax.convert(plain, tmp_path / "orbax", (1, 2), 32)
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["architectures"] == ["PVMQwen3VLForConditionalGeneration"]
+    assert (config["text_config"]["pvm_layers"], config["text_config"]["pvm_hidden_size"]) == ([1, 2], 32)
+    assert "rope_scaling" not in config["text_config"]
+    assert "model.language_model.layers.2.pvm_block.cross_attn.q_norm.weight" in read_tensors(tmp_path / "back")
+
+
+@pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
+def test_fresh_branch(plain, tmp_path):
+    hf_to_orbax.convert(plain, tmp_path / "one", seed=1)
+    hf_to_orbax.convert(plain, tmp_path / "two", seed=2)
+    model = load(tmp_path / "one")
+    assert model.config.text == ModelConfig.from_hf(plain).with_pvm().text
+    one, two = (by_path(nnx.state(made)) for made in (model, load(tmp_path / "two")))
+    expanders = [f"pvm/{layer}/output_expander/weight" for layer in model.config.text.pvm_layers]
+    for layer, expander in zip(model.config.text.pvm_layers, expanders, strict=True):
+        assert one[f"pvm/{layer}/gate_alpha"] == 0
+        assert (one[f"pvm/{layer}/input_norm/weight"] == 1).all()
+        assert np.std(one[expander].astype(np.float32)) == pytest.approx(0.02, rel=0.1)
+        assert one[expander].dtype == jnp.bfloat16
+        assert (one[expander] != two[expander]).any()
+    assert (one[expanders[0]] != one[expanders[1]]).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cast(golden, tmp_path, dtype):
+    hf_to_orbax.convert(golden, tmp_path / "orbax", dtype=dtype)
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
+    for name, tensor in read_tensors(tmp_path / "back").items():
+        assert tensor.dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(tensor, read_tensors(golden)[name].astype(dtype))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_orbax_alone_reads_it(golden, tmp_path):
+    """An ordinary Orbax checkpoint, to be restored into any sharding; arrays of zeros too."""
+    hf_to_orbax.convert(golden, tmp_path / "orbax")
+    mesh = make_mesh(2, 2, 2)
+    path = tmp_path / "orbax" / "params"
+    sharding = jax.NamedSharding(mesh, jax.P(None, "fsdp", "tensor"))
+    metadata = ocp.metadata(str(path)).metadata
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding if len(leaf.shape) == 3 else jax.NamedSharding(mesh, jax.P())
+        ),
+        metadata,
+    )
+    tree, tensors = ocp.load(str(path), abstract), read_tensors(golden)
+    up = tree["language_model"]["layers"]["mlp"]["up_proj"]["weight"]
+    assert up.sharding == sharding
+    for layer in range(up.shape[0]):
+        np.testing.assert_array_equal(up[layer], tensors[f"model.language_model.layers.{layer}.mlp.up_proj.weight"])
+    patches = tensors["model.visual.patch_embed.proj.weight"]
+    np.testing.assert_array_equal(tree["visual"]["patch_embed"]["proj"]["weight"], patches.reshape(len(patches), -1))
+    assert "pvm" in ocp.load(str(path))
+
+
+def test_exports_what_was_saved_after_training(golden_model, golden, tmp_path):
+    save(tmp_path / "saved", golden_model, assets=golden)
+    orbax_to_hf.convert(tmp_path / "saved", tmp_path / "back")
+    assert_equal_bytes(golden, tmp_path / "back")
+
+
+class TestRefused:
+    """Nothing is left behind, neither the destination nor what was to become it."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_left(self, tmp_path):
+        yield
+        assert not [path.name for path in tmp_path.iterdir() if "orbax" in path.name]
+
+    def convert(self, source: Path, tmp_path: Path, **options) -> str:
+        with pytest.raises((CheckpointError, OSError, ValueError)) as error:
+            hf_to_orbax.convert(source, tmp_path / "orbax", **options)
+        return str(error.value)
+
+    def test_all_problems_at_once(self, variant, tmp_path):
+        def change(tensors: dict, config: dict) -> None:
+            del tensors["model.visual.merger.norm.bias"]
+            tensors["model.extra"] = np.zeros((2, 3), np.float32)
+            tensors[DOWN] = tensors[DOWN].T.copy()
+            tensors["model.language_model.norm.weight"] = tensors["model.language_model.norm.weight"].astype(np.float16)
+
+        message = self.convert(variant(change), tmp_path)
+        assert "missing: model.visual.merger.norm.bias (32,)" in message
+        assert "unexpected: model.extra (2, 3)" in message
+        assert f"wrong shape: {DOWN}: expected " in message
+        assert "wrong type: model.language_model.norm.weight: expected F32 or BF16, found F16" in message
+        assert "(4 problems)" in message
+
+    def test_branch_without_config(self, variant, tmp_path):
+        def change(tensors: dict, config: dict) -> None:
+            del config["text_config"]["pvm_layers"]
+
+        assert ".pvm_block." in self.convert(variant(change), tmp_path)
+
+    def test_config_without_branch(self, variant, tmp_path):
+        def change(tensors: dict, config: dict) -> None:
+            for name in [name for name in tensors if name.endswith("gate_alpha")]:
+                del tensors[name]
+
+        assert "gate_alpha (1,)" in self.convert(variant(change), tmp_path)
+
+    def test_other_layers_than_the_checkpoints(self, golden, tmp_path):
+        assert "--pvm-layers (0,)" in self.convert(golden, tmp_path, pvm_layers=(0,))
+
+    def test_mixed_types_in_a_stack(self, variant, tmp_path):
+        def change(tensors: dict, config: dict) -> None:
+            tensors[DOWN] = tensors[DOWN].astype(ml_dtypes.bfloat16)
+
+        assert "--dtype" in self.convert(variant(change), tmp_path)
+
+    def test_cut_off_file(self, corrupt, tmp_path):
+        last = sorted(corrupt.glob("model*.safetensors"))[-1]
+        assert f"{last} is not a whole safetensors file" in self.convert(corrupt, tmp_path)
+
+    def test_cut_off_while_read(self, golden, tmp_path, monkeypatch):
+        source = Path(shutil.copytree(golden, tmp_path / "source"))
+        last = sorted(source.glob("model*.safetensors"))[-1]
+        check = hf_to_orbax._check
+
+        def cut_after_check(*args, **options):
+            check(*args, **options)
+            last.write_bytes(last.read_bytes()[:-100])
+
+        monkeypatch.setattr(hf_to_orbax, "_check", cut_after_check)
+        assert f"{last} ended while" in self.convert(source, tmp_path)
+
+    def test_missing_file_of_the_index(self, golden, tmp_path):
+        source = Path(shutil.copytree(golden, tmp_path / "source"))
+        file = sorted(source.glob("model*.safetensors"))[-1]
+        file.unlink()
+        assert file.name in self.convert(source, tmp_path)
+
+    def test_no_weights(self, tmp_path, golden):
+        (tmp_path / "empty").mkdir()
+        shutil.copy(golden / "config.json", tmp_path / "empty")
+        assert "neither model.safetensors nor" in self.convert(tmp_path / "empty", tmp_path)
+
+
+def test_a_full_destination_is_left_alone(golden, tmp_path):
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        hf_to_orbax.convert(golden, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["note"]
+
+
+def test_an_empty_destination_is_taken(golden, tmp_path):
+    (tmp_path / "orbax").mkdir()
+    hf_to_orbax.convert(golden, tmp_path / "orbax")
+    load(tmp_path / "orbax")
+
+
+@pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)
+class TestTied:
+    def test_a_stored_head_is_left_out(self, variant, tmp_path):
+        source = variant(lambda tensors, config: tensors.update({"lm_head.weight": tensors[EMBEDDING]}))
+        hf_to_orbax.convert(source, tmp_path / "orbax")
+        orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
+        assert "lm_head.weight" not in read_tensors(tmp_path / "back")
+
+    def test_a_different_head_is_refused(self, variant, tmp_path):
+        source = variant(lambda tensors, config: tensors.update({"lm_head.weight": tensors[EMBEDDING] + 1}))
+        with pytest.raises(CheckpointError, match=r"unexpected: lm_head\.weight"):
+            hf_to_orbax.convert(source, tmp_path / "orbax")
+
+
+class TestCommand:
+    @pytest.mark.parametrize("module", ["convert.hf_to_orbax", "convert.orbax_to_hf"])
+    def test_help_has_examples(self, module):
+        shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True).stdout
+        assert f"\n  python -m {module} " in shown
+
+    @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
+    def test_arguments(self, plain, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(jax.config, "update", lambda *_: None)
+        hf_to_orbax.main([str(plain), str(tmp_path / "o"), "--pvm-layers", "0", "3", "--pvm-hidden-size", "16"])
+        orbax_to_hf.main([str(tmp_path / "o"), str(tmp_path / "b"), "--plain", "--max-shard-size", "1MB"])
+        assert_equal_bytes(plain, tmp_path / "b")
+        assert "peak memory" in capsys.readouterr().out
+
+    def test_errors_are_one_line(self, tmp_path):
+        with pytest.raises(SystemExit, match=r"error: .*config\.json"):
+            hf_to_orbax.main([str(tmp_path), str(tmp_path / "o")])

@@ -1,0 +1,266 @@
+"""Checkpoints: any mesh, the branch apart from its backbone, and the steps of a run."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from pvm_jax import ModelConfig, Qwen3VL, abstract_model, load, load_branch, save, save_branch
+from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, by_path
+from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.sharding import make_mesh, param_shardings
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def converted(golden_checkpoints) -> Path:
+    return golden_checkpoints["shape_8b"]
+
+
+@pytest.fixture(scope="module")
+def model(converted) -> Qwen3VL:
+    return load(converted)
+
+
+@pytest.fixture(scope="module")
+def trained(model) -> Qwen3VL:
+    """The same backbone, another branch."""
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params))
+
+
+@pytest.fixture(scope="module")
+def branch(trained, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("branch") / "branch"
+    save_branch(path, trained)
+    return path
+
+
+def filled(config: ModelConfig) -> Qwen3VL:
+    """A model of ones, without waiting for an initialisation."""
+    graphdef, params = nnx.split(abstract_model(config))
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params))
+
+
+def parameters(model: Qwen3VL) -> dict[str, jax.Array]:
+    return by_path(nnx.state(model))
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+
+
+class TestLoad:
+    @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+    def test_into_any_mesh(self, converted, model, sizes):
+        mesh = make_mesh(*sizes)
+        loaded = load(converted, mesh=mesh)
+        expected = by_path(param_shardings(nnx.state(loaded), mesh))
+        for path, leaf in parameters(loaded).items():
+            assert leaf.sharding == expected[path], path
+        assert_equal(parameters(loaded), parameters(model))
+
+    def test_from_another_mesh(self, converted, model, tmp_path):
+        save(tmp_path / "sharded", load(converted, mesh=make_mesh(1, 4, 2)), assets=converted)
+        assert_equal(parameters(load(tmp_path / "sharded", mesh=make_mesh(2, 1, 4))), parameters(model))
+        assert_equal(parameters(load(tmp_path / "sharded")), parameters(model))
+
+    def test_dtype_casts_while_reading(self, converted, model):
+        loaded = load(converted, dtype="bfloat16", mesh=make_mesh())
+        assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
+        assert_equal(parameters(loaded), {path: leaf.astype(jnp.bfloat16) for path, leaf in parameters(model).items()})
+
+    def test_stored_dtypes_are_kept(self, converted, tmp_path):
+        """A trained float32 branch beside its bfloat16 backbone."""
+        mixed = load(converted, dtype="bfloat16")
+        save(tmp_path / "mixed", load_branch(converted, mixed))
+        loaded = parameters(load(tmp_path / "mixed"))
+        assert {leaf.dtype.name for path, leaf in loaded.items() if path.startswith("pvm/")} == {"float32"}
+        assert {leaf.dtype.name for path, leaf in loaded.items() if not path.startswith("pvm/")} == {"bfloat16"}
+
+    def test_config_round_trip(self, model, tmp_path):
+        """What is of the run, not of the model, is not stored."""
+        save(tmp_path / "saved", filled(replace(model.config, remat="none", attention="xla")))
+        assert load(tmp_path / "saved").config == model.config
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no checkpoint directory"):
+            load(tmp_path / "absent")
+
+    def test_hugging_face_directory(self):
+        with pytest.raises(CheckpointError, match=r"convert it first, python -m convert\.hf_to_orbax"):
+            load(GOLDEN / "shape_8b")
+
+    def test_another_directory(self, tmp_path):
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(CheckpointError, match=r"expected config\.json and params/, found notes\.txt"):
+            load(tmp_path)
+
+    def test_shapes_of_another_config(self, converted, tmp_path):
+        copied = Path(shutil.copytree(converted, tmp_path / "copied"))
+        config = json.loads((copied / "config.json").read_text())
+        config["text_config"] |= {"vocab_size": 640, "pvm_layers": [1]}
+        (copied / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError) as error:
+            load(copied)
+        assert "wrong shape: lm_head/weight: expected (640, 64), found (512, 64)" in str(error.value)
+        assert "unexpected: pvm/3/gate_alpha (1,)" in str(error.value)
+
+
+class TestSave:
+    def test_interrupted(self, model, tmp_path, monkeypatch):
+        """A write that fails leaves nothing; one that was killed leaves what `load` tells from a checkpoint."""
+        monkeypatch.setattr("pvm_jax.checkpoint._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path / "saved", model)
+        assert not list(tmp_path.iterdir())
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path / "saved", model)
+        monkeypatch.undo()
+        with pytest.raises(CheckpointError, match="never finished"):
+            load(tmp_path / "saved")
+        save(tmp_path / "saved", model)
+        assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+    def test_never_over_something(self, model, tmp_path):
+        (tmp_path / "note").touch()
+        with pytest.raises(FileExistsError, match="not empty"):
+            save(tmp_path, model)
+
+
+class TestBranch:
+    def test_holds_the_branch_alone(self, branch, trained):
+        values = sum(leaf.nbytes for path, leaf in parameters(trained).items() if path.startswith("pvm/"))
+        assert sum(file.stat().st_size for file in branch.rglob("*") if file.is_file()) < 2 * values
+        with pytest.raises(CheckpointError, match="a PVM branch alone"):
+            load(branch)
+
+    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
+    def test_on_its_backbone(self, converted, branch, trained, dtype):
+        loaded = load(converted, branch=branch, mesh=make_mesh(2, 2, 2), dtype=dtype)
+        expected = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in parameters(trained).items()}
+        assert_equal(parameters(loaded), expected)
+
+    def test_on_another_backbone(self, branch, model):
+        graphdef, params = nnx.split(model)
+        other = nnx.map_state(lambda path, leaf: leaf.at[0].add(0.5) if path[-2] == "pos_embed" else leaf, params)
+        with pytest.raises(CheckpointError, match="was trained on the backbone"):
+            load_branch(branch, nnx.merge(graphdef, other))
+
+    def test_of_a_whole_checkpoint(self, trained, converted, model, tmp_path):
+        """Layers and width come with the branch; the backbone stays."""
+        config = model.config.with_pvm((0, 2, 4), 16)
+        save(tmp_path / "other", filled(config))
+        loaded = load(converted, branch=tmp_path / "other")
+        assert loaded.config == config
+        assert backbone_identity(nnx.state(loaded)) == backbone_identity(nnx.state(model))
+        assert all((leaf == 1).all() for path, leaf in parameters(loaded).items() if path.startswith("pvm/"))
+
+    def test_of_a_plain_checkpoint(self, model, tmp_path):
+        save(tmp_path / "plain", filled(model.config.without_pvm()))
+        with pytest.raises(CheckpointError, match="no PVM branch"):
+            load_branch(tmp_path / "plain", model)
+
+
+class TestIdentity:
+    def test_is_of_the_values(self, converted, model):
+        identity = backbone_identity(nnx.state(model))
+        assert backbone_identity(nnx.to_pure_dict(nnx.state(model))) == identity
+        assert backbone_identity(nnx.state(load(converted, mesh=make_mesh(2, 2, 2)))) == identity
+        assert backbone_identity(nnx.state(load(converted, mesh=make_mesh(1, 8, 1), dtype="bfloat16"))) == identity
+
+    @pytest.mark.parametrize("change", [lambda leaf: leaf.at[..., 3].add(0.5), lambda leaf: leaf[::-1]])
+    def test_differs_for_other_values(self, model, change):
+        params = nnx.to_pure_dict(nnx.state(model))
+        identity = backbone_identity(params)
+        up = params["language_model"]["layers"]["mlp"]["up_proj"]
+        up["weight"] = change(up["weight"])
+        assert backbone_identity(params) != identity
+
+
+class TestTrainCheckpoints:
+    """A run of the branch with AdamW over a shuffled Grain iterator."""
+
+    transformation = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
+
+    def batches(self):
+        return iter(grain.MapDataset.range(100).shuffle(seed=1).repeat().batch(4).to_iter_dataset())
+
+    def state(self, model, mesh):
+        trained = nnx.State({"pvm": {"1": nnx.state(model)["pvm"]["1"]}})
+        params = jax.tree.map(jax.device_put, nnx.as_pure(trained), param_shardings(trained, mesh))
+        return {"params": params, "optimizer": jax.tree.map(lambda x: x + 1, self.transformation.init(params))}
+
+    def abstract(self, state):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+    def steps(self, path, model, backbone="abc", **options):
+        return TrainCheckpoints(path, model.config, backbone, **options)
+
+    def test_restores_on_another_mesh(self, model, tmp_path):
+        state, batches = self.state(model, make_mesh(1, 8, 1)), self.batches()
+        with self.steps(tmp_path, model) as steps:
+            next(batches)
+            steps.save(1, state, batches)
+            # The save has its own copy: what comes later does not reach it.
+            rest = [next(batches) for _ in range(3)]
+        target = self.abstract(self.state(model, make_mesh(2, 2, 2)))
+        with self.steps(tmp_path, model) as steps:
+            resumed = self.batches()
+            restored = steps.restore(target, resumed)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        for saved, loaded, wanted in zip(*map(jax.tree.leaves, (state, restored, target)), strict=True):
+            np.testing.assert_array_equal(saved, loaded)
+            assert loaded.sharding == wanted.sharding
+        np.testing.assert_array_equal([next(resumed) for _ in range(3)], rest)
+
+    def test_retention(self, model, tmp_path):
+        state, batches = self.state(model, make_mesh()), self.batches()
+        with self.steps(tmp_path, model, keep=1, best="accuracy", maximize=True) as steps:
+            for step, accuracy in enumerate((0.1, 0.9, 0.3, 0.2)):
+                steps.save(step, state, batches, {"accuracy": accuracy})
+            with pytest.raises(ValueError, match="accuracy"):
+                steps.save(9, state, batches, {"loss": 1.0})
+        with self.steps(tmp_path, model, keep=1) as steps:
+            assert (steps.steps, steps.latest) == ([1, 3], 3)
+
+    def test_interrupted_save_does_not_exist(self, model, tmp_path):
+        state, batches = self.state(model, make_mesh()), self.batches()
+        with self.steps(tmp_path, model) as steps:
+            steps.save(1, state, batches)
+            steps.save(2, state, batches)
+        (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+        with self.steps(tmp_path, model) as steps:
+            assert steps.steps == [1]
+            steps.restore(self.abstract(state), batches)
+            with pytest.raises(FileNotFoundError, match=r"no step 2; there are \[1\]"):
+                steps.restore(self.abstract(state), batches, step=2)
+            steps.save(2, state, batches)
+
+    def test_other_runs_steps(self, model, tmp_path):
+        state, batches = self.state(model, make_mesh()), self.batches()
+        with self.steps(tmp_path, model) as steps:
+            steps.save(1, state, batches)
+        with self.steps(tmp_path, model, "def") as steps, pytest.raises(CheckpointError, match="another backbone: abc"):
+            steps.restore(self.abstract(state), batches)
+        other = ModelConfig.from_hf(GOLDEN / "shape_4b")
+        with TrainCheckpoints(tmp_path, other, "abc") as steps, pytest.raises(CheckpointError, match="another model"):
+            steps.restore(self.abstract(state), batches)
+
+    def test_nothing_saved(self, model, tmp_path):
+        with self.steps(tmp_path, model) as steps:
+            assert steps.latest is None
+            with pytest.raises(FileNotFoundError, match="no step None"):
+                steps.restore({}, self.batches())
