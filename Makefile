@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo base test lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,8 +18,11 @@ help:  ## this list
 demo: .venv/ready  ## convert the shipped tiny checkpoint, fine-tune its PVM branch, generate, plot what changed
 	$(BIN)/python -m demo.run out/demo
 
+base: .venv/ready  ## train the tiny checkpoint that the demo starts from, about an hour (demo/base must be empty)
+	$(BIN)/python -m demo.pretrain out/demo demo/base
+
 test: .venv/ready  ## the tests, on the CPU
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 lint: .venv/ready  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from flax import nnx
 from jsonargparse import auto_cli
 from rich.console import Console

@@ -77,6 +77,7 @@ def main(
         compiled = lowered.compile()
         seconds = time.perf_counter() - start - traced
     bytes_of = compiled.memory_analysis()
+    assert bytes_of is not None
     total = (
         bytes_of.argument_size_in_bytes
         + bytes_of.output_size_in_bytes

@@ -333,8 +333,6 @@ def _context(*, partial: bool = False) -> ocp.Context:
 
 
 def _storage_options(key: Any, value: Any) -> Any:
-    """Chunks that cut a stack between its layers first, so that one layer can be read without the others."""
-    if not value.ndim:
-        return None
+    """Chunks that cut a stack of matrices between its layers first, so that one can be read without the others."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
-    return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+    return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if value.ndim > 2 else ())

@@ -60,7 +60,7 @@ class Qwen3VL(nnx.Module):
         self.pvm = nnx.Dict({str(layer): PersistentVisualMemory(config, rngs=rngs) for layer in c.pvm_layers})
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Logits [B, S, vocab] float32, compiled once per shape. A convenience: training reads `hidden` and the head in chunks."""
+        """Logits [B, S, vocab] float32, compiled once per shape; a convenience: training takes the head in chunks."""
         graphdef, params = nnx.split(self)
         return _logits(graphdef, nnx.as_pure(params), batch)
 

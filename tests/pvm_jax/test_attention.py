@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ def _segments(rows, length, *lengths):
     ids = np.zeros((rows, length), np.int32)
     for row in range(rows):
         edges = np.cumsum([0, *lengths]) + row  # rows differ
-        for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        for number, (start, stop) in enumerate(pairwise(edges), 1):
             ids[row, start:stop] = number
     return jnp.asarray(ids)
 

@@ -1,4 +1,4 @@
-"""Properties of the model that need no reference: exact neutrality of a fresh branch, packing, caching, static shapes, meshes."""
+"""Properties that need no reference: neutrality of a fresh branch, packing, caching, static shapes, meshes."""
 
 import dataclasses
 
@@ -144,7 +144,7 @@ def test_decoding_equals_the_full_forward(model):
     rows = [[EXAMPLES[0]], [EXAMPLES[3]], [EXAMPLES[1]]]
     prompt = Batch.from_rows(rows, CONFIG, length=32, patches=32)
     continuation = np.random.default_rng(5).integers(1, 80, (len(rows), 12))
-    hidden, cache = run(model, "prefill", prompt, slots=32 + 12)
+    _, cache = run(model, "prefill", prompt, slots=32 + 12)
     graphdef, params = nnx.split(model)
 
     @jax.jit

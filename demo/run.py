@@ -1,0 +1,79 @@
+"""The whole job on real digits, one documented command after the other: convert, fine-tune the branch, generate, measure.
+
+`make demo` runs this. A step whose result is there already is skipped, so an interrupted demo goes on where it was.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+BASE = "demo/base"
+BRANCH = ("--pvm-layers", "1", "2", "--pvm-hidden-size", "128")
+
+# What a command makes (the command is skipped where that exists), and the command itself: arguments of `python -m`.
+Step = tuple[Path, Sequence[object]]
+
+
+def main(out: Path = Path("out/demo")) -> None:
+    """Converts the shipped checkpoint, fine-tunes its PVM branch, asks it about an image, measures before and after.
+
+    Args:
+        out: folder for everything that is written.
+    """
+    checkpoint, data, run, report = out / "checkpoint", out / "data", out / "run", out / "report"
+    run_steps(
+        [
+            (checkpoint, ["convert.hf_to_orbax", BASE, checkpoint, *BRANCH]),
+            (data / "data.jsonl", ["demo.task", data, "--config", "demo/branch_data.yaml"]),
+            (
+                run / "branch",
+                [
+                    "train.sft",
+                    "--config=demo/branch.yaml",
+                    f"--checkpoint={checkpoint}",
+                    f"--data.path={data / 'data.jsonl'}",
+                    f"--run_dir={run}",
+                ],
+            ),
+        ]
+    )
+    show_one_answer(checkpoint, run / "branch", out / "example")
+    run_steps([(report / "results.md", ["demo.evaluate", report, "--checkpoint", checkpoint, "--branch", run / "branch"])])
+    print((report / "results.md").read_text())
+    print(f"The picture: {report / 'results.png'}; every number: {report / 'results.json'}")
+
+
+def run_steps(steps: Sequence[Step]) -> None:
+    """Runs the commands in order, each printed as one would type it; ends the program if one fails."""
+    for result, arguments in steps:
+        command = ["python", "-m", *map(str, arguments)]
+        if result.exists():
+            print(f"[{result} is there: skipped] {shlex.join(command)}", flush=True)
+            continue
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        code = subprocess.run([sys.executable, *command[1:]], check=False).returncode
+        if code:
+            sys.exit(f"error: that command failed (exit status {code}); what it says above tells why")
+
+
+def show_one_answer(checkpoint: Path, branch: Path, folder: Path) -> None:
+    """Asks about one held-out image through the command line of `pvm_jax generate`."""
+    if not folder.exists():
+        make = [sys.executable, "-m", "demo.task", str(folder), "--count", "1", "--mixture.sizes", "[3]"]
+        subprocess.run([*make, "--mixture.digits", "heldout", "--mixture.lines", "[8,8]"], check=True)
+    user, assistant = json.loads((folder / "data.jsonl").read_text())["messages"]
+    image, question = (part[part["type"]] for part in user["content"])
+    print(f"\nThe true lines of {folder / image}, in one of their orders:\n{assistant['content']}")
+    command = ["-m", "pvm_jax", "generate", "--checkpoint", str(checkpoint), "--branch", str(branch)]
+    command += ["--image", str(folder / image), "--max-new-tokens", "24", question]
+    print(f"$ {shlex.join(['python', *command])}", flush=True)
+    subprocess.run([sys.executable, *command], check=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=True)
