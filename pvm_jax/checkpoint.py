@@ -35,6 +35,7 @@ _BRANCH = "pvm/"
 _BRANCH_KEY = "pvm_branch"
 _EMBEDDING = "language_model/embed_tokens/weight"
 _CHUNK_BYTES = 64 * 2**20
+_READ_BYTES = 2**30
 
 
 def load(
@@ -147,23 +148,31 @@ def backbone_identity(params: Any) -> str:
     Args:
         params: the parameter tree (`nnx.state(model)`, pure or not, or nested dicts).
     """
-    backbone = {path: leaf for path, leaf in by_path(params).items() if not path.startswith(_BRANCH)}
-    sums = jax.device_get(_checksums(backbone))
-    lines = sorted(f"{path} {tuple(leaf.shape)} {int(sums[path]):08x}" for path, leaf in backbone.items())
+    lines = [
+        # One tensor after the other: on CPUs a sum needs its terms in memory.
+        f"{path} {tuple(leaf.shape)} {int(_checksum(leaf)):08x}"
+        for path, leaf in sorted(by_path(params).items())
+        if not path.startswith(_BRANCH)
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @jax.jit
-def _checksums(tensors: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-        index = jnp.zeros(x.shape, jnp.uint32)
-        for axis in range(x.ndim):
-            stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
-            index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+def _checksum(x: jax.Array) -> jax.Array:
+    """The sum over x of its bfloat16 bits times (2 * flat index + 1), modulo 2^32."""
+
+    def part_sum(part: jax.Array, start: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+        index = jnp.broadcast_to(start, part.shape)
+        for axis in range(part.ndim):
+            stride = jnp.uint32(math.prod(part.shape[axis + 1 :]))
+            index += jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis) * stride
         return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
-    return jax.tree.map(checksum, tensors)
+    if x.ndim < 3:
+        return part_sum(x, jnp.uint32(0))
+    starts = jnp.arange(len(x), dtype=jnp.uint32) * jnp.uint32(math.prod(x.shape[1:]))
+    return jnp.sum(jax.lax.map(lambda args: part_sum(*args), (x, starts)), dtype=jnp.uint32)
 
 
 class TrainCheckpoints:
@@ -316,7 +325,11 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
         path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype, sharding=shardings[path])
         for path, leaf in expected.items()
     }
-    with _context(partial=True):
+    context = _context(partial=True)
+    # What waits in host memory on its way to the devices. Orbax counts whole chunks, and refuses a limit below one request.
+    largest = max(math.prod(leaf.shape) * stored[path].dtype.itemsize for path, leaf in expected.items())
+    context.memory.read_concurrent_bytes = largest + _READ_BYTES
+    with context:
         return ocp.load(str(root / PARAMS), traverse_util.unflatten_dict(abstract, sep="/"))
 
 
@@ -335,4 +348,4 @@ def _context(*, partial: bool = False) -> ocp.Context:
 def _storage_options(key: Any, value: Any) -> Any:
     """Chunks that cut a stack of matrices between its layers first, so that one can be read without the others."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
-    return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if value.ndim > 2 else ())
+    return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if jnp.ndim(value) > 2 else ())
