@@ -1,4 +1,4 @@
-"""Makes demo/base: trains the tiny Qwen3-VL from nothing, in two stages, and exports it as a Hugging Face directory.
+"""Makes demo/base: trains the tiny Qwen3-VL from nothing, in three stages, and exports it as a Hugging Face directory.
 
 `make base` runs this; it takes about an hour on two cores. The shipped checkpoint was made so.
 """
@@ -9,7 +9,7 @@ from jsonargparse import auto_cli
 
 from demo.run import run_steps
 
-STAGES = 2
+STAGES = 3
 
 
 def main(out: Path = Path("out/demo"), base: Path = Path("demo/base")) -> None:
