@@ -61,7 +61,7 @@ def convert(
     dtype: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Writes the checkpoint `dst`; in memory are a few blocks of about 128 MiB, whatever the size.
+    """Writes the checkpoint `dst`; in memory are some 300 MB of it at a time, whatever the size.
 
     Args:
         pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by size for a fresh one.

@@ -17,8 +17,11 @@ from orbax.checkpoint import v1 as ocp
 
 from pvm_jax.checkpoint import PARAMS, stored_arrays
 
-BLOCK_BYTES = 128 * 2**20
-_CHUNK_BYTES = 2**18
+# A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
+BLOCK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 2**19
+_COMMIT_BYTES = 128 * 2**20
+_CACHE_BYTES = 256 * 2**20
 _SPLITS = 16
 
 
@@ -43,14 +46,14 @@ def create(directory: Path, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
 
 def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
     """The arrays of a checkpoint (`create`, `pvm_jax.save`), open for reading, by path."""
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 2 * BLOCK_BYTES}})
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     paths = stored_arrays(directory)
     stores = {path: ts.open(_location(directory, path), context=context, read=True) for path in paths}
     return {path: store.result() for path, store in stores.items()}
 
 
 class BlockWriter:
-    """Writes in the background: a commit (a file) for a block or many small arrays, at most one of them on its way."""
+    """Writes in the background, many blocks to a commit, at most one commit on its way."""
 
     def __init__(self):
         self._transaction, self._bytes = ts.Transaction(atomic=True), 0
@@ -59,7 +62,7 @@ class BlockWriter:
     def write(self, part: ts.TensorStore, content: np.ndarray) -> None:
         part.with_transaction(self._transaction).write(content).copy.result()
         self._bytes += content.nbytes
-        if self._bytes >= BLOCK_BYTES // 2:
+        if self._bytes >= _COMMIT_BYTES:
             self._commit()
 
     def __enter__(self) -> Self:
@@ -81,7 +84,7 @@ class BlockWriter:
 
 
 def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Slices that tile an array: whole layers of a stack or rows of a layer, of about BLOCK_BYTES each."""
+    """Slices that tile an array: layers of a stack or rows of a layer, of about BLOCK_BYTES each."""
     steps = _block_shape(shape, itemsize)
     starts = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
     for corner in product(*starts):
@@ -94,31 +97,25 @@ def _location(directory: Path, path: str) -> dict:
 
 
 def _new(array: jax.ShapeDtypeStruct) -> dict:
-    """One value per block; inside it chunks that are read alone. Uncompressed: weights hardly compress."""
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    shape, itemsize = array.shape, array.dtype.itemsize
-    codec = {
-        "chunk_shape": _chunk_shape(shape, itemsize),
-        "codecs": [little],
-        "index_codecs": [little, {"name": "crc32c"}],
-    }
+    chunks = {"chunk_shape": _chunk_shape(array.shape, array.dtype.itemsize)}
     return {
         "create": True,
         "delete_existing": True,
         # Orbax takes what is not stored for damage, zeros too.
         "store_data_equal_to_fill_value": True,
         "metadata": {
-            "shape": shape,
+            "shape": array.shape,
             "data_type": array.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": _block_shape(shape, itemsize)}},
-            "codecs": [{"name": "sharding_indexed", "configuration": codec}],
+            "chunk_grid": {"name": "regular", "configuration": chunks},
+            # Not compressed: weights hardly get smaller.
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         },
     }
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """What one read takes: one layer, cut along rows and columns, so that 16 x 16 devices read no more than they need."""
-    if prod(shape) * itemsize <= 2**4 * _CHUNK_BYTES or len(shape) < 2:
+    if prod(shape) * itemsize <= BLOCK_BYTES // 2 or len(shape) < 2:
         return shape
     chunk = [1] * (len(shape) - 2) + list(shape[-2:])
     while prod(chunk) * itemsize > _CHUNK_BYTES:
