@@ -16,10 +16,10 @@ help:  ## this list
 	@touch $@
 
 demo: .venv/ready  ## convert the shipped tiny checkpoint, fine-tune its PVM branch, generate, plot what changed
-	$(BIN)/python -m demo.run out/demo
+	$(BIN)/python -m demo.run
 
 base: .venv/ready  ## train the tiny checkpoint that the demo starts from, about an hour (demo/base must be empty)
-	$(BIN)/python -m demo.pretrain out/demo demo/base
+	$(BIN)/python -m demo.pretrain
 
 test: .venv/ready  ## the tests, on the CPU
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope

@@ -104,8 +104,17 @@ def compare_shapes(
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The directory's config.json as it is."""
-    return json.loads((Path(directory) / "config.json").read_text())
+    """The directory's config.json as it is.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        CheckpointError: if it is not JSON.
+    """
+    file = Path(directory) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
 
 
 def aside_of(target: Path) -> Path:
