@@ -1,5 +1,9 @@
 """Persistent Visual Memory on Qwen3-VL in JAX."""
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
+
 from pvm_jax.batch import Batch, Example
 from pvm_jax.checkpoint import load, load_branch, save, save_branch
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
