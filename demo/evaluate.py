@@ -181,7 +181,7 @@ def check(text: str, example: Example) -> Written:
 def main(out: Path, checkpoint: Path, branch: Path | None = None, settings: Settings = Settings()) -> None:
     """Measures a checkpoint, and the same with a trained branch; writes results.json, results.md and results.png to `out`.
 
-    Example: python -m demo.evaluate out/demo/report --checkpoint out/demo/base --branch out/demo/run/branch
+    Example: python -m demo.evaluate out/demo/report out/demo/checkpoint --branch out/demo/run/branch
 
     Args:
         out: folder for the results.

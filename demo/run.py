@@ -43,7 +43,7 @@ def main(out: Path = Path("out/demo")) -> None:
         ]
     )
     show_one_answer(checkpoint, run / "branch", out / "example")
-    run_steps([(report / "results.md", ["demo.evaluate", report, "--checkpoint", checkpoint, "--branch", run / "branch"])])
+    run_steps([(report / "results.md", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
     print((report / "results.md").read_text())
     print(f"The picture: {report / 'results.png'}; every number: {report / 'results.json'}")
 
