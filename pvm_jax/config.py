@@ -198,6 +198,8 @@ class ModelConfig:
         raw = _read_json(config)
         if raw.get("model_type") != MODEL_TYPE:
             raise ValueError(f"config.json: model_type must be {MODEL_TYPE!r} (dense), got {raw.get('model_type')!r}")
+        if missing := [key for key in ("text_config", "vision_config") if key not in raw]:
+            raise ValueError(f"config.json: {' and '.join(missing)} missing: is it a Qwen3-VL's?")
         text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", "default") != "default":
@@ -210,6 +212,7 @@ class ModelConfig:
             (text, "attention_bias", False),
             (text, "hidden_act", "silu"),
             (vision, "hidden_act", "gelu_pytorch_tanh"),
+            (vision.get("rope_parameters") or {}, "rope_theta", 1e4),
         ):
             if section.get(key, value) != value:
                 raise ValueError(f"config.json: {key} = {section[key]!r} is not supported, only {value!r}")
