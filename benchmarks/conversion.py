@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convert.command_line import command_parser
 from convert.layout import layout
 from convert.safetensors_files import Planned, write_safetensors
 from pvm_jax.checkpoint_files import write_config
+from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
 
 PIECE = 2**25

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from convert.command_line import command_parser, report
 from convert.layout import BRANCH, EMBEDDING, HEAD, Slot, Source, layout, parameter_tree, sources
+from convert.report import report
 from convert.safetensors_files import DTYPES, SafetensorsReader
 from convert.store import BlockWriter, blocks, create
 from pvm_jax.checkpoint import by_path
@@ -22,6 +22,7 @@ from pvm_jax.checkpoint_files import (
     write_aside,
     write_config,
 )
+from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
 from pvm_jax.memory import PersistentVisualMemory
 

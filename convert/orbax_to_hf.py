@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from convert.command_line import command_parser, report
 from convert.layout import EMBEDDING, Slot, layout, parameter_tree
+from convert.report import report
 from convert.safetensors_files import Planned, write_safetensors
 from convert.store import blocks, open_arrays
 from pvm_jax.checkpoint import find
 from pvm_jax.checkpoint_files import compare_shapes, copy_assets, read_config, write_aside, write_config
+from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
 
 _READ_AHEAD = 4

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jsonargparse import ArgumentParser
 
 from pvm_jax.batch import Batch
 from pvm_jax.checkpoint import load
+from pvm_jax.command_line import command_parser
 from pvm_jax.generation import stream
 from pvm_jax.processing import Processor
 
@@ -25,7 +25,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the command."""
-    generate = ArgumentParser(description="Answers one question, printing as it writes.")
+    generate = command_parser(None, "Answers one question, printing as it writes.", EXAMPLES)
     generate.add_argument("question", type=str)
     generate.add_argument("--checkpoint", type=str, required=True, help="directory that convert.hf_to_orbax or training wrote")
     generate.add_argument("--branch", type=str, help="take the PVM branch from this checkpoint")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
-    parser = ArgumentParser(prog="python -m pvm_jax", description=__doc__, epilog=EXAMPLES)
+    parser = command_parser("python -m pvm_jax", __doc__, EXAMPLES)
     parser.add_subcommands().add_subcommand("generate", generate, help="answer a question about images")
     try:
         _generate(parser.parse_args(argv).generate)

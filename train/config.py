@@ -2,12 +2,13 @@
 
 import difflib
 import re
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
+
+from pvm_jax.command_line import HelpFormatter
 
 Trainable = Literal["pvm", "decoder", "all"]
 
@@ -175,10 +176,6 @@ class Parser(ArgumentParser):
         super().error(message, *args, **kwargs)
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Shows types and defaults, and the examples line by line."""
-
-
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'")
 
 
@@ -196,7 +193,7 @@ def parse(cls: type, argv: Sequence[str] | None, *, prog: str, description: str,
         usage=f"{prog} --config FILE [--key value ...]",
         description=description,
         epilog=examples,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_class_arguments(cls)

@@ -1,24 +1,13 @@
-"""What the two commands share with their user: help with examples, a progress bar, a summary."""
+"""What the two commands show their user: a progress bar and a summary."""
 
 import resource
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-
-class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Shows types and defaults, and the examples line by line."""
-
-
-def command_parser(prog: str, description: str | None, examples: str) -> ArgumentParser:
-    """A parser whose --help ends with `examples` as they are written."""
-    return ArgumentParser(prog=prog, description=description, epilog=examples, formatter_class=_HelpFormatter)
 
 
 @contextmanager
