@@ -10,6 +10,7 @@ from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
 from pvm_jax.generation import Generation, generate, stream
 from pvm_jax.model import Qwen3VL, Trace, abstract_model
 from pvm_jax.processing import Processor
+from pvm_jax.sharding import make_mesh
 
 __all__ = [
     "Batch",
@@ -25,6 +26,7 @@ __all__ = [
     "generate",
     "load",
     "load_branch",
+    "make_mesh",
     "save",
     "save_branch",
     "stream",

@@ -64,7 +64,10 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
     """The sharding of every parameter: a pure tree like `params` with NamedShardings as leaves.
 
     `params` comes from `nnx.split` (arrays or ShapeDtypeStructs, still wrapped in `nnx.Param`: the wrapper names the axes).
+    A mesh with Explicit axes (`jax.make_mesh`'s default) counts as one with Auto axes.
     """
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
     def sharding(param: nnx.Variable) -> NamedSharding:
         value = param.get_raw_value()

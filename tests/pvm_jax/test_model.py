@@ -1,6 +1,7 @@
 """Properties that need no reference: neutrality of a fresh branch, packing, caching, static shapes, meshes."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import chex
 import jax
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, generate
-from pvm_jax.sharding import batch_sharding, make_mesh, param_shardings
+from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 
 CONFIG = ModelConfig(
     text=TextConfig(
@@ -222,12 +224,14 @@ def test_sharded_equals_unsharded(shallow, shape):
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), atol=2e-5 * scale)
 
 
-def test_sharded_generation_gives_the_same_tokens(shallow):
+@pytest.mark.parametrize("make", [lambda: make_mesh(2, 2, 2), lambda: jax.make_mesh((2, 2, 2), MESH_AXES)])
+def test_sharded_generation_gives_the_same_tokens(shallow, make):
+    """With the mesh in context; and with `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
     batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
     want = generate(shallow, batch, max_new_tokens=16, temperature=0.0)
-    mesh = make_mesh(2, 2, 2)
+    mesh = make()
     graphdef, params = nnx.split(shallow)
-    with jax.set_mesh(mesh):
-        sharded = nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh)))
+    sharded = nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh)))
+    with jax.set_mesh(mesh) if AxisType.Explicit not in mesh.axis_types else nullcontext():
         got = generate(sharded, batch, max_new_tokens=16, temperature=0.0)
     np.testing.assert_array_equal(got.tokens, want.tokens)
