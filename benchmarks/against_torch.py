@@ -4,7 +4,6 @@ pip install torch==2.13.0   # in an environment of its own: torch is no dependen
 python -m benchmarks.against_torch
 """
 
-import time
 from collections.abc import Callable
 
 import jax
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from benchmarks.device import best
 from convert.layout import layout
 from pvm_jax import Batch, ModelConfig, TextConfig, VisionConfig, abstract_model, generate
 from pvm_jax.checkpoint import by_path
@@ -93,7 +93,7 @@ def main(rows: int = 4, text: int = 160, side: int = 16, new_tokens: int = 128, 
     for column in ("", "transformers + torch", "pvm-jax", "torch / jax"):
         table.add_column(column)
     for name, theirs, ours in rows_of_table:
-        seconds = [_best(run, repeats) for run in (theirs, ours)]
+        seconds = [best(run, repeats) for run in (theirs, ours)]
         table.add_row(name, *(f"{s:.2f} s" for s in seconds), f"{seconds[0] / seconds[1]:.2f}")
     Console(width=120).print(table)
 
@@ -149,16 +149,6 @@ def _jax_step(graphdef, params, batch) -> Callable[[], object]:
 def _jax_decode(graphdef, params, batch, new_tokens: int) -> Callable[[], object]:
     model = nnx.merge(graphdef, params)
     return lambda: jax.block_until_ready(generate(model, batch, max_new_tokens=new_tokens, temperature=0.0))
-
-
-def _best(run: Callable[[], object], repeats: int) -> float:
-    run()  # compiles, warms up
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 if __name__ == "__main__":

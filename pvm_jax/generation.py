@@ -77,9 +77,8 @@ def generate(
     Raises:
         ValueError: for a setting out of its range.
     """
-    sampling = _check(_Sampling(temperature, top_k, top_p, tuple(stop_tokens), max_new_tokens), model)
-    graphdef, params = _split(model)
-    state = _prefill(graphdef, params, batch, _key(rng), sampling)
+    sampling = _Sampling(temperature, top_k, top_p, tuple(stop_tokens), max_new_tokens)
+    graphdef, params, state = _start(model, batch, sampling, rng)
     return _loop(graphdef, params, state, max_new_tokens, sampling).output
 
 
@@ -95,9 +94,8 @@ def stream(
     rng: jax.Array | None = None,
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, [B] at a time, as they come. A row that has ended gives 0."""
-    sampling = _check(_Sampling(temperature, top_k, top_p, tuple(stop_tokens), max_new_tokens), model)
-    graphdef, params = _split(model)
-    state = _prefill(graphdef, params, batch, _key(rng), sampling)
+    sampling = _Sampling(temperature, top_k, top_p, tuple(stop_tokens), max_new_tokens)
+    graphdef, params, state = _start(model, batch, sampling, rng)
     for step in range(max_new_tokens):
         state = _loop(graphdef, params, state, step + 1, sampling)
         if step >= int(state.emitted):
@@ -105,7 +103,15 @@ def stream(
         yield np.asarray(state.output.tokens[:, step])
 
 
-def _check(sampling: _Sampling, model: Qwen3VL) -> _Sampling:
+def _start(model: Qwen3VL, batch: Batch, sampling: _Sampling, rng: jax.Array | None) -> tuple[nnx.GraphDef, nnx.State, _State]:
+    """Checks the settings and prefills: the model's structure, its parameters and the loop's first state."""
+    _check(sampling, model)
+    graphdef, params = nnx.split(model)
+    params = nnx.as_pure(params)
+    return graphdef, params, _prefill(graphdef, params, batch, jax.random.key(0) if rng is None else rng, sampling)
+
+
+def _check(sampling: _Sampling, model: Qwen3VL) -> None:
     if sampling.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
     if sampling.temperature < 0:
@@ -114,16 +120,6 @@ def _check(sampling: _Sampling, model: Qwen3VL) -> _Sampling:
         raise ValueError(f"top_k must be in [1, {model.config.text.vocab_size}], got {sampling.top_k}")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {sampling.top_p}")
-    return sampling
-
-
-def _key(rng: jax.Array | None) -> jax.Array:
-    return jax.random.key(0) if rng is None else rng
-
-
-def _split(model: Qwen3VL) -> tuple[nnx.GraphDef, nnx.State]:
-    graphdef, params = nnx.split(model)
-    return graphdef, nnx.as_pure(params)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling"))
