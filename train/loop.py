@@ -17,16 +17,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from pvm_jax.batch import Batch
-from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch
-from pvm_jax.model import Qwen3VL, abstract_model
+from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch, save_lora
+from pvm_jax.model import Qwen3VL, abstract_model, add_lora
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, make_mesh
-from train.config import SFTConfig
+from train.config import SFTConfig, Trainable
 from train.data import load_training_data
 from train.flops import count_flops, devices_peak_flops
 from train.log import RunLog
 from train.optimizer import make_optimizer, make_schedule
 from train.step import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
+
+# What a run writes, by what trains.
+RESULTS: dict[Trainable, str] = {"pvm": "branch", "lora": "lora", "decoder": "model", "all": "model"}
 
 # What may change between a run and its continuation: none of it changes what is computed.
 _FREE_KEYS = {"accumulation", "mesh", "remat", "attention", "loss_chunk", "log_every", "checkpoint_every", "keep"}
@@ -63,7 +66,7 @@ def run(config: SFTConfig) -> None:
     if rows % shards:
         raise ValueError(f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}")
     run_dir = Path(config.run_dir).absolute()
-    result = run_dir / ("branch" if config.trainable == "pvm" else "model")
+    result = run_dir / RESULTS[config.trainable]
     _claim(run_dir, config)
     if result.exists():
         raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
@@ -102,7 +105,8 @@ def load_for_training(config: SFTConfig, mesh: Mesh) -> Qwen3VL:
     """The checkpoint on the mesh, computing in the run's dtype with its remat policy and kernel."""
     model = load(config.checkpoint, mesh=mesh, branch=config.branch)
     model_config = replace(model.config, dtype=config.dtype, remat=config.remat, attention=config.attention)
-    return nnx.merge(nnx.graphdef(abstract_model(model_config)), nnx.state(model))
+    model = nnx.merge(nnx.graphdef(abstract_model(model_config)), nnx.state(model))
+    return add_lora(model, config.lora, mesh=mesh, seed=config.seed) if config.trainable == "lora" else model
 
 
 def build(config: SFTConfig, model: Qwen3VL, total: int, mesh: Mesh) -> tuple[Program, TrainState]:
@@ -184,9 +188,10 @@ def to_devices(batch: Batch, sharding: NamedSharding, batch_size: int) -> Batch:
 
 
 def export(config: SFTConfig, mesh: Mesh, program: Program, state: TrainState, path: Path) -> None:
-    """Writes what was trained: the branch alone (float32), or the whole model in the dtype of the checkpoint it came from."""
-    if config.trainable == "pvm":
-        save_branch(path, nnx.merge(program.graphdef, state.params, program.frozen))
+    """Writes what was trained: branch or adapter alone (float32), or the whole model in the dtype of its checkpoint."""
+    if config.trainable in ("pvm", "lora"):
+        save_alone = save_branch if config.trainable == "pvm" else save_lora
+        save_alone(path, nnx.merge(program.graphdef, state.params, program.frozen))
         return
     # What did not train is read again: the run may have held it in fewer bits.
     graphdef, trained, frozen = split_model(load(config.checkpoint, mesh=mesh, branch=config.branch), config.trainable)
