@@ -268,7 +268,8 @@ def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
 
 
 class TrainCheckpoints:
-    """The steps of one training run: what is trained, the optimizer's state, and where the data iterator stands.
+    """The steps of one training run: what is trained and the optimizer's state. The data needs no state: a run's batches are
+    numbered, and the step says which one is next.
 
     Writing goes on in the background; a step that was not finished does not exist. Every step carries the model's
     config and the identity of the backbone that the run started from, and is restored into no other.
@@ -299,7 +300,7 @@ class TrainCheckpoints:
         preservation: Any = policies.AnyPreservationPolicy(preserved)
         self._best = best
         model = {key: value for key, value in config.to_hf().items() if key != "dtype"}
-        self._run = {"model": model, "backbone": backbone, "processes": jax.process_count()}
+        self._run = {"model": model, "backbone": backbone}
         self._steps = ocp.training.Checkpointer(
             str(Path(directory).absolute()),
             context=_context(),
@@ -316,12 +317,11 @@ class TrainCheckpoints:
     def latest(self) -> int | None:
         return self.steps[-1] if self.steps else None
 
-    def save(self, step: int, state: Any, data: Any, metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Copies `state` off the devices and returns; the files are written in the background.
 
         Args:
             state: a pytree of arrays (trained parameters, optimizer state).
-            data: Grain's DatasetIterator.
 
         Raises:
             ValueError: if the metric that decides which step is best is not among `metrics`.
@@ -330,21 +330,21 @@ class TrainCheckpoints:
             raise ValueError(f"step {step}: the metric {self._best!r} decides which step is best, but was not given")
         self._steps.save_checkpointables_async(
             step,
-            {"state": state, "data": data},
+            {"state": state},
             force=True,
             metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
             custom_metadata=self._run,
         )
 
-    def restore(self, abstract: Any, data: Any, step: int | None = None) -> Any:
-        """The state of `step` (None: the latest) in the shardings of `abstract`; `data` is set to where it was.
+    def restore(self, abstract: Any, step: int | None = None) -> Any:
+        """The state of `step` (None: the latest) in the shardings of `abstract`, whatever mesh and processes wrote it.
 
         Args:
             abstract: the state's tree with `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` leaves.
 
         Raises:
             FileNotFoundError: if there is no such step.
-            CheckpointError: if the step is another model's, another backbone's, or of another number of processes.
+            CheckpointError: if the step is another model's or another backbone's.
         """
         step = self.latest if step is None else step
         if step is None or step not in self.steps:
@@ -355,7 +355,7 @@ class TrainCheckpoints:
                 raise CheckpointError(
                     f"{self._steps.directory}: step {step} was saved with another {key}: {saved.get(key)}, now {mine}"
                 )
-        return self._steps.load_checkpointables(step, {"state": abstract, "data": data})["state"]
+        return self._steps.load_checkpointables(step, {"state": abstract})["state"]
 
     def close(self) -> None:
         """Waits for the last save."""

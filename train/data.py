@@ -111,10 +111,10 @@ class TrainingData:
     batches: grain.MapDataset[Batch]
     report: str
 
-    def iterator(self, threads: int, prefetch: int) -> grain.DatasetIterator[Batch]:
-        """Reads ahead in `threads` threads; its state can be saved and restored."""
+    def iterator(self, start: int, threads: int, prefetch: int) -> Iterator[Batch]:
+        """The batches from step `start` on, read ahead in `threads` threads."""
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        return iter(self.batches.to_iter_dataset(options))
+        return iter(self.batches[start:].to_iter_dataset(options))
 
 
 def load_training_data(

@@ -5,11 +5,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from flax import nnx
@@ -18,40 +17,21 @@ from jax.sharding import Mesh, NamedSharding
 
 from pvm_jax.batch import Batch
 from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch, save_lora
-from pvm_jax.model import Qwen3VL, abstract_model, add_lora
+from pvm_jax.model import Qwen3VL, add_lora
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, make_mesh
 from train.config import SFTConfig, Trainable
 from train.data import load_training_data
-from train.flops import count_flops, devices_peak_flops
+from train.flops import devices_peak_flops
 from train.log import RunLog
-from train.optimizer import make_optimizer, make_schedule
-from train.step import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
+from train.program import Program, make_program
+from train.step import TrainState, split_model
 
 # What a run writes, by what trains.
 RESULTS: dict[Trainable, str] = {"pvm": "branch", "lora": "lora", "decoder": "model", "all": "model"}
 
 # What may change between a run and its continuation: none of it changes what is computed.
 _FREE_KEYS = {"accumulation", "mesh", "remat", "attention", "loss_chunk", "log_every", "checkpoint_every", "keep"}
-
-
-@dataclass(frozen=True)
-class Program:
-    """The compiled part of a run.
-
-    Attributes:
-        graphdef: structure of the model, with the run's dtypes, remat and kernel.
-        frozen: parameters that do not train, in the compute dtype.
-        step: jitted, donates its state.
-        flops: of one step on a batch of this shape; 0 where the devices' peak is unknown.
-        batch_sharding: of every leaf of a batch.
-    """
-
-    graphdef: nnx.GraphDef
-    frozen: Any
-    step: Step
-    flops: Callable[[TrainState, Batch], int]
-    batch_sharding: NamedSharding
 
 
 def run(config: SFTConfig) -> None:
@@ -71,7 +51,9 @@ def run(config: SFTConfig) -> None:
     if result.exists():
         raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
     with jax.set_mesh(mesh):
-        model = load_for_training(config, mesh)
+        model = load(config.checkpoint, mesh=mesh, branch=config.branch)
+        if config.trainable == "lora":
+            model = add_lora(model, config.lora, mesh=mesh, seed=config.seed)
         data = load_training_data(
             config,
             Processor.from_pretrained(config.checkpoint),
@@ -81,63 +63,32 @@ def run(config: SFTConfig) -> None:
         )
         total = len(data.batches)
         identity = backbone_identity(nnx.state(model))
-        program, state = build(config, model, total, mesh)
+        program = make_program(config, model.config, total, mesh)
+        state, frozen = program.begin(model)
         model_config = model.config
-        del model  # its arrays live on in `program` and `state`, in their training dtypes
-        batches = data.iterator(config.data.threads, config.data.prefetch)
+        del model  # its arrays live on in `state` and `frozen`, in their training dtypes
         with TrainCheckpoints(run_dir / "steps", model_config, identity, keep=config.keep) as checkpoints:
             if checkpoints.latest is not None:
-                abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
                 del state
-                state = checkpoints.restore(abstract, batches)
+                state = checkpoints.restore(program.state)
+            batches = data.iterator(int(state.step), config.data.threads, config.data.prefetch)
             log = RunLog(run_dir / "log", start=int(state.step), total=total, every=config.log_every, peak=devices_peak_flops())
             with log:
                 log.print(data.report)
-                state = train(config, program, state, batches, total, checkpoints, log)
+                state = train(config, program, state, frozen, batches, total, checkpoints, log)
         if int(state.step) < total:
             log.print(f"stopped after step {int(state.step)}; the same command continues")
             return
-        export(config, mesh, program, state, result)
+        export(config, mesh, program.model(state, frozen), result)
         log.print(f"written: {result}")
-
-
-def load_for_training(config: SFTConfig, mesh: Mesh) -> Qwen3VL:
-    """The checkpoint on the mesh, computing in the run's dtype with its remat policy and kernel."""
-    model = load(config.checkpoint, mesh=mesh, branch=config.branch)
-    model_config = replace(model.config, dtype=config.dtype, remat=config.remat, attention=config.attention)
-    model = nnx.merge(nnx.graphdef(abstract_model(model_config)), nnx.state(model))
-    return add_lora(model, config.lora, mesh=mesh, seed=config.seed) if config.trainable == "lora" else model
-
-
-def build(config: SFTConfig, model: Qwen3VL, total: int, mesh: Mesh) -> tuple[Program, TrainState]:
-    """The program of a run of `total` steps and its state at step 0."""
-    schedule = make_schedule(config.optimizer, total)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    graphdef, trained, frozen = split_model(model, config.trainable)
-    shardings = state_shardings(trained, optimizer, mesh)
-    state = init_state(trained, optimizer, shardings)
-    frozen = cast(nnx.as_pure(frozen), config.dtype)
-
-    def step_of(graphdef: nnx.GraphDef) -> Step:
-        loss = make_loss(graphdef, chunk=config.loss_chunk)
-        return make_step(loss, optimizer, schedule, accumulation=config.accumulation)
-
-    # MFU is about the model's own products: not those that remat repeats, nor those that a kernel skips or pads.
-    plain_config = replace(model.config, remat="none", attention="xla")
-    plain = step_of(split_model(abstract_model(plain_config), config.trainable)[0])
-
-    def flops(state: TrainState, batch: Batch) -> int:
-        return count_flops(plain, state, frozen, batch) if devices_peak_flops() else 0
-
-    step = jax.jit(step_of(graphdef), donate_argnums=0, out_shardings=(shardings, None))
-    return Program(graphdef, frozen, step, flops, batch_sharding(mesh)), state
 
 
 def train(
     config: SFTConfig,
     program: Program,
     state: TrainState,
-    batches: grain.DatasetIterator[Batch],
+    frozen: Any,
+    batches: Iterator[Batch],
     total: int,
     checkpoints: TrainCheckpoints,
     log: RunLog,
@@ -151,9 +102,9 @@ def train(
             shape = (batch.tokens.shape[1], batch.patches.shape[1])
             if new_shape := shape not in flops:
                 log.flush()
-                flops[shape] = program.flops(state, batch)
+                flops[shape] = program.flops(batch)
             start = time.perf_counter()
-            state, metrics = program.step(state, program.frozen, batch)
+            state, metrics = program.step(state, frozen, batch)
             jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
             last = metrics["loss"]
             log.add(number, metrics, flops[shape])
@@ -163,7 +114,7 @@ def train(
             stopping = stop_requested(number)
             if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
                 log.flush()  # raises before a checkpoint could keep parameters that are not finite
-                checkpoints.save(number + 1, state, batches)
+                checkpoints.save(number + 1, state)
                 log.restart_clock()
             if stopping:
                 break
@@ -187,15 +138,15 @@ def to_devices(batch: Batch, sharding: NamedSharding, batch_size: int) -> Batch:
     return jax.tree.map(place, batch)
 
 
-def export(config: SFTConfig, mesh: Mesh, program: Program, state: TrainState, path: Path) -> None:
+def export(config: SFTConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
     """Writes what was trained: branch or adapter alone (float32), or the whole model in the dtype of its checkpoint."""
     if config.trainable in ("pvm", "lora"):
-        save_alone = save_branch if config.trainable == "pvm" else save_lora
-        save_alone(path, nnx.merge(program.graphdef, state.params, program.frozen))
+        (save_branch if config.trainable == "pvm" else save_lora)(path, model)
         return
     # What did not train is read again: the run may have held it in fewer bits.
-    graphdef, trained, frozen = split_model(load(config.checkpoint, mesh=mesh, branch=config.branch), config.trainable)
-    params = jax.tree.map(lambda x, stored: x.astype(stored.dtype), state.params, nnx.as_pure(trained))
+    graphdef, stored, frozen = split_model(load(config.checkpoint, mesh=mesh, branch=config.branch), config.trainable)
+    _, trained, _ = split_model(model, config.trainable)
+    params = jax.tree.map(lambda x, stored: x.astype(stored.dtype), nnx.as_pure(trained), nnx.as_pure(stored))
     save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=config.checkpoint)
 
 

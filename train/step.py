@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,12 @@ class TrainState:
     params: Any
     opt_state: Any
     step: Any
+
+    @classmethod
+    def begin(cls, params: Any, optimizer: optax.GradientTransformation) -> Self:
+        """Step 0: `params` in float32 with a fresh optimizer."""
+        params = cast(params, "float32")
+        return cls(params, optimizer.init(params), jnp.int32(0))
 
 
 def split_model(model: Qwen3VL, trainable: Trainable) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -138,13 +144,9 @@ def state_shardings(trained: nnx.State, optimizer: optax.GradientTransformation,
 
 
 def init_state(trained: nnx.State, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Step 0: the given parameters in float32 with a fresh optimizer, in place on the mesh."""
-
-    def init(params: Any) -> TrainState:
-        params = cast(params, "float32")
-        return TrainState(params, optimizer.init(params), jnp.int32(0))
-
-    return jax.jit(init, out_shardings=shardings)(nnx.as_pure(trained))
+    """`TrainState.begin`, in place on the mesh."""
+    begin = partial(TrainState.begin, optimizer=optimizer)
+    return jax.jit(begin, out_shardings=shardings)(nnx.as_pure(trained))
 
 
 def cast(params: Any, dtype: str) -> Any:

@@ -131,15 +131,10 @@ def test_too_few_examples_for_a_batch_is_an_error(make_config):
         read(make_config(SIZES[:10]))
 
 
-def test_the_iterator_resumes_where_it_was_saved(make_config):
+def test_the_iterator_starts_at_any_step(make_config):
     data = load_training_data(make_config(SIZES, batch_size=4), FakeProcessor(), None)
-    iterator = data.iterator(threads=2, prefetch=4)
-    for _ in range(5):
-        next(iterator)
-    state, expected = iterator.get_state(), [list(batch.ids) for batch in iterator]
-    again = data.iterator(threads=2, prefetch=4)
-    again.set_state(state)
-    assert [list(batch.ids) for batch in again] == expected
+    whole = [list(batch.ids) for batch in data.iterator(0, threads=2, prefetch=4)]
+    assert [list(batch.ids) for batch in data.iterator(5, threads=2, prefetch=4)] == whole[5:]
 
 
 def test_image_paths_are_relative_to_the_file(tmp_path):

@@ -19,7 +19,8 @@ from pvm_jax.sharding import make_mesh
 from train import sft
 from train.config import Bucket, DataConfig, SFTConfig
 from train.log import RunLog
-from train.loop import build, export, load_for_training
+from train.loop import export
+from train.program import make_program
 
 STEPS = 6
 
@@ -119,9 +120,12 @@ def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
     config = SFTConfig(str(workplace / "base"), "", data, trainable="decoder")
     mesh = make_mesh()
     with jax.set_mesh(mesh):
-        program, state = build(config, load_for_training(config, mesh), 1, mesh)
+        model = load(config.checkpoint, mesh=mesh)
+        program = make_program(config, model.config, 1, mesh)
+        state, frozen = program.begin(model)
+        chex.assert_trees_all_equal_shapes_and_dtypes((state, frozen), (program.state, program.frozen))
         state = replace(state, params=jax.tree.map(lambda x: x + 1, state.params))
-        export(config, mesh, program, state, workplace / "model")
+        export(config, mesh, program.model(state, frozen), workplace / "model")
     base, model = (nnx.as_pure(nnx.state(load(workplace / name))) for name in ("base", "model"))
     chex.assert_trees_all_equal(model["visual"], base["visual"])  # not rounded to the run's bfloat16
     for part in ("language_model", "pvm"):
