@@ -152,9 +152,7 @@ def read(file: Path) -> SFTConfig:
 
 @pytest.mark.parametrize("size", ["4b", "8b"])
 def test_published_lora_has_as_many_parameters_as_the_branch(size):
-    config = parse(
-        SFTConfig, ["--config", str(CONFIGS / f"sft_lora_qwen3_vl_{size}.yaml")], prog="", description="", examples=""
-    )
+    config, branch = (read(CONFIGS / f"{name}_qwen3_vl_{size}.yaml") for name in ("sft_lora", "sft"))
     model_config = ModelConfig.preset(size)
     counts = {}
     for trainable in ("pvm", "lora"):
