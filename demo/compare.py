@@ -56,7 +56,7 @@ METHODS = {
 def main(
     out: Path = Path("out/compare"),
     seeds: int = 3,
-    steps: int = 240,
+    steps: int = 120,
     settings: Settings = FAR,
 ) -> None:
     """Trains every method on every seed, measures all of them and the base, writes results.json, results.md, results.png.
