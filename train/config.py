@@ -104,6 +104,27 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class HeldOutConfig:
+    """Conversations that are measured and not trained on, in the buckets of the training data.
+
+    Attributes:
+        sources: as data.sources.
+        every: steps between two measurements; the first is before step 0, the last after the last step.
+        samples: conversations, the first of the first source, whose answers are generated and written to TensorBoard.
+        max_new_tokens: of each of these answers.
+    """
+
+    sources: list[Source]
+    every: int = 500
+    samples: int = 4
+    max_new_tokens: int = 128
+
+    def __post_init__(self):
+        if not self.sources or self.every < 1 or self.samples < 0 or self.max_new_tokens < 1:
+            raise ValueError("held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1")
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning. The defaults are the paper's alignment stage.
 
@@ -122,9 +143,12 @@ class SFTConfig:
         attention: attention kernel; None picks by platform.
         loss_chunk: positions of a row whose logits exist at the same time.
         seed: order of the examples.
+        not_finite: whether a step whose loss or gradient is not finite ends the run ("stop"), or is reported with its
+            examples and leaves the parameters as they were ("skip"; ten in a row end the run).
         log_every: steps between two reads of the metrics; every step's values are written then.
         checkpoint_every: steps between two checkpoints.
         keep: step checkpoints kept, newest first.
+        held_out: what is measured while the run goes on; nothing by default.
         optimizer: AdamW and its schedule.
         mesh: how devices share the work.
     """
@@ -146,6 +170,8 @@ class SFTConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    not_finite: Literal["stop", "skip"] = "stop"
+    held_out: HeldOutConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

@@ -86,6 +86,7 @@ def train(
     batches: Iterator[Batch],
     total: int,
     checkpoints: TrainCheckpoints,
+    held_out: HeldOut | None,
     log: RunLog,
 ) -> TrainState:
     """Steps from `state.step` to `total`, or to a SIGTERM, with a step checkpoint at the end of either."""
@@ -93,7 +94,11 @@ def train(
     last: jax.Array | None = None
     with _stop_requests() as stop_requested:
         for number in range(int(state.step), total):
-            batch = to_devices(next(batches), program.batch_sharding, config.batch_size)
+            if held_out and number % held_out.config.every == 0:
+                log.flush()
+                held_out.write(log, number, state, frozen)
+            with log.phase("data"):
+                batch = to_devices(next(batches), program.batch_sharding, config.batch_size)
             shape = (batch.tokens.shape[1], batch.patches.shape[1])
             if new_shape := shape not in flops:
                 log.flush()
@@ -108,29 +113,15 @@ def train(
                 log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
             stopping = stop_requested(number)
             if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
-                log.flush()  # raises before a checkpoint could keep parameters that are not finite
-                checkpoints.save(number + 1, state)
-                log.restart_clock()
+                log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
+                with log.phase("checkpoint", number):
+                    checkpoints.save(number + 1, state)
             if stopping:
                 break
+        else:
+            if held_out:
+                held_out.write(log, total, state, frozen)
     return state
-
-
-def local_rows(sharding: NamedSharding, batch_size: int) -> slice:
-    """The rows of a batch that this process's devices hold."""
-    parts = [
-        index[0].indices(batch_size) for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index
-    ]
-    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
-
-
-def to_devices(batch: Batch, sharding: NamedSharding, batch_size: int) -> Batch:
-    """The global batch of which `batch` holds this process's rows."""
-
-    def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
-
-    return jax.tree.map(place, batch)
 
 
 def export(config: SFTConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
