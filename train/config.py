@@ -9,8 +9,9 @@ from typing import Literal, NoReturn
 from jsonargparse import ArgumentParser
 
 from pvm_jax.command_line import HelpFormatter
+from pvm_jax.config import LoRAConfig
 
-Trainable = Literal["pvm", "decoder", "all"]
+Trainable = Literal["pvm", "lora", "decoder", "all"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ class SFTConfig:
         run_dir: receives step checkpoints, TensorBoard events and the result; a run found there is continued.
         data: the training examples.
         branch: checkpoint to take the PVM branch from (None: the one in `checkpoint`).
-        trainable: "pvm" (the branch alone), "decoder" (decoder, head and branch) or "all" (the vision tower too).
+        trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head and branch) or "all" (the
+            vision tower too).
+        lora: the adapters, with trainable "lora".
         batch_size: examples of one optimizer step, over all devices.
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
@@ -158,6 +161,7 @@ class SFTConfig:
     data: DataConfig
     branch: str | None = None
     trainable: Trainable = "pvm"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     batch_size: int = 64
     accumulation: int = 1
     epochs: int = 1

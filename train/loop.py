@@ -16,16 +16,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from pvm_jax.batch import Batch
-from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch
-from pvm_jax.model import Qwen3VL
+from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch, save_lora
+from pvm_jax.model import Qwen3VL, add_lora
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, make_mesh
-from train.config import SFTConfig
+from train.config import SFTConfig, Trainable
 from train.data import load_training_data
 from train.flops import devices_peak_flops
 from train.log import RunLog
 from train.program import Program, make_program
 from train.step import TrainState, split_model
+
+# What a run writes, by what trains.
+RESULTS: dict[Trainable, str] = {"pvm": "branch", "lora": "lora", "decoder": "model", "all": "model"}
 
 # What may change between a run and its continuation: none of it changes what is computed.
 _FREE_KEYS = {"accumulation", "mesh", "remat", "attention", "loss_chunk", "log_every", "checkpoint_every", "keep"}
@@ -43,12 +46,14 @@ def run(config: SFTConfig) -> None:
     if rows % shards:
         raise ValueError(f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}")
     run_dir = Path(config.run_dir).absolute()
-    result = run_dir / ("branch" if config.trainable == "pvm" else "model")
+    result = run_dir / RESULTS[config.trainable]
     _claim(run_dir, config)
     if result.exists():
         raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
     with jax.set_mesh(mesh):
         model = load(config.checkpoint, mesh=mesh, branch=config.branch)
+        if config.trainable == "lora":
+            model = add_lora(model, config.lora, mesh=mesh, seed=config.seed)
         data = load_training_data(
             config,
             Processor.from_pretrained(config.checkpoint),
@@ -125,9 +130,9 @@ def train(
 
 
 def export(config: SFTConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
-    """Writes what was trained: the branch alone (float32), or the whole model in the dtype of the checkpoint it came from."""
-    if config.trainable == "pvm":
-        save_branch(path, model)
+    """Writes what was trained: branch or adapter alone (float32), or the whole model in the dtype of its checkpoint."""
+    if config.trainable in ("pvm", "lora"):
+        (save_branch if config.trainable == "pvm" else save_lora)(path, model)
         return
     # What did not train is read again: the run may have held it in fewer bits.
     graphdef, stored, frozen = split_model(load(config.checkpoint, mesh=mesh, branch=config.branch), config.trainable)

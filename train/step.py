@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pvm_jax.batch import Batch
+from pvm_jax.lora import is_adapter
 from pvm_jax.model import Qwen3VL
 from pvm_jax.sharding import constrain, param_shardings
 from train.config import Trainable
@@ -52,11 +53,19 @@ def split_model(model: Qwen3VL, trainable: Trainable) -> tuple[nnx.GraphDef, nnx
     Raises:
         ValueError: if nothing would train.
     """
-    parts = TRAINED_PARTS[trainable]
-    graphdef, trained, frozen = nnx.split(model, lambda path, _: path[0] in parts, ...)
+    graphdef, trained, frozen = nnx.split(model, trained_filter(trainable), ...)
     if not jax.tree.leaves(trained):
-        raise ValueError(f"trainable {trainable!r}: the checkpoint has no PVM branch (convert.hf_to_orbax adds one)")
+        missing = "LoRA adapter (pvm_jax.add_lora)" if trainable == "lora" else "PVM branch (convert.hf_to_orbax adds one)"
+        raise ValueError(f"trainable {trainable!r}: the model has no {missing}")
     return graphdef, trained, frozen
+
+
+def trained_filter(trainable: Trainable) -> Callable[[tuple, Any], bool]:
+    """The NNX filter of the parameters that train."""
+    if trainable == "lora":
+        return is_adapter
+    parts = TRAINED_PARTS[trainable]
+    return lambda path, _: path[0] in parts
 
 
 def make_loss(graphdef: nnx.GraphDef, *, chunk: int) -> Loss:
