@@ -41,10 +41,17 @@ class Sample(NamedTuple):
 class HeldOut:
     """Held-out conversations, measured in the same shapes and on the same mesh as those that train."""
 
-    def __init__(self, config: SFTConfig, processor: Processor, model_config: ModelConfig, program: Program, run_dir: Path):
+    def __init__(
+        self,
+        config: SFTConfig,
+        held_out: HeldOutConfig,
+        processor: Processor,
+        model_config: ModelConfig,
+        program: Program,
+        run_dir: Path,
+    ):
         """Raises ValueError as `load_training_data` does."""
-        assert config.held_out is not None
-        self.config: HeldOutConfig = config.held_out
+        self.config = held_out
         self._processor, self._model_config, self._program = processor, model_config, program
         self._rows = config.batch_size // config.accumulation
         self._threads, self._prefetch = config.data.threads, config.data.prefetch
