@@ -26,7 +26,7 @@ from pvm_jax.checkpoint_files import (
     write_aside,
     write_config,
 )
-from pvm_jax.config import LoRAConfig, ModelConfig
+from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig
 from pvm_jax.lora import is_adapter
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.sharding import param_shardings
@@ -133,14 +133,11 @@ def load_branch(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -
         FileNotFoundError, CheckpointError: as in `load`.
     """
     root = find(path)
-    config = ModelConfig.from_hf(root)
-    stored = read_config(root)
-    if not config.text.pvm_layers or _LORA_KEY in stored:
-        raise CheckpointError(f"{root} has no PVM branch (config.json: text_config.pvm_layers)")
+    text, made_for = read_branch(root)
     params = nnx.to_pure_dict(nnx.state(model))
-    if made_for := stored.get(_BRANCH_KEY):
-        check_made_for(root, "backbone", made_for["backbone"], backbone_identity(params))
-    config = model.config.with_pvm(config.text.pvm_layers, config.text.pvm_hidden_size)
+    if made_for is not None:
+        check_made_for(root, "backbone", made_for, backbone_identity(params))
+    config = model.config.with_pvm(text.pvm_layers, text.pvm_hidden_size)
     graphdef, abstract = nnx.split(abstract_model(config))
     branch = _restore(root, nnx.State({"pvm": abstract["pvm"]}), _mesh_of(params), dtype)
     return nnx.merge(graphdef, nnx.State(params | branch))
@@ -180,6 +177,19 @@ def load_lora(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -> 
     graphdef, adapters, _ = nnx.split(abstract_model(replace(model.config, lora=lora)), is_adapter, ...)
     stored = _restore(root, adapters, _mesh_of(params), dtype)
     return nnx.merge(graphdef, nnx.State(params), nnx.State(stored))
+
+
+def read_branch(root: Path) -> tuple[TextConfig, str | None]:
+    """The config that says a branch's layers and width, and the identity of the backbone that it was trained on (None: the
+    checkpoint is a whole model).
+
+    Raises:
+        CheckpointError: if the checkpoint at `root` has no branch.
+    """
+    text, stored = ModelConfig.from_hf(root).text, read_config(root)
+    if not text.pvm_layers or _LORA_KEY in stored:
+        raise CheckpointError(f"{root} has no PVM branch (config.json: text_config.pvm_layers)")
+    return text, stored[_BRANCH_KEY]["backbone"] if _BRANCH_KEY in stored else None
 
 
 def read_lora(root: Path) -> tuple[LoRAConfig, dict[str, str | None]]:

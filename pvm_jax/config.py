@@ -1,4 +1,4 @@
-"""Model configuration: frozen dataclasses whose fields carry Hugging Face's (and PEFT's) names and mean what they mean there."""
+"""Model configuration: frozen dataclasses whose fields carry Hugging Face's or PEFT's names and mean what they mean there."""
 
 import json
 import re
