@@ -24,7 +24,7 @@ class RunLog:
         self.total, self.every, self.peak = total, every, peak
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
         self._writer = SummaryWriter(str(directory), purge_step=start) if jax.process_index() == 0 else None
-        self._pending: list[tuple[int, Metrics, int]] = []
+        self._pending: list[tuple[int, Metrics]] = []
         self._started = time.perf_counter()
         self._progress = Progress(
             TextColumn("step"),
@@ -54,9 +54,9 @@ class RunLog:
         """One line on the console, above the progress line."""
         self.console.print(message, markup=False)
 
-    def add(self, step: int, metrics: Metrics, flops: int) -> None:
-        """Takes the metrics of step `step` (from 0), whose program has `flops`; reads them when enough have come."""
-        self._pending.append((step, metrics, flops))
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of step `step` (from 0); reads them when enough have come."""
+        self._pending.append((step, metrics))
         if (step + 1) % self.every == 0:
             self.flush()
 
@@ -72,9 +72,9 @@ class RunLog:
         """
         if not self._pending:
             return
-        values = jax.device_get([metrics for _, metrics, _ in self._pending])
+        values = jax.device_get([metrics for _, metrics in self._pending])
         seconds = time.perf_counter() - self._started
-        for (step, _, _), scalars in zip(self._pending, values, strict=True):
+        for (step, _), scalars in zip(self._pending, values, strict=True):
             self._write(step, scalars)
             if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
                 raise FloatingPointError(
@@ -84,7 +84,7 @@ class RunLog:
         if timed:
             speed = {"tokens_per_second": sum(int(scalars["tokens"]) for scalars in values) / seconds}
             if self.peak:
-                speed["mfu"] = sum(flops for _, _, flops in self._pending) / seconds / self.peak
+                speed["mfu"] = sum(float(scalars["flops"]) for scalars in values) / seconds / self.peak
             last = self._pending[-1][0]
             self._write(last, speed)
             self._report(last + 1, values[-1] | speed, seconds / len(values))

@@ -89,20 +89,20 @@ def train(
     log: RunLog,
 ) -> TrainState:
     """Steps from `state.step` to `total`, or to a SIGTERM, with a step checkpoint at the end of either."""
-    flops: dict[tuple[int, int], int] = {}
+    shapes: set[tuple[int, int]] = set()
     last: jax.Array | None = None
     with _stop_requests() as stop_requested:
         for number in range(int(state.step), total):
             batch = to_devices(next(batches), program.batch_sharding, config.batch_size)
             shape = (batch.tokens.shape[1], batch.patches.shape[1])
-            if new_shape := shape not in flops:
+            if new_shape := shape not in shapes:
                 log.flush()
-                flops[shape] = program.flops(batch)
+                shapes.add(shape)
             start = time.perf_counter()
             state, metrics = program.step(state, frozen, batch)
             jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
             last = metrics["loss"]
-            log.add(number, metrics, flops[shape])
+            log.add(number, metrics)
             if new_shape:
                 log.flush(timed=False)
                 log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")

@@ -15,6 +15,7 @@ from pvm_jax.batch import Batch
 from pvm_jax.model import Qwen3VL
 from pvm_jax.sharding import constrain, param_shardings
 from train.config import Trainable
+from train.flops import Work
 from train.loss import chunked_cross_entropy
 from train.optimizer import leaf_names
 
@@ -93,11 +94,19 @@ def _micro_batches(count: int, x: jax.Array) -> jax.Array:
     return constrain(parts, "layers", "batch", *["length"] * (x.ndim - 1))
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, accumulation: int = 1) -> Step:
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulation: int = 1,
+    costs: Work | None = None,
+) -> Step:
     """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
     Metrics are scalars: loss, grad_norm (before clipping), learning_rate, tokens (padding not counted), loss_tokens and, for
-    each PVM layer l, gate/l; all but the gates' are of the step, the gates' are those that the step started from.
+    each PVM layer l, gate/l; all but the gates' are of the step, the gates' are those that the step started from. With `costs`
+    (FLOPs by what causes them) also flops, padding not counted.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -110,6 +119,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: opt
             "tokens": (batch.segment_ids > 0).sum(),
             "loss_tokens": (batch.loss_weights > 0).sum(),
         } | gates(state.params)
+        if costs:
+            metrics["flops"] = Work.of(batch).flops(costs)
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     return step
