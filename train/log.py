@@ -45,7 +45,7 @@ class RunLog:
         self.total, self.every, self.peak, self.not_finite, self.examples = total, every, peak, not_finite, examples
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
         self._writer = SummaryWriter(str(directory), purge_step=start) if jax.process_index() == 0 else None
-        self._pending: list[tuple[int, Metrics, int]] = []
+        self._pending: list[tuple[int, Metrics]] = []
         self._phases: dict[str, float] = {}
         self._skipped_in_a_row = 0
         self._started = time.perf_counter()
@@ -78,9 +78,9 @@ class RunLog:
         """One line on the console, above the progress line."""
         self.console.print(message, markup=False)
 
-    def add(self, step: int, metrics: Metrics, flops: int) -> None:
-        """Takes the metrics of step `step` (from 0), whose program has `flops`; reads them when enough have come."""
-        self._pending.append((step, metrics, flops))
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of step `step` (from 0); reads them when enough have come."""
+        self._pending.append((step, metrics))
         if (step + 1) % self.every == 0:
             self.flush()
 
@@ -123,15 +123,15 @@ class RunLog:
         """
         if not self._pending:
             return
-        values = jax.device_get([metrics for _, metrics, _ in self._pending])
+        values = jax.device_get([metrics for _, metrics in self._pending])
         seconds = time.perf_counter() - self._started
-        for (step, _, _), metrics in zip(self._pending, values, strict=True):
+        for (step, _), metrics in zip(self._pending, values, strict=True):
             self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in metrics.items()})
             self._check(step, metrics)
         if timed:
             speed = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / seconds}
             if self.peak:
-                speed["mfu"] = sum(flops for _, _, flops in self._pending) / seconds / self.peak
+                speed["mfu"] = sum(float(metrics["flops"]) for metrics in values) / seconds / self.peak
             times = {"step": seconds} | self._phases
             last = self._pending[-1][0]
             self.scalars(last, {f"train/{name}": value for name, value in speed.items()})

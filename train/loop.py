@@ -144,7 +144,7 @@ def train(work: Prepared, checkpoints: TrainCheckpoints, held_out: HeldOut | Non
     config, program, state, frozen = work.config, work.program, work.state, work.frozen
     total = len(work.data.batches)
     batches = work.data.iterator(int(state.step), config.data.threads, config.data.prefetch)
-    flops: dict[tuple[int, int], int] = {}
+    shapes: set[tuple[int, int]] = set()
     last: jax.Array | None = None
     with _stop_requests() as stop_requested:
         for number in range(int(state.step), total):
@@ -154,14 +154,14 @@ def train(work: Prepared, checkpoints: TrainCheckpoints, held_out: HeldOut | Non
             with log.phase("data"):
                 batch = place_rows(next(batches), program.batch_sharding, config.batch_size)
             shape = (batch.tokens.shape[1], batch.patches.shape[1])
-            if new_shape := shape not in flops:
+            if new_shape := shape not in shapes:
                 log.flush()
-                flops[shape] = program.flops(batch)
+                shapes.add(shape)
             start = time.perf_counter()
             state, metrics = program.step(state, frozen, batch)
             jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
             last = metrics["loss"]
-            log.add(number, metrics, flops[shape])
+            log.add(number, metrics)
             if new_shape:
                 log.flush(timed=False)
                 log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")

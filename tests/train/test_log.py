@@ -23,7 +23,7 @@ def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
     with open_log() as log:
         for step in range(5):
             with log.phase("data"):
-                log.add(step, metrics(step, **{"gate/1": np.float32(0.5)}), 7)
+                log.add(step, metrics(step, **{"gate/1": np.float32(0.5)}))
         log.scalars(4, {"held_out/loss": 3.0})
         with log.phase("checkpoint", 4):
             pass
@@ -43,26 +43,26 @@ def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
 
 def test_a_step_that_is_not_finite_stops_the_run_and_names_its_examples(open_log):
     with open_log(examples=lambda step: [["a.jsonl:3", "b.jsonl:9"], [f"c.jsonl:{step}"]]) as log:
-        log.add(6, metrics(), 7)
+        log.add(6, metrics())
         with pytest.raises(FloatingPointError, match=r"step 7: loss nan.*a\.jsonl:3, b\.jsonl:9; c\.jsonl:7.*not_finite to skip"):
-            log.add(7, metrics(np.nan), 7)
+            log.add(7, metrics(np.nan))
 
 
 def test_skipped_steps_are_reported_and_ten_in_a_row_end_the_run(open_log, capsys):
     with open_log(every=1, not_finite="skip", examples=lambda step: [["a.jsonl:3"]]) as log:
         for step in range(9):
-            log.add(step, metrics(np.inf), 7)
-        log.add(9, metrics(), 7)
+            log.add(step, metrics(np.inf))
+        log.add(9, metrics())
         assert capsys.readouterr().out.count("a.jsonl:3") == 9
         for step in range(10, 19):
-            log.add(step, metrics(np.nan), 7)
+            log.add(step, metrics(np.nan))
         with pytest.raises(FloatingPointError, match="the last 10 steps were not finite"):
-            log.add(19, metrics(np.nan), 7)
+            log.add(19, metrics(np.nan))
 
 
 def test_the_console_is_quiet_when_it_is_no_terminal(open_log, capsys):
     with open_log(every=1) as log:
         for step in range(100):
-            log.add(step, metrics(), 7)
+            log.add(step, metrics())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/100", "100/100"]
