@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pvm_jax.batch import Batch
 from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch
+from pvm_jax.conversations import stored_bytes
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, make_mesh
@@ -50,9 +51,13 @@ def run(config: SFTConfig) -> None:
     with jax.set_mesh(mesh):
         model = load(config.checkpoint, mesh=mesh, branch=config.branch)
         data = load_training_data(
-            config,
+            config.data,
             Processor.from_pretrained(config.checkpoint),
             model.config,
+            batch_size=config.batch_size,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            seed=config.seed,
             rows=local_rows(batch_sharding(mesh), config.batch_size),
             sizes_file=run_dir / "sizes.npy",
         )
@@ -148,8 +153,8 @@ def export(config: SFTConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
 def _claim(run_dir: Path, config: SFTConfig) -> None:
     """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there."""
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
-    mine["data"] = {key: mine["data"][key] for key in ("path", "buckets", "too_long")}
-    mine["data"]["bytes"] = Path(config.data.path).stat().st_size
+    mine["data"] = {key: mine["data"][key] for key in ("sources", "buckets", "packing", "too_long")}
+    mine["data"]["bytes"] = [stored_bytes(source.path) for source in config.data.mixture]
     note = run_dir / "run.json"
     if note.exists():
         other = json.loads(note.read_text())
