@@ -34,28 +34,57 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The training examples.
+class Source:
+    """One of the data's sources.
 
     Attributes:
-        path: JSONL file, an object {"messages": [...]} a line; image paths are relative to the file (docs in train/data.py).
+        path: JSONL or Parquet file, `data/train-*.parquet`, or a directory: Parquet files, what `datasets` saved, or what
+            convert.dataset wrote (docs/data.md).
+        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random half each time.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ValueError(f"data.sources: the weight of {self.path} must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Examples, and the rows that they are laid out in.
+
+    Attributes:
+        sources: a path, or several; {path: ..., weight: ...} for one that an epoch reads more or less often than once.
         buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One compilation each.
+        packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
+            counts rows. Without it a row is one example.
         too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
     """
 
-    path: str
+    sources: str | list[str | Source]
     buckets: list[Bucket]
+    packing: bool = True
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
 
     def __post_init__(self):
+        if not self.mixture:
+            raise ValueError("data.sources: needs at least one path")
         if not self.buckets:
             raise ValueError("data.buckets: needs at least one bucket")
         if self.threads < 1 or self.prefetch < 1:
             raise ValueError(f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1")
+
+    @property
+    def mixture(self) -> list[Source]:
+        """The sources, each with its weight."""
+        sources = [self.sources] if isinstance(self.sources, str) else self.sources
+        return [source if isinstance(source, Source) else Source(source) for source in sources]
 
 
 @dataclass(frozen=True)
@@ -137,7 +166,7 @@ class SFTConfig:
         trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head and branch) or "all" (the
             vision tower too).
         lora: the adapters, with trainable "lora".
-        batch_size: examples of one optimizer step, over all devices.
+        batch_size: rows of one optimizer step, over all devices; a row is one example, or several with data.packing.
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.

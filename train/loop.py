@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
+from pvm_jax.conversations import stored_bytes
 from pvm_jax.model import Qwen3VL, add_lora
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, make_mesh, place_rows
@@ -192,8 +193,8 @@ def export(config: SFTConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
 def _claim(run_dir: Path, config: SFTConfig) -> None:
     """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there."""
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
-    mine["data"] = {key: mine["data"][key] for key in ("path", "buckets", "too_long")}
-    mine["data"]["bytes"] = Path(config.data.path).stat().st_size
+    mine["data"] = {key: mine["data"][key] for key in ("sources", "buckets", "packing", "too_long")}
+    mine["data"]["bytes"] = [stored_bytes(source.path) for source in config.data.mixture]
     note = run_dir / "run.json"
     if note.exists():
         other = json.loads(note.read_text())
