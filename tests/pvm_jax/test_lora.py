@@ -135,7 +135,10 @@ class TestAdapters:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"targets": "layers/self_attn"}, "matches no Linear of the backbone; there are language_model/layers/mlp/down_proj,"),
+            (
+                {"targets": "layers/self_attn"},
+                "matches no Linear of the backbone; there are language_model/layers/mlp/down_proj,",
+            ),
             ({"targets": "pvm/.*|lm_head"}, "matches no Linear"),
             ({"targets": "("}, r"lora.targets '\(' is no regular expression"),
             ({"rank": 0}, "rank must be at least 1, got 0"),
@@ -166,7 +169,7 @@ class TestStored:
             load(base, branch=adapter)
         with pytest.raises(CheckpointError, match="is no LoRA adapter"):
             load(base, lora=base)
-        with pytest.raises(ValueError, match="save_lora; python -m convert.orbax_to_hf --lora"):
+        with pytest.raises(ValueError, match=r"save_lora; python -m convert\.orbax_to_hf --lora"):
             save(tmp_path / "whole", trained)
         with pytest.raises(ValueError, match="no LoRA adapter to save"):
             save_lora(tmp_path / "none", model)
