@@ -1,10 +1,9 @@
 """A fine-tuning run from checkpoint to result: load, iterate, log, save, and go on after an interruption."""
 
 import json
-import signal
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh, NamedSharding
 
 from pvm_jax.batch import Batch
@@ -22,13 +21,24 @@ from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, make_mesh
 from train.config import SFTConfig
 from train.data import load_training_data
+from train.distributed import stop_requests
 from train.flops import devices_peak_flops
 from train.log import RunLog
 from train.program import Program, make_program
 from train.step import TrainState, split_model
 
 # What may change between a run and its continuation: none of it changes what is computed.
-_FREE_KEYS = {"accumulation", "mesh", "remat", "attention", "loss_chunk", "log_every", "checkpoint_every", "keep"}
+_FREE_KEYS = {
+    "accumulation",
+    "attention",
+    "checkpoint_every",
+    "distributed",
+    "keep",
+    "log_every",
+    "loss_chunk",
+    "mesh",
+    "remat",
+}
 
 
 def run(config: SFTConfig) -> None:
@@ -62,7 +72,10 @@ def run(config: SFTConfig) -> None:
         state, frozen = program.begin(model)
         model_config = model.config
         del model  # its arrays live on in `state` and `frozen`, in their training dtypes
-        with TrainCheckpoints(run_dir / "steps", model_config, identity, keep=config.keep) as checkpoints:
+        with (
+            stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
+            TrainCheckpoints(run_dir / "steps", model_config, identity, keep=config.keep) as checkpoints,
+        ):
             if checkpoints.latest is not None:
                 del state
                 state = checkpoints.restore(program.state)
@@ -70,7 +83,7 @@ def run(config: SFTConfig) -> None:
             log = RunLog(run_dir / "log", start=int(state.step), total=total, every=config.log_every, peak=devices_peak_flops())
             with log:
                 log.print(data.report)
-                state = train(config, program, state, frozen, batches, total, checkpoints, log)
+                state = train(config, program, state, frozen, batches, total, checkpoints, log, stop_requested)
         if int(state.step) < total:
             log.print(f"stopped after step {int(state.step)}; the same command continues")
             return
@@ -87,32 +100,32 @@ def train(
     total: int,
     checkpoints: TrainCheckpoints,
     log: RunLog,
+    stop_requested: Callable[[], bool],
 ) -> TrainState:
-    """Steps from `state.step` to `total`, or to a SIGTERM, with a step checkpoint at the end of either."""
+    """Steps from `state.step` to `total`, or until `stop_requested`, with a step checkpoint at the end of either."""
     flops: dict[tuple[int, int], int] = {}
     last: jax.Array | None = None
-    with _stop_requests() as stop_requested:
-        for number in range(int(state.step), total):
-            batch = to_devices(next(batches), program.batch_sharding, config.batch_size)
-            shape = (batch.tokens.shape[1], batch.patches.shape[1])
-            if new_shape := shape not in flops:
-                log.flush()
-                flops[shape] = program.flops(batch)
-            start = time.perf_counter()
-            state, metrics = program.step(state, frozen, batch)
-            jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
-            last = metrics["loss"]
-            log.add(number, metrics, flops[shape])
-            if new_shape:
-                log.flush(timed=False)
-                log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
-            stopping = stop_requested(number)
-            if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
-                log.flush()  # raises before a checkpoint could keep parameters that are not finite
-                checkpoints.save(number + 1, state)
-                log.restart_clock()
-            if stopping:
-                break
+    for number in range(int(state.step), total):
+        batch = to_devices(next(batches), program.batch_sharding, config.batch_size)
+        shape = (batch.tokens.shape[1], batch.patches.shape[1])
+        if new_shape := shape not in flops:
+            log.flush()
+            flops[shape] = program.flops(batch)
+        start = time.perf_counter()
+        state, metrics = program.step(state, frozen, batch)
+        jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
+        last = metrics["loss"]
+        log.add(number, metrics, flops[shape])
+        if new_shape:
+            log.flush(timed=False)
+            log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
+        stopping = stop_requested()
+        if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
+            log.flush()  # raises before a checkpoint could keep parameters that are not finite
+            checkpoints.save(number + 1, state)
+            log.restart_clock()
+        if stopping:
+            break
     return state
 
 
@@ -146,32 +159,32 @@ def export(config: SFTConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
 
 
 def _claim(run_dir: Path, config: SFTConfig) -> None:
-    """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there."""
+    """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there.
+
+    Raises:
+        OSError: if `run_dir` cannot be written, or is not the same directory for all processes.
+        ValueError: if another run was noted there.
+    """
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
     mine["data"] = {key: mine["data"][key] for key in ("path", "buckets", "too_long")}
     mine["data"]["bytes"] = Path(config.data.path).stat().st_size
-    note = run_dir / "run.json"
-    if note.exists():
-        other = json.loads(note.read_text())
-        if changed := [key for key in mine if mine[key] != other.get(key)]:
-            raise ValueError(
-                f"{run_dir} holds a run with another {', '.join(changed)} (see {note}): continue it with the same values, "
-                "or give another --run_dir"
-            )
-    elif jax.process_index() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(mine, indent=2) + "\n")
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields step -> whether the run was asked to end (SIGTERM); all processes get True at the same step."""
-    if jax.process_count() > 1:  # jax.distributed listens to the signal and agrees on the step
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    requests: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
-    try:
-        yield lambda _: bool(requests)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    note, aside = run_dir / "run.json", run_dir / ".run.json.partial"
+    if jax.process_index() == 0 and not note.exists():
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(mine, indent=2) + "\n")
+            os.replace(aside, note)
+        except OSError as error:
+            raise OSError(f"run_dir {run_dir} cannot be written ({error}): give another --run_dir, or free space") from error
+    sync_global_devices(f"claimed {run_dir}")
+    if not note.exists():
+        raise FileNotFoundError(
+            f"{note}: process 0 wrote it, process {jax.process_index()} does not see it: run_dir must be on a file system that "
+            "all hosts share"
+        )
+    other = json.loads(note.read_text())
+    if changed := [key for key in mine if mine[key] != other.get(key)]:
+        raise ValueError(
+            f"{run_dir} holds a run with another {', '.join(changed)} (see {note}): continue it with the same values, "
+            "or give another --run_dir"
+        )

@@ -19,9 +19,11 @@ A run that was stopped continues from its last checkpoint when the same command 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
     config = cast(SFTConfig, parse(SFTConfig, argv, prog="python -m train.sft", description=__doc__ or "", examples=EXAMPLES))
-    from train.loop import run  # after parsing: --help and errors need not wait for JAX
+    from train.distributed import joined  # after parsing: --help and errors need not wait for JAX
+    from train.loop import run
 
-    run(config)
+    with joined(config.distributed):
+        run(config)
 
 
 if __name__ == "__main__":
