@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
+    "rank": (),
 }
 
 
@@ -81,3 +82,18 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Splits the leading axis (the batch) over data and fsdp; every leaf of a `Batch` takes it."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(sharding: NamedSharding, count: int) -> slice:
+    """Those of a batch's `count` rows that this process's devices hold under `batch_sharding`."""
+    indices = sharding.addressable_devices_indices_map((count,)).values()
+    parts = [index[0].indices(count) for index in indices if index]
+    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
+
+
+def place_rows(rows: Any, sharding: NamedSharding, count: int) -> Any:
+    """The global batch of `count` rows, a pytree of arrays, of which `rows` (NumPy) holds this process's."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, (count, *x.shape[1:])),
+        rows,
+    )

@@ -9,8 +9,9 @@ from typing import Literal, NoReturn
 from jsonargparse import ArgumentParser
 
 from pvm_jax.command_line import HelpFormatter
+from pvm_jax.config import LoRAConfig
 
-Trainable = Literal["pvm", "decoder", "all"]
+Trainable = Literal["pvm", "lora", "decoder", "all"]
 
 
 @dataclass(frozen=True)
@@ -33,28 +34,57 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The training examples.
+class Source:
+    """One of the data's sources.
 
     Attributes:
-        path: JSONL file, an object {"messages": [...]} a line; image paths are relative to the file (docs in train/data.py).
+        path: JSONL or Parquet file, `data/train-*.parquet`, or a directory: Parquet files, what `datasets` saved, or what
+            convert.dataset wrote (docs/data.md).
+        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random half each time.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ValueError(f"data.sources: the weight of {self.path} must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Examples, and the rows that they are laid out in.
+
+    Attributes:
+        sources: a path, or several; {path: ..., weight: ...} for one that an epoch reads more or less often than once.
         buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One compilation each.
+        packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
+            counts rows. Without it a row is one example.
         too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
     """
 
-    path: str
+    sources: str | list[str | Source]
     buckets: list[Bucket]
+    packing: bool = True
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
 
     def __post_init__(self):
+        if not self.mixture:
+            raise ValueError("data.sources: needs at least one path")
         if not self.buckets:
             raise ValueError("data.buckets: needs at least one bucket")
         if self.threads < 1 or self.prefetch < 1:
             raise ValueError(f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1")
+
+    @property
+    def mixture(self) -> list[Source]:
+        """The sources, each with its weight."""
+        sources = [self.sources] if isinstance(self.sources, str) else self.sources
+        return [source if isinstance(source, Source) else Source(source) for source in sources]
 
 
 @dataclass(frozen=True)
@@ -137,6 +167,27 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class HeldOutConfig:
+    """Conversations that are measured and not trained on, in the buckets of the training data.
+
+    Attributes:
+        sources: as data.sources.
+        every: steps between two measurements; the first is before step 0, the last after the last step.
+        samples: conversations, the first of the first source, whose answers are generated and written to TensorBoard.
+        max_new_tokens: of each of these answers.
+    """
+
+    sources: list[Source]
+    every: int = 500
+    samples: int = 4
+    max_new_tokens: int = 128
+
+    def __post_init__(self):
+        if not self.sources or self.every < 1 or self.samples < 0 or self.max_new_tokens < 1:
+            raise ValueError("held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1")
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning. The defaults are the paper's alignment stage.
 
@@ -145,8 +196,10 @@ class SFTConfig:
         run_dir: receives step checkpoints, TensorBoard events and the result; a run found there is continued.
         data: the training examples.
         branch: checkpoint to take the PVM branch from (None: the one in `checkpoint`).
-        trainable: "pvm" (the branch alone), "decoder" (decoder, head and branch) or "all" (the vision tower too).
-        batch_size: examples of one optimizer step, over all devices.
+        trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head and branch) or "all" (the
+            vision tower too).
+        lora: the adapters, with trainable "lora".
+        batch_size: rows of one optimizer step, over all devices; a row is one example, or several with data.packing.
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.
@@ -155,9 +208,12 @@ class SFTConfig:
         attention: attention kernel; None picks by platform.
         loss_chunk: positions of a row whose logits exist at the same time.
         seed: order of the examples.
+        not_finite: whether a step whose loss or gradient is not finite ends the run ("stop"), or is reported with its
+            examples and leaves the parameters as they were ("skip"; ten in a row end the run).
         log_every: steps between two reads of the metrics; every step's values are written then.
         checkpoint_every: steps between two checkpoints.
         keep: step checkpoints kept, newest first.
+        held_out: what is measured while the run goes on; nothing by default.
         optimizer: AdamW and its schedule.
         mesh: how devices share the work.
         distributed: how the processes of a run on several hosts find each other.
@@ -168,6 +224,7 @@ class SFTConfig:
     data: DataConfig
     branch: str | None = None
     trainable: Trainable = "pvm"
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     batch_size: int = 64
     accumulation: int = 1
     epochs: int = 1
@@ -180,6 +237,8 @@ class SFTConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    not_finite: Literal["stop", "skip"] = "stop"
+    held_out: HeldOutConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -105,7 +105,7 @@ def _time_limit(config: DistributedConfig, where: str) -> Iterator[None]:
         who = "this process" if config.process_id is None else f"process {config.process_id} of {config.num_processes}"
         print(
             f"distributed: {who} waited {config.timeout} s (distributed.timeout) for the other processes {where}. Start "
-            "the same command on every host, each with its own process_id; all must reach the address of process 0, the coordinator",
+            "the same command on every host, each with its own process_id; all must reach the coordinator, which is process 0",
             file=sys.stderr,
             flush=True,
         )

@@ -10,7 +10,7 @@ import pytest
 from convert.hf_to_orbax import convert
 from demo.task import Mixture, draw, make_example
 from pvm_jax import Batch, generate
-from pvm_jax.__main__ import main, read_stop_tokens
+from pvm_jax.__main__ import main
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES, model  # noqa: F401
 
 STEPS = 8

@@ -12,7 +12,7 @@ FILE = """
 checkpoint: ckpt
 run_dir: run
 data:
-  path: data.jsonl
+  sources: data.jsonl
   buckets:
   - {tokens: 128, patches: 64}
 """
@@ -42,7 +42,7 @@ def test_options_override_the_file(read):
         (["--optimizer.learnin_rate=1"], FILE, "Did you mean 'optimizer.learning_rate'?"),
         (["--bacth_size=1"], FILE, "Did you mean 'batch_size'?"),
         ([], FILE.replace("run_dir", "run_dr"), "Option 'run_dr' is not accepted. Did you mean 'run_dir'?"),
-        ([], FILE.replace("path:", "pth:"), "Did you mean 'path'?"),
+        ([], FILE.replace("sources:", "sourses:"), "Did you mean 'data.sources'?"),
         ([], FILE.replace("tokens", "tokns"), "Did you mean 'tokens'?"),
         ([], FILE.replace("checkpoint: ckpt", ""), "required: checkpoint"),
         (["--trainable=pwm"], FILE, "trainable"),
