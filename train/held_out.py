@@ -119,7 +119,9 @@ def make_measurement(graphdef: nnx.GraphDef, *, chunk: int) -> Callable[[Any, An
     def measure(trained: Any, frozen: Any, batch: Batch) -> Metrics:
         model: Qwen3VL = nnx.merge(graphdef, trained, frozen)
         trace = model.trace(batch)
-        loss, tokens = chunked_cross_entropy(trace.hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk)
+        loss, tokens = chunked_cross_entropy(
+            trace.hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk
+        )
         shares = {
             f"update_share/{layer}": (batch.loss_weights * _norm(update) / jnp.maximum(_norm(trace.streams[layer]), 1e-6)).sum()
             for layer, update in trace.updates.items()
