@@ -136,6 +136,39 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others of its run: on one machine, on a TPU slice and under SLURM nothing needs to be said.
+
+    Attributes:
+        coordinator_address: host:port of process 0, which all others can reach; None leaves it to the cluster.
+        num_processes: of the run; 1 stays alone, whatever the cluster says.
+        process_id: of this process, from 0.
+        timeout: seconds that the processes wait for each other at the start.
+    """
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 300
+
+    def __post_init__(self):
+        count, process = self.num_processes, self.process_id
+        if self.timeout < 1 or (count is not None and count < 1):
+            raise ValueError(f"distributed: num_processes {count} and timeout {self.timeout} must be at least 1")
+        if self.coordinator_address is None:
+            if (count or 1) > 1 or process:
+                raise ValueError(
+                    f"distributed.coordinator_address is missing (host:port of process 0; got processes {count}, id {process})"
+                )
+        elif not re.fullmatch(r".+:\d+", self.coordinator_address):
+            raise ValueError(f"distributed.coordinator_address is host:port, got {self.coordinator_address!r}")
+        elif count is None or process is None:
+            raise ValueError(f"distributed.coordinator_address needs num_processes and process_id, got {count} and {process}")
+        elif not 0 <= process < count:
+            raise ValueError(f"distributed.process_id counts from 0 to num_processes - 1 = {count - 1}, got {process}")
+
+
+@dataclass(frozen=True)
 class HeldOutConfig:
     """Conversations that are measured and not trained on, in the buckets of the training data.
 
@@ -185,6 +218,7 @@ class SFTConfig:
         held_out: what is measured while the run goes on; nothing by default.
         optimizer: AdamW and its schedule.
         mesh: how devices share the work.
+        distributed: how the processes of a run on several hosts find each other.
     """
 
     checkpoint: str
@@ -209,6 +243,7 @@ class SFTConfig:
     held_out: HeldOutConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation", "epochs", "loss_chunk", "log_every", "checkpoint_every", "keep"):

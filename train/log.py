@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
+from train.events import EventWriter
 from train.step import Metrics
 
 _QUIET_SECONDS = 60
@@ -44,7 +44,7 @@ class RunLog:
         """
         self.total, self.every, self.peak, self.not_finite, self.examples = total, every, peak, not_finite, examples
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
-        self._writer = SummaryWriter(str(directory), purge_step=start) if jax.process_index() == 0 else None
+        self._writer = EventWriter(directory, start=start) if jax.process_index() == 0 else None
         self._pending: list[tuple[int, Metrics]] = []
         self._phases: dict[str, float] = {}
         self._skipped_in_a_row = 0
@@ -95,7 +95,7 @@ class RunLog:
         if self._writer:
             self._writer.add_text(name, text, step)
             if image is not None:
-                self._writer.add_image(name, image, step, dataformats="HWC")
+                self._writer.add_image(name, image, step)
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
@@ -137,6 +137,8 @@ class RunLog:
             self.scalars(last, {f"train/{name}": value for name, value in speed.items()})
             self.scalars(last, {f"time/{name}": value / len(values) for name, value in times.items()})
             self._report(last + 1, values[-1] | speed, seconds / len(values))
+        if self._writer:
+            self._writer.flush()
         self._pending.clear()
         self.restart_clock()
 

@@ -1,17 +1,16 @@
 """A fine-tuning run from checkpoint to result: load, iterate, log, save, and go on after an interruption."""
 
 import json
-import signal
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
 from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch, save_lora
@@ -22,6 +21,7 @@ from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, make_mesh, place_rows
 from train.config import SFTConfig, Trainable
 from train.data import TrainingData, load_training_data
+from train.distributed import stop_requests
 from train.flops import devices_peak_flops
 from train.held_out import HeldOut
 from train.log import RunLog
@@ -36,6 +36,7 @@ _FREE_KEYS = {
     "accumulation",
     "attention",
     "checkpoint_every",
+    "distributed",
     "held_out",
     "keep",
     "log_every",
@@ -118,7 +119,10 @@ def run(config: SFTConfig) -> None:
         if config.held_out:
             held_out = HeldOut(config, config.held_out, work.processor, work.model_config, work.program, run_dir)
         total = len(work.data.batches)
-        with TrainCheckpoints(run_dir / "steps", work.model_config, work.identity, keep=config.keep) as checkpoints:
+        with (
+            stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
+            TrainCheckpoints(run_dir / "steps", work.model_config, work.identity, keep=config.keep) as checkpoints,
+        ):
             if checkpoints.latest is not None:
                 work = replace(work, state=None)  # gives its memory back
                 work = replace(work, state=checkpoints.restore(work.program.state))
@@ -132,7 +136,7 @@ def run(config: SFTConfig) -> None:
                 examples=work.data.examples,
             ) as log:
                 log.print(work.data.report)
-                work = replace(work, state=train(work, checkpoints, held_out, log))
+                work = replace(work, state=train(work, checkpoints, held_out, log, stop_requested))
         if int(work.state.step) < total:
             log.print(f"stopped after step {int(work.state.step)}; the same command continues")
             return
@@ -140,39 +144,44 @@ def run(config: SFTConfig) -> None:
         log.print(f"written: {result}")
 
 
-def train(work: Prepared, checkpoints: TrainCheckpoints, held_out: HeldOut | None, log: RunLog) -> TrainState:
-    """Steps from the state's step to the last, or to a SIGTERM, with a step checkpoint at the end of either."""
+def train(
+    work: Prepared,
+    checkpoints: TrainCheckpoints,
+    held_out: HeldOut | None,
+    log: RunLog,
+    stop_requested: Callable[[], bool],
+) -> TrainState:
+    """Steps from the state's step to the last, or until `stop_requested`, with a step checkpoint at the end of either."""
     config, program, state, frozen = work.config, work.program, work.state, work.frozen
     total = len(work.data.batches)
     batches = work.data.iterator(int(state.step), config.data.threads, config.data.prefetch)
     shapes: set[tuple[int, int]] = set()
     last: jax.Array | None = None
-    with _stop_requests() as stop_requested:
-        for number in range(int(state.step), total):
-            if held_out and number % held_out.config.every == 0:
-                log.flush()
-                held_out.write(log, number, state, frozen)
-            with log.phase("data"):
-                batch = place_rows(next(batches), program.batch_sharding, config.batch_size)
-            shape = (batch.tokens.shape[1], batch.patches.shape[1])
-            if new_shape := shape not in shapes:
-                log.flush()
-                shapes.add(shape)
-            start = time.perf_counter()
-            state, metrics = program.step(state, frozen, batch)
-            jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
-            last = metrics["loss"]
-            log.add(number, metrics)
-            if new_shape:
-                log.flush(timed=False)
-                log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
-            stopping = stop_requested(number)
-            if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
-                log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
-                with log.phase("checkpoint", number):
-                    checkpoints.save(number + 1, state)
-            if stopping:
-                return state
+    for number in range(int(state.step), total):
+        if held_out and number % held_out.config.every == 0:
+            log.flush()
+            held_out.write(log, number, state, frozen)
+        with log.phase("data"):
+            batch = place_rows(next(batches), program.batch_sharding, config.batch_size)
+        shape = (batch.tokens.shape[1], batch.patches.shape[1])
+        if new_shape := shape not in shapes:
+            log.flush()
+            shapes.add(shape)
+        start = time.perf_counter()
+        state, metrics = program.step(state, frozen, batch)
+        jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
+        last = metrics["loss"]
+        log.add(number, metrics)
+        if new_shape:
+            log.flush(timed=False)
+            log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
+        stopping = stop_requested()
+        if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
+            log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
+            with log.phase("checkpoint", number):
+                checkpoints.save(number + 1, state)
+        if stopping:
+            return state
     if held_out:
         held_out.write(log, total, state, frozen)
     return state
@@ -191,32 +200,32 @@ def export(config: SFTConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
 
 
 def _claim(run_dir: Path, config: SFTConfig) -> None:
-    """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there."""
+    """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there.
+
+    Raises:
+        OSError: if `run_dir` cannot be written, or is not the same directory for all processes.
+        ValueError: if another run was noted there.
+    """
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
     mine["data"] = {key: mine["data"][key] for key in ("sources", "buckets", "packing", "too_long")}
     mine["data"]["bytes"] = [stored_bytes(source.path) for source in config.data.mixture]
-    note = run_dir / "run.json"
-    if note.exists():
-        other = json.loads(note.read_text())
-        if changed := [key for key in mine if mine[key] != other.get(key)]:
-            raise ValueError(
-                f"{run_dir} holds a run with another {', '.join(changed)} (see {note}): continue it with the same values, "
-                "or give another --run_dir"
-            )
-    elif jax.process_index() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(mine, indent=2) + "\n")
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields step -> whether the run was asked to end (SIGTERM); all processes get True at the same step."""
-    if jax.process_count() > 1:  # jax.distributed listens to the signal and agrees on the step
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    requests: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
-    try:
-        yield lambda _: bool(requests)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    note, aside = run_dir / "run.json", run_dir / ".run.json.partial"
+    if jax.process_index() == 0 and not note.exists():
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(mine, indent=2) + "\n")
+            os.replace(aside, note)
+        except OSError as error:
+            raise OSError(f"run_dir {run_dir} cannot be written ({error}): give another --run_dir, or free space") from error
+    sync_global_devices(f"claimed {run_dir}")
+    if not note.exists():
+        raise FileNotFoundError(
+            f"{note}: process 0 wrote it, process {jax.process_index()} does not see it: run_dir must be on a file system that "
+            "all hosts share"
+        )
+    other = json.loads(note.read_text())
+    if changed := [key for key in mine if mine[key] != other.get(key)]:
+        raise ValueError(
+            f"{run_dir} holds a run with another {', '.join(changed)} (see {note}): continue it with the same values, "
+            "or give another --run_dir"
+        )

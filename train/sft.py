@@ -24,15 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m train.sft",
         description=__doc__ or "",
         examples=EXAMPLES,
-        flags={
-            "--dry-run": "build everything, take two steps on the real data, print shapes, shardings and memory; no file is written"
-        },
+        flags={"--dry-run": "build everything, take two steps on real data, print shapes, shardings and memory; write nothing"},
     )
     # After parsing: --help and errors need not wait for JAX.
+    from train.distributed import joined
     from train.dry_run import dry_run
     from train.loop import run
 
-    (dry_run if flags else run)(config)
+    with joined(config.distributed):
+        (dry_run if flags else run)(config)
 
 
 if __name__ == "__main__":

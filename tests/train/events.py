@@ -15,7 +15,9 @@ def read_values(directory: Path) -> dict[str, list[tuple[int, object]]]:
     for file in sorted(directory.glob("events.*")):
         content, place = file.read_bytes(), 0
         while place < len(content):
-            (length,) = struct.unpack_from("<Q", content, place)
+            (length,) = struct.unpack_from("<Q", content.ljust(place + 8, b"\xff"), place)
+            if place + length + 16 > len(content):
+                break  # the process was killed while it wrote
             event = Event.FromString(content[place + 12 : place + 12 + length])  # a checksum after length and record
             place += length + 16
             for value in event.summary.value:

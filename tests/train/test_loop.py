@@ -80,7 +80,7 @@ def sft_run(workplace, monkeypatch):
                 *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.sources={root / 'data.jsonl'}"),
                 *("--data.packing=false", "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]"),
                 *("--batch_size=8", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2"),
-                *("--log_every=2", "--checkpoint_every=2"),
+                *("--log_every=2", "--checkpoint_every=2", "--distributed.num_processes=1"),
                 *arguments,
             ]
         )
