@@ -2,15 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from types import MappingProxyType
+from typing import Literal, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser
 
 from pvm_jax.command_line import HelpFormatter
 from pvm_jax.config import LoRAConfig
 
+Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
 
 
@@ -177,7 +179,7 @@ class HeldOutConfig:
         max_new_tokens: of each of these answers.
     """
 
-    sources: list[Source]
+    sources: str | list[str | Source]
     every: int = 500
     samples: int = 4
     max_new_tokens: int = 128
@@ -277,8 +279,22 @@ def _names(option_strings: Sequence[str]) -> list[str]:
     return [option.removeprefix("--") for option in option_strings]
 
 
-def parse(cls: type, argv: Sequence[str] | None, *, prog: str, description: str, examples: str) -> object:
+def parse(
+    cls: type[Config],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    examples: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Config, set[str]]:
     """An instance of the dataclass `cls` from `--config FILE` (YAML) and overriding `--section.key value` arguments.
+
+    Args:
+        flags: options without a value that do not belong to a config, as "--dry-run", and their help.
+
+    Returns:
+        The instance, and those of `flags` that were given.
 
     Exits with a message that names the key for unknown, missing or ill-typed values and for what `cls` itself refuses.
     """
@@ -290,15 +306,14 @@ def parse(cls: type, argv: Sequence[str] | None, *, prog: str, description: str,
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    for flag, help_text in flags.items():
+        parser.add_argument(flag, action="store_true", help=help_text)
     parser.add_class_arguments(cls)
     namespace = parser.parse_args(argv)
     try:
-        return cls(**_values(parser, namespace))
+        values = vars(parser.instantiate(namespace))
+        given = {flag for flag in flags if values.pop(flag.removeprefix("--").replace("-", "_"))}
+        values.pop("config")
+        return cls(**values), given
     except ValueError as error:
         parser.error(str(error))
-
-
-def _values(parser: ArgumentParser, namespace) -> dict:
-    values = vars(parser.instantiate(namespace))
-    values.pop("config")
-    return values

@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 from pvm_jax.batch import Batch
 from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.config import ModelConfig
-from pvm_jax.conversations import open_conversations
 from pvm_jax.generation import generate
 from pvm_jax.images import read_image
 from pvm_jax.messages import Messages, parse
@@ -55,8 +54,9 @@ class HeldOut:
         self._processor, self._model_config, self._program = processor, model_config, program
         self._rows = config.batch_size // config.accumulation
         self._threads, self._prefetch = config.data.threads, config.data.prefetch
+        data = replace(config.data, sources=held_out.sources)
         self._data = load_training_data(
-            replace(config.data, sources=self.config.sources),
+            data,
             processor,
             model_config,
             batch_size=self._rows,
@@ -65,7 +65,7 @@ class HeldOut:
             fill_last=True,
         )
         self._measure = jax.jit(make_measurement(program.graphdef, chunk=config.loss_chunk))
-        conversations = open_conversations(self.config.sources[0].path)
+        conversations = self._data.sources[0]
         self._samples = [conversations[index] for index in range(min(self.config.samples, len(conversations)))]
         self._stop_tokens = read_stop_tokens(config.checkpoint)
 
@@ -119,9 +119,7 @@ def make_measurement(graphdef: nnx.GraphDef, *, chunk: int) -> Callable[[Any, An
     def measure(trained: Any, frozen: Any, batch: Batch) -> Metrics:
         model: Qwen3VL = nnx.merge(graphdef, trained, frozen)
         trace = model.trace(batch)
-        loss, tokens = chunked_cross_entropy(
-            trace.hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk
-        )
+        loss, tokens = chunked_cross_entropy(trace.hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk)
         shares = {
             f"update_share/{layer}": (batch.loss_weights * _norm(update) / jnp.maximum(_norm(trace.streams[layer]), 1e-6)).sum()
             for layer, update in trace.updates.items()

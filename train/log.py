@@ -119,7 +119,7 @@ class RunLog:
         """Waits for the pending steps and writes them, with their speed unless `timed` is False (a compilation).
 
         Raises:
-            FloatingPointError: if a loss or gradient norm is not finite, or, where such steps are skipped, if ten in a row were.
+            FloatingPointError: if a loss or gradient norm is not finite; where such steps are skipped, if ten in a row were.
         """
         if not self._pending:
             return
@@ -151,8 +151,8 @@ class RunLog:
         what = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite. Its examples: {names}"
         if self.not_finite == "stop":
             raise FloatingPointError(
-                f"{what}. The last step checkpoint is from before it: lower optimizer.learning_rate, look at these examples, or "
-                "set not_finite to skip"
+                f"{what}. The last step checkpoint is from before it: lower optimizer.learning_rate, look at these examples, "
+                "or set not_finite to skip"
             )
         self.print(f"skipped {what}")
         if self._skipped_in_a_row == _MOST_SKIPS:

@@ -12,7 +12,7 @@ import numpy as np
 
 from train.config import Bucket
 
-WINDOW = 1024
+WINDOW = 512
 """Examples among which the next one of a row is chosen."""
 
 
@@ -63,8 +63,9 @@ def make_plan(
 ) -> Plan:
     """Lays the readings of all epochs out in rows and batches.
 
-    An example goes to the first bucket that holds it. Rows that fill no batch of their bucket pass their examples on to the
-    next bucket that holds them, or are left over (`fill_last`: rows that are all padding complete the batch). In each bucket
+    An example belongs to the first bucket that holds it. The largest bucket comes first: with `packing` its rows begin with its
+    own examples and are filled up with those of smaller buckets too. Its last batch is completed by rows of smaller buckets'
+    examples (`fill_last`: by rows that are all padding); where these are too few, the rows in it are given up. In each bucket
     an epoch's readings come before the next one's; the buckets' batches are mixed at random.
 
     Args:
@@ -74,38 +75,41 @@ def make_plan(
         packing: several examples share a row.
         max_steps: how many steps are kept.
     """
-    first_bucket = bucket_of_examples(sizes, buckets)
-    waiting = np.empty(0, np.int32)
-    bucket_of_batch, lengths, examples = [], [], []
-    for number, bucket in enumerate(buckets):
-        here = _fits(sizes[waiting], bucket)
-        late, waiting = waiting[here], waiting[~here]
-        rng = np.random.default_rng((seed, number))
-        readings = [epoch[first_bucket[epoch] == number] for epoch in epochs]
-        readings[-1] = np.concatenate([readings[-1], late])
-        parts = [_rows(sizes, epoch, bucket, packing, rng) for epoch in readings]
-        members, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        spare = len(counts) % batch_size
+    owner = bucket_of_examples(sizes, buckets)
+    waiting = [readings[owner[readings] >= 0] for readings in epochs]
+    left_over, laid_out = 0, []
+    for number in reversed(range(len(buckets))):
+        layout = _Layout(sizes, buckets[number], packing, np.random.default_rng((seed, number)))
+        rows = _NO_ROWS
+        for epoch, readings in enumerate(waiting):
+            more, placed = layout.rows(readings, np.flatnonzero(owner[readings] == number))
+            rows, waiting[epoch] = rows.followed_by(more), readings[~placed]
+        spare = len(rows.counts) % batch_size
         if spare and fill_last:
-            counts = np.pad(counts, (0, batch_size - spare))
+            rows = _Rows(rows.examples, np.pad(rows.counts, (0, batch_size - spare)))
         elif spare:
-            counts, last = counts[:-spare], counts[-spare:]
-            members, passed_on = np.split(members, [len(members) - last.sum()])
-            waiting = np.concatenate([waiting, passed_on])
-        bucket_of_batch.append(np.full(len(counts) // batch_size, number, np.int32))
-        lengths.append(counts)
-        examples.append(members)
-    bucket_of_batch = np.concatenate(bucket_of_batch)
+            largest_first = np.argsort(-owner[waiting[-1]], kind="stable")
+            more, placed = layout.rows(waiting[-1], largest_first, batch_size - spare)
+            if len(more.counts) == batch_size - spare:
+                rows, waiting[-1] = rows.followed_by(more), waiting[-1][~placed]
+            else:
+                rows, given_up = rows.without_last(spare)
+                own = owner[given_up] == number
+                left_over += int(own.sum())
+                waiting[-1] = np.concatenate([waiting[-1], given_up[~own]])
+        laid_out.insert(0, rows)
+    counts = np.concatenate([rows.counts for rows in laid_out])
+    bucket_of_batch = np.repeat(np.arange(len(buckets)), [len(rows.counts) // batch_size for rows in laid_out])
     order = np.random.default_rng(seed).permutation(bucket_of_batch)
     batches = np.empty(len(order), np.int32)
     batches[np.argsort(order, kind="stable")] = np.arange(len(order))
     return Plan(
         batch_size=batch_size,
         batches=batches[:max_steps],
-        bucket_of_batch=bucket_of_batch,
-        row_starts=np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)]),
-        examples=np.concatenate(examples),
-        left_over=len(waiting),
+        bucket_of_batch=bucket_of_batch.astype(np.int32),
+        row_starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        examples=np.concatenate([rows.examples for rows in laid_out]),
+        left_over=left_over,
     )
 
 
@@ -151,44 +155,85 @@ def _fits(sizes: np.ndarray, bucket: Bucket) -> np.ndarray:
     return (sizes[:, 0] <= bucket.tokens) & (sizes[:, 1] <= bucket.patches)
 
 
-def _rows(
-    sizes: np.ndarray, readings: np.ndarray, bucket: Bucket, packing: bool, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `readings` in random order: their examples [readings] int32, and how many each row has [rows] int64."""
-    if not packing or not len(readings):
-        return readings, np.ones(len(readings), np.int64)
-    rows = pack(sizes[readings], bucket)
-    rows = [rows[place] for place in rng.permutation(len(rows))]
-    return readings[np.concatenate(rows)], np.array([len(row) for row in rows], np.int64)
+class _Rows(NamedTuple):
+    """Rows one after the other: their examples [readings] int32, and how many of them each row has, [rows] int64."""
+
+    examples: np.ndarray
+    counts: np.ndarray
+
+    def followed_by(self, more: "_Rows") -> "_Rows":
+        return _Rows(*map(np.concatenate, zip(self, more, strict=True)))
+
+    def without_last(self, count: int) -> tuple["_Rows", np.ndarray]:
+        """All rows but the last `count`, and the examples in these."""
+        kept, cut = np.split(self.counts, [len(self.counts) - count])
+        examples, given_up = np.split(self.examples, [len(self.examples) - cut.sum()])
+        return _Rows(examples, kept), given_up
 
 
-def pack(sizes: np.ndarray, bucket: Bucket) -> list[np.ndarray]:
-    """Rows of `bucket` that hold examples of `sizes` [N, 2], each example once; every one must fit a row.
+_NO_ROWS = _Rows(np.empty(0, np.int32), np.empty(0, np.int64))
 
-    A row begins with the example that has waited longest. As long as one of the next `WINDOW` examples fits, it takes the one
-    that leaves least of it, tokens and patches weighed as shares of the row (norm-based greedy: Panigrahy, Talwar, Uyeda and
-    Wieder, "Heuristics for Vector Bin Packing", 2011).
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the rows of one bucket are made."""
+
+    sizes: np.ndarray
+    bucket: Bucket
+    packing: bool
+    rng: np.random.Generator
+
+    def rows(self, readings: np.ndarray, begin: np.ndarray, limit: int | None = None) -> tuple[_Rows, np.ndarray]:
+        """At most `limit` rows in random order, and which of `readings` are in them, [readings] bool.
+
+        Rows begin with the `readings` at the places `begin`, all of them if the limit allows, and are filled up with any.
+        """
+        fits = _fits(self.sizes[readings], self.bucket)
+        begin = begin[fits[begin]]
+        if self.packing:
+            fits[begin] = False
+            places = np.concatenate([begin, np.flatnonzero(fits)])
+            rows = pack(self.sizes[readings[places]], self.bucket, len(begin), limit)
+            rows = [places[rows[row]] for row in self.rng.permutation(len(rows))]
+            chosen = np.concatenate([np.empty(0, np.int64), *rows])
+            counts = np.array([len(row) for row in rows], np.int64)
+        else:
+            chosen = begin[:limit]
+            counts = np.ones(len(chosen), np.int64)
+        placed = np.zeros(len(readings), bool)
+        placed[chosen] = True
+        return _Rows(readings[chosen], counts), placed
+
+
+def pack(sizes: np.ndarray, bucket: Bucket, begin: int, limit: int | None = None) -> list[list[int]]:
+    """At most `limit` rows of `bucket`, each a list of examples of `sizes` [N, 2], every one of which must fit a row.
+
+    Without a limit each of the first `begin` examples is in a row, and each row begins with one of these, the one that has
+    waited longest. As long as one of the next `WINDOW` examples fits (of the first `begin`, and of the others), the row takes
+    the one that leaves least of it, tokens and patches weighed as shares of the row (norm-based greedy: Panigrahy, Talwar,
+    Uyeda and Wieder, "Heuristics for Vector Bin Packing", 2011).
     """
-    room = np.array([bucket.tokens, bucket.patches], np.int64)
-    weight = 1 / np.maximum(room, 1)
-    window = np.arange(min(WINDOW, len(sizes)))
-    open_sizes = sizes[window].astype(np.int64)
-    following = len(window)
-    rows = []
-    while len(window):
-        row, free, slot = [], room, int(np.argmin(window))
+    # Two windows side by side; a slot whose stream has ended holds the number N, of an example that fits nowhere.
+    streams = iter(range(begin)), iter(range(begin, len(sizes)))
+    window = np.array([next(stream, len(sizes)) for stream in streams for _ in range(WINDOW)])
+    all_tokens, all_patches = np.concatenate([sizes.T, np.full((2, 1), np.inf)], axis=1)
+    tokens, patches = all_tokens[window], all_patches[window]
+    rows: list[list[int]] = []
+    while len(rows) != limit:
+        slot = int(np.argmin(window[:WINDOW]))
+        if window[slot] >= begin:
+            break
+        row, free_tokens, free_patches = [], bucket.tokens, bucket.patches
         while True:
-            row.append(window[slot])
-            free = free - open_sizes[slot]
-            if following < len(sizes):
-                window[slot], open_sizes[slot] = following, sizes[following]
-                following += 1
-            else:
-                window, open_sizes = np.delete(window, slot), np.delete(open_sizes, slot, axis=0)
-            left = free - open_sizes
-            fits = (left >= 0).all(1)
-            if not fits.any():
+            row.append(int(window[slot]))
+            free_tokens, free_patches = free_tokens - tokens[slot], free_patches - patches[slot]
+            following = next(streams[slot >= WINDOW], len(sizes))
+            window[slot], tokens[slot], patches[slot] = following, all_tokens[following], all_patches[following]
+            left_tokens, left_patches = free_tokens - tokens, free_patches - patches
+            waste = np.square(left_tokens / bucket.tokens) + np.square(left_patches / max(bucket.patches, 1))
+            waste[(left_tokens < 0) | (left_patches < 0)] = np.inf
+            slot = int(np.argmin(waste))
+            if waste[slot] == np.inf:
                 break
-            slot = int(np.argmin(np.where(fits, np.square(left * weight).sum(1), np.inf)))
-        rows.append(np.array(row))
+        rows.append(row)
     return rows

@@ -135,7 +135,10 @@ class TestAdapters:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"targets": "layers/self_attn"}, "matches no Linear of the backbone; there are language_model/layers/mlp/down_proj,"),
+            (
+                {"targets": "layers/self_attn"},
+                "matches no Linear of the backbone; there are language_model/layers/mlp/",
+            ),
             ({"targets": "pvm/.*|lm_head"}, "matches no Linear"),
             ({"targets": "("}, r"lora.targets '\(' is no regular expression"),
             ({"rank": 0}, "rank must be at least 1, got 0"),
@@ -148,14 +151,13 @@ class TestAdapters:
 
 
 class TestStored:
-    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-    def test_round_trip(self, base, adapter, trained, dtype):
-        loaded = load(base, lora=adapter, mesh=make_mesh(2, 2, 2), dtype=dtype)
+    def test_round_trip(self, base, adapter, trained):
+        loaded = load(base, lora=adapter, mesh=make_mesh(2, 2, 2))
         assert loaded.config.lora == EVERYWHERE
         expected = parameters(trained)
         assert parameters(loaded).keys() == expected.keys()
         for path, leaf in parameters(loaded).items():
-            np.testing.assert_array_equal(leaf, expected[path].astype(dtype or expected[path].dtype), err_msg=path)
+            np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
     def test_holds_the_adapter_alone(self, base, adapter, trained, model, tmp_path):
         values = sum(leaf.nbytes for path, leaf in parameters(trained).items() if part_of(path) == "lora")
@@ -166,7 +168,7 @@ class TestStored:
             load(base, branch=adapter)
         with pytest.raises(CheckpointError, match="is no LoRA adapter"):
             load(base, lora=base)
-        with pytest.raises(ValueError, match="save_lora; python -m convert.orbax_to_hf --lora"):
+        with pytest.raises(ValueError, match=r"save_lora; python -m convert\.orbax_to_hf --lora"):
             save(tmp_path / "whole", trained)
         with pytest.raises(ValueError, match="no LoRA adapter to save"):
             save_lora(tmp_path / "none", model)

@@ -135,11 +135,17 @@ def test_too_long_examples_are_counted_or_refused(open_data):
         open_data(sizes, batch_size=2, too_long="error")
 
 
-def test_rows_that_fill_no_batch_pass_their_examples_on(open_data):
-    data = open_data([(5, 4)] * 6 + [(15, 4)] * 5)
+def test_a_last_batch_is_completed_by_smaller_examples_or_given_up(open_data):
+    data = open_data([(5, 4)] * 8 + [(15, 4)] * 5)
     batches = [data.batches[step] for step in range(len(data.batches))]
-    assert sorted(batch.shape for batch in batches) == [(10, 4), (20, 16)]
-    assert "3 readings fill no batch" in data.report  # 2 small ones joined the 5
+    assert sorted(batch.shape for batch in batches) == [(10, 4), (20, 16), (20, 16)]
+    large = [example for batch in batches if batch.shape == (20, 16) for example in batch.ids]
+    assert sum(example < 8 for example in large) == 3
+    assert "1 readings fill no batch" in data.report
+    data = open_data([(5, 4)] * 2 + [(15, 4)] * 5)  # too few to complete: they are tried in their own bucket
+    assert len(data.batches) == 1
+    assert min(data.batches[0].ids) >= 2
+    assert "3 readings fill no batch" in data.report
 
 
 def test_max_steps_cuts_the_run(read):

@@ -44,7 +44,9 @@ def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
 def test_a_step_that_is_not_finite_stops_the_run_and_names_its_examples(open_log):
     with open_log(examples=lambda step: [["a.jsonl:3", "b.jsonl:9"], [f"c.jsonl:{step}"]]) as log:
         log.add(6, metrics())
-        with pytest.raises(FloatingPointError, match=r"step 7: loss nan.*a\.jsonl:3, b\.jsonl:9; c\.jsonl:7.*not_finite to skip"):
+        with pytest.raises(
+            FloatingPointError, match=r"step 7: loss nan.*a\.jsonl:3, b\.jsonl:9; c\.jsonl:7.*not_finite to skip"
+        ):
             log.add(7, metrics(np.nan))
 
 
