@@ -136,6 +136,7 @@ def run(config: SFTConfig) -> None:
                 not_finite=config.not_finite,
                 examples=work.data.examples,
             ) as log:
+                log.print(f"{jax.device_count()} devices in {jax.process_count()} processes, mesh {dict(mesh.shape)}")
                 log.print(work.data.report)
                 work = replace(work, state=train(work, checkpoints, held_out, log, stop_requested))
         if int(work.state.step) < total:

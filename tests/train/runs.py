@@ -19,7 +19,6 @@ from pvm_jax.model import Qwen3VL
 from tests.train.events import read_values
 
 ROOT = Path(__file__).parents[2]
-CACHE = {"jax_compilation_cache_dir": "compiled", "jax_persistent_cache_min_compile_time_secs": 0}
 
 
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
@@ -54,24 +53,18 @@ def arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
 
 def start(root: Path, run_dir: str | Path, *more: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
     """Starts a run on `processes` x `devices` simulated devices, programs cached in `root`; output goes to files in `root`."""
-    coordinator = f"127.0.0.1:{_free_port()}"
+    coordinator = f"127.0.0.1:{free_port()}"
     started = []
     for process in range(processes):
-        found = [f"--distributed.num_processes={processes}"]
-        if processes > 1:
-            found += [f"--distributed.coordinator_address={coordinator}", f"--distributed.process_id={process}"]
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        found = [f"--distributed.coordinator_address={coordinator}", f"--distributed.process_id={process}"]
+        found = [f"--distributed.num_processes={processes}", *(found if processes > 1 else [])]
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         with open(output_file(root, run_dir, process), "a") as output:
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "train.sft", *arguments(root, run_dir, *found, *more)],
                     cwd=ROOT,
-                    env=environment,
+                    env=environment(devices=devices) | cache,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
@@ -104,7 +97,13 @@ def losses(root: Path, run_dir: str | Path) -> dict[int, set[float]]:
     return found
 
 
-def _free_port() -> int:
+def environment(*, devices: int) -> dict[str, str]:
+    """Of a process with `devices` simulated devices."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
