@@ -13,12 +13,13 @@ from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, load, save, save_branch, save_lora
+from pvm_jax.checkpoint import backbone_identity, load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
 from pvm_jax.conversations import stored_bytes
 from pvm_jax.model import Qwen3VL, add_lora
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, make_mesh, place_rows
+from pvm_jax.train_checkpoints import TrainCheckpoints
 from train.config import SFTConfig, Trainable
 from train.data import TrainingData, load_training_data
 from train.distributed import stop_requests
@@ -135,6 +136,7 @@ def run(config: SFTConfig) -> None:
                 not_finite=config.not_finite,
                 examples=work.data.examples,
             ) as log:
+                log.print(f"{jax.device_count()} devices in {jax.process_count()} processes, mesh {dict(mesh.shape)}")
                 log.print(work.data.report)
                 work = replace(work, state=train(work, checkpoints, held_out, log, stop_requested))
         if int(work.state.step) < total:
