@@ -32,6 +32,7 @@ class Trace(NamedTuple):
         embeds: [B, V, D], deepstack: [taps, B, V, D]: what the tower gives; None for a batch without patches.
         streams: [L, B, S, D], the residual stream that leaves each layer (the DeepStack addition included).
         updates: by layer of the branch, [B, S, D].
+        hidden: [B, S, D] after the final norm.
         logits: [B, S, vocab] float32.
     """
 
@@ -39,6 +40,7 @@ class Trace(NamedTuple):
     deepstack: jax.Array | None
     streams: jax.Array
     updates: dict[int, jax.Array]
+    hidden: jax.Array
     logits: jax.Array
 
 
@@ -78,7 +80,7 @@ class Qwen3VL(nnx.Module):
         visual, decoded, _ = self._read(batch, trace=True)
         assert decoded.streams is not None
         embeds, deepstack = visual or (None, None)
-        return Trace(embeds, deepstack, decoded.streams, decoded.updates, self.logits(decoded.hidden))
+        return Trace(embeds, deepstack, decoded.streams, decoded.updates, decoded.hidden, self.logits(decoded.hidden))
 
     def prefill(self, batch: Batch, slots: int) -> tuple[jax.Array, Cache]:
         """Reads a prompt into a fresh cache of `slots` >= S slots; column s of the prompt is slot s.

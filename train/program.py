@@ -8,12 +8,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.sharding import batch_sharding, param_shardings
 from train.config import SFTConfig
-from train.flops import count_flops, devices_peak_flops
+from train.flops import Work, count_costs, peak_flops
 from train.optimizer import make_optimizer, make_schedule
 from train.step import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
 
@@ -26,8 +25,7 @@ class Program:
         graphdef: structure of the model, with the run's dtypes, remat and kernel.
         state: what a step changes: ShapeDtypeStructs with their shardings.
         frozen: parameters that do not train, in the compute dtype: ShapeDtypeStructs with their shardings.
-        step: jitted, donates its state.
-        plain: the same step without remat and kernels, to be counted, not run.
+        step: jitted, donates its state; metrics count its FLOPs (`step_costs`) where the devices' peak is known.
         batch_sharding: of every leaf of a batch.
     """
 
@@ -36,7 +34,6 @@ class Program:
     state: TrainState
     frozen: Any
     step: Step
-    plain: Step
     batch_sharding: NamedSharding
 
     def begin(self, model: Qwen3VL) -> tuple[TrainState, Any]:
@@ -49,10 +46,6 @@ class Program:
     def model(self, state: TrainState, frozen: Any) -> Qwen3VL:
         """The model as it stands after a step."""
         return nnx.merge(self.graphdef, state.params, frozen)
-
-    def flops(self, batch: Batch) -> int:
-        """Of one step on a batch of this shape; 0 where the devices' peak is unknown, so that nobody asks."""
-        return count_flops(self.plain, self.state, self.frozen, batch) if devices_peak_flops() else 0
 
 
 def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh: Mesh) -> Program:
@@ -70,22 +63,25 @@ def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh:
     state = jax.eval_shape(partial(TrainState.begin, optimizer=optimizer), nnx.as_pure(trained))
     weights = jax.eval_shape(partial(cast, dtype=config.dtype), nnx.as_pure(frozen))
 
-    def step_of(graphdef: nnx.GraphDef) -> Step:
-        loss = make_loss(graphdef, chunk=config.loss_chunk)
-        return make_step(loss, optimizer, schedule, accumulation=config.accumulation)
-
-    # MFU is about the model's own products: not those that remat repeats, nor those that a kernel skips or pads.
-    plain_config = replace(model_config, remat="none", attention="xla")
-    plain = step_of(split_model(abstract_model(plain_config), config.trainable)[0])
+    # Nobody asks for the FLOPs of a step where the devices' peak is unknown.
+    costs = step_costs(config, model_config) if peak_flops(mesh.devices.flat[0].device_kind) else None
+    loss = make_loss(graphdef, chunk=config.loss_chunk)
+    step = make_step(loss, optimizer, schedule, accumulation=config.accumulation, costs=costs)
     return Program(
         config=config,
         graphdef=graphdef,
         state=_placed(state, shardings),
         frozen=_placed(weights, param_shardings(frozen, mesh)),
-        step=jax.jit(step_of(graphdef), donate_argnums=0, out_shardings=(shardings, None)),
-        plain=plain,
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         batch_sharding=batch_sharding(mesh),
     )
+
+
+def step_costs(config: SFTConfig, model_config: ModelConfig) -> Work:
+    """FLOPs of a step by what causes them: of the model's own products, not of those that remat repeats or a kernel pads."""
+    plain = replace(model_config, dtype=config.dtype, remat="none", attention="xla")
+    graphdef, trained, frozen = split_model(abstract_model(plain), config.trainable)
+    return count_costs(graphdef, nnx.as_pure(trained), nnx.as_pure(frozen))
 
 
 def _optimizer(config: SFTConfig, total: int):

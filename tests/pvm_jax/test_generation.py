@@ -10,7 +10,8 @@ import pytest
 from convert.hf_to_orbax import convert
 from demo.task import Mixture, draw, make_example
 from pvm_jax import Batch, generate
-from pvm_jax.__main__ import main, read_stop_tokens
+from pvm_jax.__main__ import main
+from pvm_jax.checkpoint_files import read_stop_tokens
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES, model  # noqa: F401
 
 STEPS = 8

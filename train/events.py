@@ -1,0 +1,58 @@
+"""TensorBoard's event files, written by whoever logs: what was flushed outlives the process, and a full disk is an error.
+
+(tensorboardX's own SummaryWriter writes from a thread, minutes later: a killed run loses them, a full disk blocks the run.)
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+_protos: Any = event_pb2  # its classes are made while it is imported
+
+
+class EventWriter:
+    """One event file of a directory; what older files say of step `start` and later is hidden by TensorBoard."""
+
+    def __init__(self, directory: Path, *, start: int):
+        """Makes `directory` where it is missing, and the file in it.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"))
+        self._events.write_event(
+            _protos.Event(session_log={"status": _protos.SessionLog.START}, step=start, wall_time=time.time())
+        )
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """A point of the curve `name`."""
+        self._add(summary.scalar(name, value), step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        """A text in Markdown."""
+        self._add(summary.text(name, text), step)
+
+    def add_image(self, name: str, image: np.ndarray, step: int) -> None:
+        """An image [H, W, 3] uint8."""
+        self._add(summary.image(name, image, rescale=1, dataformats="HWC"), step)
+
+    def flush(self) -> None:
+        """Returns when all that was added is on the disk.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._events.close()
+
+    def _add(self, content: Any, step: int) -> None:
+        self._events.write_event(_protos.Event(summary=content, step=step, wall_time=time.time()))
