@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import yaml
 from jsonargparse import auto_cli
-from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from demo.attention import attention_on_cell
 from demo.compare_report import UNTRAINED, Measured, write_report
@@ -23,6 +22,7 @@ from pvm_jax.checkpoint import load
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from train.config import Trainable
+from train.events import read_values
 from train.loop import RESULTS
 from train.step import split_model
 
@@ -99,7 +99,7 @@ def training_steps(out: Path, seed: int, steps: int) -> list[Step]:
             "train.sft",
             "--config=demo/branch.yaml",
             f"--checkpoint={fresh if method.trainable == 'pvm' else plain}",
-            f"--data.path={data / 'data.jsonl'}",
+            f"--data.sources={data / 'data.jsonl'}",
             f"--run_dir={run}",
             f"--trainable={method.trainable}",
             f"--seed={seed}",
@@ -152,23 +152,8 @@ def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qw
 
 def read_gates(log: Path) -> dict[str, list[float]]:
     """The gates at every step, by layer, out of a run's TensorBoard files; empty without a branch."""
-    steps: dict[str, dict[int, float]] = {}
-    for file in sorted(log.glob("events.*")):
-        for event in _events(file.read_bytes()):
-            for value in event.summary.value:
-                if value.tag.startswith("gate/"):
-                    steps.setdefault(value.tag.removeprefix("gate/"), {})[event.step] = value.simple_value
-    return {layer: [value for _, value in sorted(by.items())] for layer, by in sorted(steps.items())}
-
-
-def _events(content: bytes) -> list[Event]:
-    """Records of a TFRecord file: length (8 bytes), its checksum (4), the event, its checksum (4)."""
-    events, start = [], 0
-    while start < len(content):
-        length = int.from_bytes(content[start : start + 8], "little")
-        events.append(Event.FromString(content[start + 12 : start + 12 + length]))
-        start += 16 + length
-    return events
+    curves = {tag.removeprefix("gate/"): dict(points) for tag, points in read_values(log).items() if tag.startswith("gate/")}
+    return {layer: [value for _, value in sorted(points.items())] for layer, points in sorted(curves.items())}
 
 
 if __name__ == "__main__":

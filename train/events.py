@@ -3,6 +3,7 @@
 (tensorboardX's own SummaryWriter writes from a thread, minutes later: a killed run loses them, a full disk blocks the run.)
 """
 
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,27 @@ class EventWriter:
 
     def _add(self, content: Any, step: int) -> None:
         self._events.write_event(_protos.Event(summary=content, step=step, wall_time=time.time()))
+
+
+def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
+    """{tag: [(step, value), ...]} of all event files in `directory`, in the order in which they were written.
+
+    A scalar's value is a float, a text's its string, an image's the bytes of its PNG.
+    """
+    values: dict[str, list[tuple[int, Any]]] = {}
+    for file in sorted(directory.glob("events.*")):
+        content, place = file.read_bytes(), 0
+        while place + 12 < len(content):
+            (length,) = struct.unpack_from("<Q", content, place)
+            event = _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
+            place += length + 16
+            for value in event.summary.value:
+                values.setdefault(value.tag, []).append((event.step, _content(value)))
+    return values
+
+
+def _content(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "tensor":
+        return value.tensor.string_val[0].decode()
+    return value.image.encoded_image_string if kind == "image" else value.simple_value

@@ -16,9 +16,9 @@ from demo.checkpoint import write_assets
 from pvm_jax.checkpoint import load, save
 from pvm_jax.model import Qwen3VL
 from pvm_jax.sharding import make_mesh
-from tests.train.events import read_values
 from train import sft
 from train.config import Bucket, DataConfig, HeldOutConfig, SFTConfig
+from train.events import read_values
 from train.held_out import HeldOut
 from train.log import RunLog
 from train.loop import export, prepare
