@@ -69,6 +69,8 @@ def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
         content, place = file.read_bytes(), 0
         while place + 12 < len(content):
             (length,) = struct.unpack_from("<Q", content, place)
+            if place + length + 16 > len(content):
+                break  # its writer was killed
             event = _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
             place += length + 16
             for value in event.summary.value:
