@@ -174,6 +174,7 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys
     sft_run("dry", "--dry-run", "--data.buckets=[{tokens: 48, patches: 8}]")
     said = capsys.readouterr().out
     assert "step 1: loss" in said
+    assert "GiB more within a step" in said
     line = next(line for line in said.splitlines() if " pvm/1/text_reducer/weight " in line)
     assert "(64, 128)" in line
     assert "- fsdp" in line
