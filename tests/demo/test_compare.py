@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tensorboardX import SummaryWriter
 
 from demo import attention, checkpoint, compare
 from demo.compare_report import Measured, write_report
@@ -20,6 +19,7 @@ from pvm_jax.batch import Batch
 from pvm_jax.config import LoRAConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.processing import Processor
+from train.events import EventWriter
 from train.step import split_model
 
 SETTINGS = Settings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)
@@ -109,11 +109,12 @@ def test_cells_are_visual_tokens_in_reading_order():
     assert [attention._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [0, 1, 2, 3, 8]
 
 
-def test_gates_are_read_back_from_the_runs_log(tmp_path):
-    with SummaryWriter(str(tmp_path)) as writer:
-        for step, gate in enumerate((0.0, 0.5, -0.25)):
-            writer.add_scalar("gate/2", gate, step)
-            writer.add_scalar("train/loss", 1.0, step)
+def test_gates_are_read_back_from_the_log_of_a_run_that_went_on(tmp_path):
+    writer = EventWriter(tmp_path, start=0)
+    for step, gate in ((0, 0.0), (1, 0.5), (2, 0.75), (2, -0.25)):
+        writer.add_scalar("gate/2", gate, step)
+        writer.add_scalar("train/loss", 1.0, step)
+    writer.close()
     assert compare.read_gates(tmp_path) == {"2": [0.0, 0.5, -0.25]}
     assert compare.read_gates(tmp_path / "none") == {}
 
