@@ -24,7 +24,7 @@ from train.config import SFTConfig
 from train.data import load_training_data
 from train.flops import devices_peak_flops
 from train.log import RunLog
-from train.program import Program, make_program
+from train.program import Program, make_program, rows_per_shard
 from train.step import TrainState, split_model
 
 # What may change between a run and its continuation: none of it changes what is computed.
@@ -39,9 +39,7 @@ def run(config: SFTConfig) -> None:
         FloatingPointError: if the loss stops being finite.
     """
     mesh = make_mesh(**asdict(config.mesh))
-    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size // config.accumulation
-    if rows % shards:
-        raise ValueError(f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}")
+    rows_per_shard(config, mesh)  # raises now, not after loading, if the batch does not divide
     run_dir = Path(config.run_dir).absolute()
     result = run_dir / ("branch" if config.trainable == "pvm" else "model")
     _claim(run_dir, config)

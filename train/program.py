@@ -75,6 +75,26 @@ def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh:
     )
 
 
+def rows_per_shard(config: SFTConfig, mesh: Mesh) -> int:
+    """Rows of a batch that a device (a group of `tensor` devices) computes at the same time.
+
+    Raises:
+        ValueError: if they do not divide evenly.
+    """
+    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size // config.accumulation
+    if rows % shards:
+        divides = config.batch_size % shards == 0
+        raise ValueError(
+            f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}: "
+            + (
+                f"accumulation {config.batch_size // shards} would do"
+                if divides
+                else f"batch_size must be a multiple of {shards}"
+            )
+        )
+    return rows // shards
+
+
 def step_costs(config: SFTConfig, model_config: ModelConfig) -> Work:
     """FLOPs of a step by what causes them: of the model's own products, not of those that remat repeats or a kernel pads."""
     plain = replace(model_config, dtype=config.dtype, remat="none", attention="xla")
