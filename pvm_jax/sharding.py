@@ -27,9 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
-) -> jax.sharding.Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """A mesh over `devices` (default: all there are) with the axes (data, fsdp, tensor); one size may be -1: "what is left".
 
     Raises:

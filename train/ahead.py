@@ -35,7 +35,7 @@ class Compiled:
     refusal: str | None = None
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
+def tpu_devices(topology: str) -> list[Any]:
     """The chips of a TPU slice, by generation and shape ("v5e:4x4"), to compile for. No TPU is looked for, none is used.
 
     To be called before anything asks JAX for a device.
@@ -56,7 +56,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise ValueError(f"topology {topology!r}: libtpu knows none (v5e:4x4, v5p:2x2x1, v6e:2x4 are some): {error}") from None
 
 
-def gpu_devices(count: int) -> list[jax.Device]:
+def gpu_devices(count: int) -> list[Any]:
     """`count` GPUs of this machine's kind, to compile for; those beyond the ones that are here as further hosts like this.
 
     Raises:

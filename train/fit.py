@@ -6,12 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
 from train.ahead import compile_ahead, device_bytes, gpu_devices, tpu_devices, usable_bytes
@@ -61,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         mesh = make_mesh(**asdict(config.mesh), devices=devices)
         model_config, usable = read_model_config(config), usable_bytes(mesh)
         console.print(
-            f"trains {config.trainable!r} on {config.topology or len(devices)}: {mesh.size} x {devices[0].device_kind} of "
-            f"{_gib(usable)} usable, data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']}"
+            f"{config.model or config.checkpoint}, trainable {config.trainable!r}, on {mesh.size} x {devices[0].device_kind} "
+            f"of {_gib(usable)} usable, {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
         for bucket in largest(config.data.buckets):
             rows = rows_per_shard(config, mesh)
             console.print(
-                f"rows of {bucket.tokens:,} tokens and {bucket.patches:,} patches, {rows} at a time on a chip, "
-                f"{config.batch_size} a step: compiling (minutes, most of them in the compiler) ..."
+                f"rows of {bucket.tokens:,} tokens and {bucket.patches:,} patches, {config.batch_size} a step, {rows} a chip "
+                "at a time: compiling, which takes minutes ..."
             )
             footprint = measure(config, model_config, bucket, mesh, usable)
             console.print(footprint.table(), *footprint.verdict(), sep="\n")
@@ -172,83 +170,53 @@ class Footprint:
 
     def verdict(self) -> list[str]:
         """Lines below the table: time, work, whether it fits and, if not, what to change."""
-        lines = [
-            f"compiled in {self.seconds:.0f} s; at most {self.flops / 1e12:,.0f} TFLOP a step (no padding, remat not counted)"
-        ]
+        lines = [f"compiled in {self.seconds:.0f} s; at most {self.flops / 1e12:,.0f} TFLOP a step (remat not counted)"]
         if peak := peak_flops(self.mesh.devices.flat[0].device_kind):
             fast, slow = (self.flops / self.mesh.size / peak / mfu for mfu in (0.5, 0.4))
-            lines.append(
-                f"if it reached 40 to 50 % MFU, a step would take {fast:.1f} to {slow:.1f} s: arithmetic, not a measurement"
-            )
+            lines.append(f"at 40 to 50 % MFU that would be {slow:.1f} to {fast:.1f} s: arithmetic, not a measurement")
+        left = self.usable - self.total
         if self.fits:
-            return [*lines, f"fits: {_gib(self.usable - self.total)} of {_gib(self.usable)} are left"]
-        lines.append(
-            f"does not fit: {_gib(self.total - self.usable)} more than the usable {_gib(self.usable)}. What would help:"
+            return [*lines, f"fits: {_gib(left)} of {_gib(self.usable)} are left"]
+        over = (
+            f"{_gib(-left)} more than the usable {_gib(self.usable)}" if left < 0 else f"the compiler refuses: {self.refusal}"
         )
-        return [*lines, *(f"  - {line}" for line in self.advice())]
+        return [*lines, f"does not fit: {over}. What would help, by this program's own figures:", *self.advice()]
 
     def advice(self) -> list[str]:
-        """What to change, by how little it costs; every figure is an estimate from this program's own."""
+        """What to change so that the step fits, the harmless first, with an estimate of what it saves."""
         config, shape, over = self.config, self.mesh.shape, self.total - self.usable
-        # Temporaries grow with the rows, but for the trained parameters' gradients (twice where micro-batches are summed up).
+        # Micro-batches sum their gradients up beside their own. All other temporaries grow with the rows.
         gradients = self.params * (1 if config.accumulation == 1 else 2)
         by_rows = max(self.temporaries - gradients, 0)
-        weights = self.frozen + self.params + self.moments + gradients
+        by_chips = self.frozen + self.params + self.moments + gradients
         found: list[tuple[str, int | None]] = []
         if config.remat != "full":
             found.append(("remat: full", None))
         if config.dtype == "float32":
             found.append(("dtype: bfloat16", (self.frozen + by_rows) // 2))
         if self.rows > 1:
-            factor = next((k for k in _divisors(self.rows) if by_rows * (k - 1) // k >= over), self.rows)
-            rows = self.rows // factor
-            found.append(
-                (
-                    f"accumulation: {config.accumulation * factor} ({rows} in place of {self.rows} rows at a time)",
-                    by_rows * (factor - 1) // factor,
-                )
-            )
-        if shape["data"] > 1:
-            copies = shape["data"]
-            found.append(
-                (f"mesh: {{data: 1, fsdp: -1}} (parameters in {copies} times as many parts)", weights * (copies - 1) // copies)
-            )
+            parts = next((k for k in _divisors(self.rows) if by_rows * (k - 1) // k >= over), self.rows)
+            change = f"accumulation: {config.accumulation * parts}, {self.rows // parts} rows at a time in place of {self.rows}"
+            found.append((change, by_rows * (parts - 1) // parts))
+        if (copies := shape["data"]) > 1:
+            change = f"mesh: {{data: 1, fsdp: -1}}, parameters in {copies} times as many parts"
+            found.append((change, by_chips * (copies - 1) // copies))
         if self.rows == 1 and shape["fsdp"] > 1:
-            more = f"accumulation: {config.accumulation * 2}, mesh: {{tensor: {shape['tensor'] * 2}}}"
-            found.append((f"{more} (two chips share every row)", None))
-        if (rest := self.total - weights) < self.usable:
-            chips = -(-weights * self.mesh.size // (self.usable - rest))
-            if chips > self.mesh.size:
-                found.append(
-                    (
-                        f"a slice of {chips} such chips or more: {_gib(weights)} of parameters, gradients and optimizer would be split further",
-                        over,
-                    )
-                )
+            tensor = f"mesh.tensor: {shape['tensor'] * 2}"
+            found.append((f"{tensor} and accumulation: {config.accumulation * 2}, two chips share the work on each row", None))
+        if (room := self.usable - (self.total - by_chips)) > 0:
+            chips = -(-by_chips * self.mesh.size // room)
+            what = "parameters, gradients and optimizer state"
+            found.append((f"{chips} such chips: {what} take {_gib(by_chips)} of each of the {self.mesh.size}", over))
         if config.trainable in ("decoder", "all"):
-            found.append(
-                (
-                    f"trainable: pvm or lora (parameters in {config.dtype}, no gradients or moments of them)",
-                    gradients + self.moments + self.params // 2,
-                )
-            )
-        smaller = [
-            b
-            for b in config.data.buckets
-            if b != self.bucket and b.tokens <= self.bucket.tokens and b.patches <= self.bucket.patches
-        ]
-        if smaller:
-            found.append(
-                (
-                    f"data.buckets without {{tokens: {self.bucket.tokens}, patches: {self.bucket.patches}}}: longer examples are left out",
-                    None,
-                )
-            )
+            rest = self.params // 2 if config.dtype == "bfloat16" else self.params
+            found.append(("trainable: pvm or lora", by_chips - self.frozen - rest))
+        if [bucket for bucket in config.data.buckets if bucket.tokens < self.bucket.tokens]:
+            largest = f"{{tokens: {self.bucket.tokens}, patches: {self.bucket.patches}}}"
+            found.append((f"data.buckets without {largest}: longer examples are left out", None))
         return [
-            line
-            if saved is None
-            else f"{line}: saves about {_gib(saved)}" + (", enough" if saved >= over else ", not enough alone")
-            for line, saved in found
+            f"  - {change}" + (f" (about {_gib(saves)} less{', enough' if saves >= over else ''})" if saves is not None else "")
+            for change, saves in found
         ]
 
 
@@ -260,8 +228,7 @@ def measure(config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: 
     """
     rows = rows_per_shard(config, mesh)
     program = make_program(config, model_config, 1, mesh)
-    empty = Batch.empty(model_config, rows=config.batch_size, length=bucket.tokens, patches=bucket.patches)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=program.batch_sharding), empty)
+    batch = program.abstract_batch(bucket)
     compiled = compile_ahead(program.step, program.state, program.frozen, batch, mesh=mesh)
     work = Work.full(config.batch_size, bucket.tokens, bucket.patches, model_config.vision.merge_factor)
     inputs = {
