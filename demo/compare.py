@@ -56,7 +56,7 @@ METHODS = {
 def main(
     out: Path = Path("out/compare"),
     seeds: int = 3,
-    steps: int = 120,
+    steps: int = 240,
     settings: Settings = FAR,
 ) -> None:
     """Trains every method on every seed, measures all of them and the base, writes results.json, results.md, results.png.
@@ -99,7 +99,7 @@ def training_steps(out: Path, seed: int, steps: int) -> list[Step]:
             "train.sft",
             "--config=demo/branch.yaml",
             f"--checkpoint={fresh if method.trainable == 'pvm' else plain}",
-            f"--data.path={data / 'data.jsonl'}",
+            f"--data.sources={data / 'data.jsonl'}",
             f"--run_dir={run}",
             f"--trainable={method.trainable}",
             f"--seed={seed}",
@@ -152,12 +152,8 @@ def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qw
 
 def read_gates(log: Path) -> dict[str, list[float]]:
     """The gates at every step, by layer, out of a run's TensorBoard files; empty without a branch."""
-    values = read_values(log)
-    return {
-        tag.removeprefix("gate/"): [gate for _, gate in sorted(dict(values[tag]).items())]
-        for tag in sorted(values)
-        if tag.startswith("gate/")
-    }
+    curves = {tag.removeprefix("gate/"): dict(points) for tag, points in read_values(log).items() if tag.startswith("gate/")}
+    return {layer: [value for _, value in sorted(points.items())] for layer, points in sorted(curves.items())}
 
 
 if __name__ == "__main__":

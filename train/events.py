@@ -67,11 +67,11 @@ def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
     values: dict[str, list[tuple[int, Any]]] = {}
     for file in sorted(directory.glob("events.*")):
         content, place = file.read_bytes(), 0
-        while place < len(content):
-            (length,) = struct.unpack_from("<Q", content.ljust(place + 8, b"\xff"), place)
+        while place + 12 < len(content):
+            (length,) = struct.unpack_from("<Q", content, place)
             if place + length + 16 > len(content):
-                break  # the process was killed while it wrote
-            event = _protos.Event.FromString(content[place + 12 : place + 12 + length])  # checksums after length and record
+                break  # its writer was killed
+            event = _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
             place += length + 16
             for value in event.summary.value:
                 values.setdefault(value.tag, []).append((event.step, _content(value)))

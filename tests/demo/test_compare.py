@@ -35,7 +35,9 @@ def test_methods_differ_in_what_trains_alone():
         assert [a for command in commands for a in command if a == "--max_steps=7"] == ["--max_steps=7"] * len(compare.METHODS)
     for one, other in zip(*trainings, strict=True):
         differing = {a.split("=")[0] for a in set(one) ^ set(other)}
-        assert {"--seed", "--data.path", "--run_dir"} <= differing <= {"--seed", "--data.path", "--run_dir", "--checkpoint"}
+        assert (
+            {"--seed", "--data.sources", "--run_dir"} <= differing <= {"--seed", "--data.sources", "--run_dir", "--checkpoint"}
+        )
     examples = [[str(a) for a in command] for by in seeds for command in by.values() if command[0] == "demo.task"]
     assert len({a for command in examples for a in command if a.startswith("--mixture.seed")}) == 2
 
