@@ -125,6 +125,13 @@ def test_measured_once_and_then_read(tmp_path):
     assert compare.once(tmp_path / "PVM.json", lambda: pytest.fail("measured again")) == one
 
 
+def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
+    for _ in range(2):
+        compare.claim(tmp_path / "out", {"steps": 1})
+    with pytest.raises(SystemExit, match=r"on other terms \(see .*terms\.json\): give another --out"):
+        compare.claim(tmp_path / "out", {"steps": 2})
+
+
 def test_report_gives_means_and_spreads(tmp_path, capsys):
     measured = [Measured("base", None, 0, {"0": 0.5, "5": 0.25}, shuffled={"0": 0.2, "5": 0.21})]
     for seed, accuracy in enumerate((0.6, 0.8)):
