@@ -16,9 +16,9 @@ import jax
 import yaml
 from jsonargparse import auto_cli
 
-from demo.attention import attention_on_cell
 from demo.compare_report import UNTRAINED, Measured, write_report
 from demo.evaluate import Settings, encode, exchange, sees
+from demo.recall import attention_on_cell, mislead
 from demo.run import BASE, BRANCH, Step, run_steps
 from pvm_jax.checkpoint import load
 from pvm_jax.model import Qwen3VL
@@ -64,6 +64,8 @@ def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 400, sett
         steps: of every training.
         settings: what is measured (what the models write themselves is not).
     """
+    if settings.scenes % settings.batch_size == 1:
+        sys.exit("error: settings.scenes: a last batch of one scene has no other image to show; take one more")
     claim(out, {"steps": steps, "methods": {n: asdict(m) for n, m in METHODS.items()}, "settings": asdict(settings)})
     plain = out / "plain"
     run_steps([(plain, ["convert.hf_to_orbax", BASE, plain, "--plain"])])
@@ -137,17 +139,19 @@ def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measu
 
 
 def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: Processor, settings: Settings) -> Measured:
-    """One training's result; of the branch also where it looks, and its gates."""
+    """One training's result; of the branch also its gates, where it looks, and whether it matters which image it looks at."""
     method, run = METHODS[name], folder / name
     model = load_result(method.trainable, run, folder / "fresh", plain)
-    accuracy, attention = {}, {}
+    accuracy, misled, attention = {}, {}, {}
     for distance in settings.distances:
         examples = settings.examples(distance, settings.scenes)
-        accuracy[str(distance)] = float(sees(model, encode(examples, processor), settings).mean())
+        encoded = encode(examples, processor)
+        accuracy[str(distance)] = float(sees(model, encoded, settings).mean())
         if method.trainable == "pvm":
+            misled[str(distance)] = float(sees(mislead(model), encoded, settings).mean())
             attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
     trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, method.trainable)[1]))
-    return Measured(name, seed, trained, accuracy, attention=attention, gates=read_gates(run / "log"))
+    return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=read_gates(run / "log"))
 
 
 def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qwen3VL:
