@@ -4,6 +4,8 @@
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,13 @@ class EventWriter:
         """Makes `directory` where it is missing, and the file in it.
 
         Raises:
-            OSError: if they cannot be written.
+            OSError: if they cannot be written, here as in all methods.
         """
+        self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(directory / "events"))
-        self._events.write_event(
-            _protos.Event(session_log={"status": _protos.SessionLog.START}, step=start, wall_time=time.time())
-        )
+        self._write(session_log={"status": _protos.SessionLog.START}, step=start)
+        self.flush()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """A point of the curve `name`."""
@@ -43,16 +45,28 @@ class EventWriter:
         self._add(summary.image(name, image, rescale=1, dataformats="HWC"), step)
 
     def flush(self) -> None:
-        """Returns when all that was added is on the disk.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-        self._events.flush()
+        """Returns when all that was added is on the disk."""
+        with self._explaining():
+            self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        self._events.close()
+        with self._explaining():
+            self._events.close()
 
     def _add(self, content: Any, step: int) -> None:
-        self._events.write_event(_protos.Event(summary=content, step=step, wall_time=time.time()))
+        self._write(summary=content, step=step)
+
+    def _write(self, **fields: Any) -> None:
+        with self._explaining():
+            self._events.write_event(_protos.Event(**fields, wall_time=time.time()))
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self._directory} cannot be written ({error}): free space there; the same command then continues from the "
+                "last step checkpoint"
+            ) from error
