@@ -19,6 +19,7 @@ from pvm_jax.model import Qwen3VL
 from tests.train.events import read_values
 
 ROOT = Path(__file__).parents[2]
+LONG, STEPS = "--epochs=10", 40  # of 32 examples in batches of 8
 
 
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:

@@ -24,17 +24,10 @@ from tests.train import runs
 from tests.train.events import read_starts
 from train.events import EventWriter
 
-STEPS = 40
-LONG = "--epochs=10"  # of 32 examples in batches of 8: 40 steps
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A workplace in which the run `whole` went to its end undisturbed."""
-    root = tmp_path_factory.mktemp("faults")
-    runs.write_workplace(root, examples=32)
-    runs.finish(root, "whole", runs.start(root, "whole", LONG))
-    return root
+@pytest.fixture
+def root(workplace_with_a_run):
+    return workplace_with_a_run
 
 
 def kill_until_it_ends(root: Path, run_dir: str, kills: int, seed: int) -> int:
@@ -46,7 +39,7 @@ def kill_until_it_ends(root: Path, run_dir: str, kills: int, seed: int) -> int:
     """
     rng, half_written, expected = random.Random(seed), 0, [0]
     for kill in range(kills):
-        (process,) = runs.start(root, run_dir, LONG)
+        (process,) = runs.start(root, run_dir, runs.LONG)
         try:
             _await_moment(root, run_dir, process, ("writing", "stepping", "starting")[kill % 3], rng)
             assert process.poll() is None, f"it ended before kill {kill}: {runs.output_file(root, run_dir, 0).read_text()}"
@@ -59,7 +52,7 @@ def kill_until_it_ends(root: Path, run_dir: str, kills: int, seed: int) -> int:
         assert started == expected[: len(started)], "a life went on from a step that was not the newest complete one"
         expected = [*started, max(complete, default=0)]
         print(f"kill {kill + 1}: complete steps {complete}, half-written {torn}")
-    runs.finish(root, run_dir, runs.start(root, run_dir, LONG))
+    runs.finish(root, run_dir, runs.start(root, run_dir, runs.LONG))
     assert read_starts(root / run_dir / "log") == expected
     return half_written
 
@@ -73,7 +66,7 @@ def _await_moment(root, run_dir, process, moment, rng):
     steps = root / run_dir / "steps"
     torn = set(steps_on_disk(steps)[1])
     while process.poll() is None:
-        if moment == "stepping" and len(runs.losses(root, run_dir)) >= min(done + logged, STEPS - 1):
+        if moment == "stepping" and len(runs.losses(root, run_dir)) >= min(done + logged, runs.STEPS - 1):
             break
         if moment == "writing" and set(steps_on_disk(steps)[1]) - torn:
             break
@@ -90,14 +83,14 @@ def steps_on_disk(directory: Path) -> tuple[list[int], list[str]]:
 def assert_equal_endings(root, run_dir):
     """Every loss that any life logged, and the final parameters, are bit for bit those of the undisturbed run."""
     whole, other = (runs.losses(root, name) for name in ("whole", run_dir))
-    assert sorted(whole) == list(range(STEPS))
+    assert sorted(whole) == list(range(runs.STEPS))
     assert all(len(values) == 1 for values in whole.values())
     assert other == whole
     trained = [by_path(nnx.state(load(root / "base", branch=root / name / "branch"))) for name in ("whole", run_dir)]
     for path, leaf in trained[0].items():
         np.testing.assert_array_equal(leaf, trained[1][path], err_msg=path)
     complete, torn = steps_on_disk(root / run_dir / "steps")
-    assert complete == [STEPS - 2, STEPS]
+    assert complete == [runs.STEPS - 2, runs.STEPS]
     assert not torn
 
 
@@ -111,15 +104,15 @@ def test_a_run_killed_at_random_ends_bit_for_bit_like_an_undisturbed_one(root, k
 
 def test_sigterm_saves_and_exits_clean_and_a_full_disk_is_named(root):
     """Both to one run, which ends like an undisturbed one all the same."""
-    (process,) = runs.start(root, "troubled", LONG)
+    (process,) = runs.start(root, "troubled", runs.LONG)
     _await_moment(root, "troubled", process, "stepping", random.Random(0))
     process.send_signal(signal.SIGTERM)
     (said,) = runs.finish(root, "troubled", [process])
     (stopped,) = {max(runs.losses(root, "troubled")) + 1}
     assert f"stopped after step {stopped}; the same command continues" in said
-    assert steps_on_disk(root / "troubled" / "steps")[0][-1] == stopped < STEPS
+    assert steps_on_disk(root / "troubled" / "steps")[0][-1] == stopped < runs.STEPS
 
-    (process,) = runs.start(root, "troubled", LONG)
+    (process,) = runs.start(root, "troubled", runs.LONG)
     while process.poll() is None and len(runs.losses(root, "troubled")) < stopped + 4:
         time.sleep(0.002)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file grows beyond, as on a full disk
@@ -132,7 +125,7 @@ def test_sigterm_saves_and_exits_clean_and_a_full_disk_is_named(root):
     assert f"the same command then continues from step {complete[-1]}, which is whole" in said
     assert torn
 
-    runs.finish(root, "troubled", runs.start(root, "troubled", LONG))
+    runs.finish(root, "troubled", runs.start(root, "troubled", runs.LONG))
     assert_equal_endings(root, "troubled")
 
 
