@@ -41,7 +41,7 @@ def take_branch(root: Path, config: ModelConfig, arrays: Arrays) -> tuple[ModelC
     if made_for is not None:
         check_made_for(root, "backbone", made_for, stored_identity(backbone))
     config = config.with_pvm(text.pvm_layers, text.pvm_hidden_size)
-    return config, backbone | _part(root, "branch", config)
+    return config, {**backbone, **_part(root, "branch", config)}
 
 
 def read_updates(root: Path, config: ModelConfig, arrays: Arrays) -> dict[str, Update]:

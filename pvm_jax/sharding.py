@@ -1,6 +1,7 @@
 """The mesh and the ONE table that says which mesh axis splits which logical axis."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,20 +29,20 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over all devices with the axes (data, fsdp, tensor); one size may be -1: "what is left".
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all there are) with the axes (data, fsdp, tensor); one size may be -1: "what is left".
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes, count = [data, fsdp, tensor], jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = devices // rest
-    if math.prod(sizes) != devices or min(sizes) < 1:
-        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {devices} devices exactly")
+        sizes[sizes.index(-1)] = count // rest
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {count} devices exactly")
     # Auto axes: with the default (Explicit) an embedding gather is refused.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def partition_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:

@@ -81,6 +81,7 @@ def load_training_data(
             "error", or if no bucket can fill a batch.
     """
     sources = [open_conversations(source.path) for source in data.mixture]
+    stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
     sizes = _cached(sizes_file, lambda: np.concatenate([_sizes(source, processor, data.threads) for source in sources]))
     buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
     too_long = np.flatnonzero(bucket_of_examples(sizes, buckets) < 0)
@@ -115,7 +116,12 @@ def load_training_data(
         return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
 
     batches = grain.MapDataset.range(len(plan)).map(read)
-    return TrainingData(batches, _report(plan, sizes, buckets, epochs, len(too_long)), plan, sources)
+    report = _report(plan, sizes, buckets, epochs, len(too_long))
+    if stale:
+        report += (
+            f"; measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
+        )
+    return TrainingData(batches, report, plan, sources)
 
 
 def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int, epoch: int) -> np.ndarray:
@@ -167,9 +173,13 @@ _MEASURE_CHUNK = 64
 
 def _sizes(conversations: Conversations, processor: Processor, threads: int) -> np.ndarray:
     """The sizes that the data bring, if this very processor measured them, else measured now."""
-    if conversations.sizes is not None and conversations.measured_by == processor.fingerprint:
+    if conversations.sizes is not None and not _measured_by_another(conversations, processor):
         return conversations.sizes
     return measure(conversations, processor.count, threads)
+
+
+def _measured_by_another(conversations: Conversations, processor: Processor) -> bool:
+    return conversations.measured_by is not None and conversations.measured_by != processor.fingerprint
 
 
 def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:

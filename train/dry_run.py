@@ -41,18 +41,28 @@ def dry_run(config: SFTConfig) -> None:
         ):
             console.print(shardings_table(title, tree))
         batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
+        compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
         for number in range(min(STEPS, len(work.data.batches))):
             batch = place_rows(next(batches), program.batch_sharding, config.batch_size)
-            if number == 0:
+            shape = (batch.tokens.shape[1], batch.patches.shape[1])
+            if shape not in compiled:
                 console.print(shardings_table("batch", batch))
+                start = time.perf_counter()
+                compiled[shape] = program.step.lower(state, work.frozen, batch).compile()
+                console.print(f"compiled in {time.perf_counter() - start:.1f} s; {_memory(compiled[shape])}", markup=False)
             start = time.perf_counter()
-            state, metrics = program.step(state, work.frozen, batch)
+            state, metrics = compiled[shape](state, work.frozen, batch)
             loss = float(metrics["loss"])
-            console.print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.1f} s with compilation", markup=False)
-        for device in jax.local_devices():
-            if stats := device.memory_stats():
-                used, limit = (stats.get(key, 0) / 2**30 for key in ("peak_bytes_in_use", "bytes_limit"))
-                console.print(f"{device}: {used:.2f} GiB of {limit:.2f} GiB at the most", markup=False)
+            console.print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", markup=False)
+
+
+def _memory(compiled: jax.stages.Compiled) -> str:
+    sizes = compiled.memory_analysis()
+    assert sizes is not None
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    text = f"a device holds {held / 2**30:.2f} GiB, and {sizes.temp_size_in_bytes / 2**30:.2f} GiB more within a step"
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return text if limit is None else f"{text}, of {limit / 2**30:.2f} GiB"
 
 
 def shardings_table(title: str, tree: Any) -> Table:

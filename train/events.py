@@ -3,6 +3,7 @@
 (tensorboardX's own SummaryWriter writes from a thread, minutes later: a killed run loses them, a full disk blocks the run.)
 """
 
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,3 +71,38 @@ class EventWriter:
                 f"{self._directory} cannot be written ({error}): free space there; the same command then continues from the "
                 "last step checkpoint"
             ) from error
+
+
+def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
+    """{tag: [(step, value), ...]} of all event files in `directory`, in the order in which they were written.
+
+    A scalar's value is a float, a text's its string, an image's the bytes of its PNG.
+    """
+    values: dict[str, list[tuple[int, Any]]] = {}
+    for event in _events(directory):
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append((event.step, _content(value)))
+    return values
+
+
+def read_starts(directory: Path) -> list[int]:
+    """The steps at which the processes that wrote into `directory` began or went on, in their order."""
+    return [event.step for event in _events(directory) if event.HasField("session_log")]
+
+
+def _events(directory: Path) -> Iterator[Any]:
+    for file in sorted(directory.glob("events.*")):
+        content, place = file.read_bytes(), 0
+        while place + 12 < len(content):
+            (length,) = struct.unpack_from("<Q", content, place)
+            if place + length + 16 > len(content):
+                break  # its writer was killed
+            yield _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
+            place += length + 16
+
+
+def _content(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "tensor":
+        return value.tensor.string_val[0].decode()
+    return value.image.encoded_image_string if kind == "image" else value.simple_value

@@ -102,7 +102,7 @@ def count_costs(graphdef: nnx.GraphDef, trained: Any, frozen: Any) -> Work:
     They are counted from the traced model, which must neither recompute (remat "none") nor skip (attention "xla"): every
     product is linear in the tokens (a), the visual tokens (b), or a product of two of these, so five shapes of a row tell how
     much falls on each: a, a^2, b, b^2 and ab. The xla attention computes all pairs of tokens, so half of a^2 are those that
-    count. The head is counted apart, for a single target.
+    count. The head is counted apart, for a single target. All are whole numbers, as floats: int32 is too small for them.
 
     Args:
         trained, frozen: pure trees of ShapeDtypeStructs, as `train.step.split_model` parts them.
@@ -127,7 +127,7 @@ def count_costs(graphdef: nnx.GraphDef, trained: Any, frozen: Any) -> Work:
     shapes = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
     terms = np.array([(a, a**2, b, b**2, a * b) for a, b in shapes])
     solution = np.linalg.solve(terms, [count_body(*shape) for shape in shapes])
-    tokens, token_pairs, visual_tokens, visual_pairs, recalls = solution.round().tolist()  # whole FLOPs
+    tokens, token_pairs, visual_tokens, visual_pairs, recalls = solution.round().tolist()
     target = jax.ShapeDtypeStruct((1, 1, config.text.hidden_size), config.dtype)
     return Work(
         tokens=tokens,
@@ -135,7 +135,7 @@ def count_costs(graphdef: nnx.GraphDef, trained: Any, frozen: Any) -> Work:
         visual_tokens=visual_tokens,
         patch_pairs=visual_pairs / merge_factor**2,
         recalls=recalls,
-        loss_tokens=count_flops(jax.value_and_grad(head, argnums=(0, 1)), trained, target, frozen),
+        loss_tokens=float(count_flops(jax.value_and_grad(head, argnums=(0, 1)), trained, target, frozen)),
     )
 
 

@@ -26,7 +26,7 @@ from train.distributed import stop_requests
 from train.flops import devices_peak_flops
 from train.held_out import HeldOut
 from train.log import RunLog
-from train.program import Program, make_program
+from train.program import Program, make_program, rows_per_shard
 from train.step import TrainState, split_model
 
 # What a run writes, by what trains.
@@ -76,9 +76,7 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
         ValueError: if the batch does not divide over the mesh, or the data gives no batch.
         FileNotFoundError, CheckpointError: for the checkpoint, as `pvm_jax.load`.
     """
-    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size // config.accumulation
-    if rows % shards:
-        raise ValueError(f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}")
+    rows_per_shard(config, mesh)  # refuses before anything is loaded
     model = load(config.checkpoint, mesh=mesh, branch=config.branch)
     if config.trainable == "lora":
         model = add_lora(model, config.lora, mesh=mesh, seed=config.seed)

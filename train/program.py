@@ -5,13 +5,15 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.sharding import batch_sharding, param_shardings
-from train.config import SFTConfig
+from train.config import Bucket, SFTConfig
 from train.flops import Work, count_costs, peak_flops
 from train.optimizer import make_optimizer, make_schedule
 from train.step import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
@@ -22,7 +24,8 @@ class Program:
     """The compiled part of a run.
 
     Attributes:
-        graphdef: structure of the model, with the run's dtypes, remat and kernel.
+        model_config: with the run's dtypes, remat and kernel.
+        graphdef: structure of that model.
         state: what a step changes: ShapeDtypeStructs with their shardings.
         frozen: parameters that do not train, in the compute dtype: ShapeDtypeStructs with their shardings.
         step: jitted, donates its state; metrics count its FLOPs (`step_costs`) where the devices' peak is known.
@@ -30,6 +33,7 @@ class Program:
     """
 
     config: SFTConfig
+    model_config: ModelConfig
     graphdef: nnx.GraphDef
     state: TrainState
     frozen: Any
@@ -46,6 +50,15 @@ class Program:
     def model(self, state: TrainState, frozen: Any) -> Qwen3VL:
         """The model as it stands after a step."""
         return nnx.merge(self.graphdef, state.params, frozen)
+
+    def abstract_batch(self, bucket: Bucket) -> Batch:
+        """ShapeDtypeStructs of a step's batch in rows of `bucket`, with their shardings."""
+        row = Batch.empty(self.model_config, rows=1, length=bucket.tokens, patches=bucket.patches)
+
+        def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.config.batch_size, *x.shape[1:]), x.dtype, sharding=self.batch_sharding)
+
+        return jax.tree.map(abstract, row)
 
 
 def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh: Mesh) -> Program:
@@ -69,12 +82,29 @@ def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh:
     step = make_step(loss, optimizer, schedule, accumulation=config.accumulation, costs=costs)
     return Program(
         config=config,
+        model_config=model_config,
         graphdef=graphdef,
         state=_placed(state, shardings),
         frozen=_placed(weights, param_shardings(frozen, mesh)),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         batch_sharding=batch_sharding(mesh),
     )
+
+
+def rows_per_shard(config: SFTConfig, mesh: Mesh) -> int:
+    """Rows of a batch that a device (a group of `tensor` devices) computes at the same time.
+
+    Raises:
+        ValueError: if they do not divide evenly.
+    """
+    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size // config.accumulation
+    if rows % shards:
+        most, rest = divmod(config.batch_size, shards)
+        remedy = f"batch_size must be a multiple of {shards}" if rest else f"accumulation must divide {most}"
+        raise ValueError(
+            f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}: {remedy}"
+        )
+    return rows // shards
 
 
 def step_costs(config: SFTConfig, model_config: ModelConfig) -> Work:

@@ -129,3 +129,5 @@ def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path):
         main(["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "no.png"), "What?"])
     with pytest.raises(SystemExit, match="nowhere"):
         main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"])
+    with pytest.raises(SystemExit, match="is no LoRA adapter"):
+        main(["generate", "--checkpoint", str(demo_checkpoint), "--lora", str(demo_checkpoint), "What?"])

@@ -20,8 +20,15 @@ EVERYWHERE = LoRAConfig(rank=3, alpha=6, targets=".*")
 
 
 @pytest.fixture(scope="module")
-def base(golden_checkpoints) -> Path:
-    return golden_checkpoints["shape_8b"]
+def base(tmp_path_factory) -> Path:
+    """A small model with every part in it, its gate open."""
+    config = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b", remat="none")
+    text = replace(config.text, num_hidden_layers=2, pvm_layers=(1,))
+    vision = replace(config.vision, depth=2, deepstack_visual_indexes=(0,))
+    graphdef, params = nnx.split(abstract_model(replace(config, text=text, vision=vision)))
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("base") / "base"
+    save(path, nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), params)))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +187,6 @@ class TestStored:
             load_lora(adapter, nnx.merge(graphdef, other))
 
     def test_another_branch_is_refused_unless_it_was_silent(self, base, adapter, model, tmp_path):
-        """The gates of the reference are open."""
         graphdef, params = nnx.split(model)
         other = nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params)
         save_branch(tmp_path / "other", nnx.merge(graphdef, other))

@@ -16,7 +16,7 @@ from PIL import Image
 from demo.checkpoint import write_assets
 from pvm_jax.checkpoint import save
 from pvm_jax.model import Qwen3VL
-from tests.train.events import read_values
+from train.events import read_values
 
 ROOT = Path(__file__).parents[2]
 LONG, STEPS = "--epochs=10", 40  # of 32 examples in batches of 8

@@ -21,8 +21,7 @@ from pvm_jax.checkpoint_files import CheckpointError
 from pvm_jax.config import ModelConfig
 from pvm_jax.train_checkpoints import TrainCheckpoints
 from tests.train import runs
-from tests.train.events import read_starts
-from train.events import EventWriter
+from train.events import EventWriter, read_starts
 
 
 @pytest.fixture

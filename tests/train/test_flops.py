@@ -111,6 +111,11 @@ def test_published_shape_costs_two_flops_a_weight_forward_and_four_backward():
     assert costs.token_pairs == 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
     assert costs.loss_tokens == 6 * c.vocab_size * c.hidden_size
     assert costs.recalls == 0
+    batch = Batch.empty(config, rows=1, length=2, patches=0)
+    batch.segment_ids[...] = batch.loss_weights[...] = 1
+    assert float(jax.jit(lambda batch: Work.of(batch).flops(costs))(batch)) == pytest.approx(
+        2 * costs.tokens + 3 * costs.token_pairs + 2 * costs.loss_tokens
+    )
 
 
 def test_work_of_packed_rows_is_their_examples_and_no_padding():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.train.events import read_values
+from train.events import read_values
 from train.log import RunLog
 
 
