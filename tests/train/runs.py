@@ -76,7 +76,7 @@ def start(root: Path, run_dir: str | Path, *more: str, processes: int = 1, devic
 def finish(root: Path, run_dir: str | Path, started: Sequence[subprocess.Popen], *, code: int = 0) -> list[str]:
     """Waits for the processes of a run to exit with `code`. What each of them (and earlier ones of the run) said."""
     try:
-        codes = [process.wait(timeout=300) for process in started]
+        codes = [process.wait(timeout=900) for process in started]
     finally:
         for process in started:
             process.kill()
