@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -24,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
+    "rank": (),
 }
 
 
@@ -82,3 +84,26 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Splits the leading axis (the batch) over data and fsdp; every leaf of a `Batch` takes it."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(sharding: NamedSharding, count: int) -> list[int]:
+    """Those of a batch's `count` rows that this process's devices hold under `batch_sharding`, ascending.
+
+    They need not be neighbours: on a TPU slice the mesh orders devices by the wires between them, not by their hosts.
+    """
+    indices = sharding.addressable_devices_indices_map((count,)).values()
+    return sorted({row for index in indices if index for row in range(count)[index[0]]})
+
+
+def place_rows(rows: Any, sharding: NamedSharding, count: int) -> Any:
+    """The global batch of `count` rows, a pytree of arrays, of which `rows` (NumPy) holds this process's `local_rows`."""
+    place = {row: place for place, row in enumerate(local_rows(sharding, count))}
+
+    def global_array(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            return x[place[start] : place[start] + stop - start]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(global_array, rows)

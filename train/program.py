@@ -69,6 +69,8 @@ def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh:
     """
     schedule, optimizer = _optimizer(config, total)
     model_config = replace(model_config, dtype=config.dtype, remat=config.remat, attention=config.attention)
+    if config.trainable == "lora":
+        model_config = replace(model_config, lora=config.lora)
     graphdef, trained, frozen = split_model(abstract_model(model_config), config.trainable)
     shardings = state_shardings(trained, optimizer, mesh)
     state = jax.eval_shape(partial(TrainState.begin, optimizer=optimizer), nnx.as_pure(trained))
