@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -52,7 +51,7 @@ class FitConfig(SFTConfig):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line), prints what a step takes, and exits with the status that EXAMPLES names."""
-    config = cast(FitConfig, parse(FitConfig, argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES))
+    config, _ = parse(FitConfig, argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES)
     console, fits = Console(highlight=False, soft_wrap=True), True
     try:
         devices = tpu_devices(config.topology) if config.topology else gpu_devices(config.devices or 0)
