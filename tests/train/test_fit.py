@@ -38,14 +38,14 @@ def model_config() -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def everything(model_config):
-    """Config, mesh and footprint of whole fine-tuning on data 2 x fsdp 4, two rows of a device at a time."""
-    config, mesh = fit_config(trainable="all", accumulation=2), make_mesh(data=2, fsdp=4)
+def branch(model_config):
+    """Config, mesh and footprint of fine-tuning the branch on data 2 x fsdp 2, two rows of a device at a time."""
+    config, mesh = fit_config(batch_size=16, accumulation=2, remat="none"), make_mesh(2, 2, devices=jax.devices()[:4])
     return config, mesh, measure(config, model_config, BUCKET, mesh, usable=GIB)
 
 
-def test_parts_are_what_a_device_holds_of_real_arrays(everything, model_config):
-    config, mesh, footprint = everything
+def test_parts_are_what_a_device_holds_of_real_arrays(branch, model_config):
+    config, mesh, footprint = branch
     program = make_program(config, model_config, 1, mesh)
 
     def held(tree) -> int:
@@ -53,18 +53,18 @@ def test_parts_are_what_a_device_holds_of_real_arrays(everything, model_config):
         return sum(shard.data.nbytes for x in jax.tree.leaves(arrays) for shard in x.addressable_shards[:1])
 
     assert footprint.rows == 2
-    assert footprint.frozen == held(program.frozen) == 0
+    assert footprint.frozen == held(program.frozen) > 0
     assert footprint.params == held(program.state.params)
     assert footprint.moments == held((program.state.opt_state, program.state.step)) > 2 * footprint.params
     assert footprint.batch == held(program.abstract_batch(BUCKET))
     assert footprint.temporaries > 2 * footprint.params  # gradients, and their sum over micro-batches
-    assert footprint.total == 3 * footprint.params + (footprint.moments - 2 * footprint.params) + sum(
-        [2 * footprint.batch, footprint.temporaries]
+
+
+def test_what_does_not_fit_says_what_would_help(branch):
+    config = replace(branch[0], trainable="all", remat="full")
+    footprint = replace(
+        branch[2], config=config, frozen=0, params=GIB, moments=2 * GIB, temporaries=10 * GIB, batch=0, usable=14 * GIB
     )
-
-
-def test_what_does_not_fit_says_what_would_help(everything):
-    footprint = replace(everything[2], params=GIB, moments=2 * GIB, temporaries=10 * GIB, batch=0, usable=14 * GIB)
     assert footprint.fits
     assert footprint.verdict()[-1] == "fits: 1.00 GiB of 14.00 GiB are left"
     tight = replace(footprint, usable=9 * GIB)
@@ -75,8 +75,8 @@ def test_what_does_not_fit_says_what_would_help(everything):
     assert "accumulation: 4, 1 rows at a time in place of 2 (about 4.00 GiB less, enough)" in advice
     # 5 GiB of parameters, moments and gradients lie in two copies.
     assert "mesh: {data: 1, fsdp: -1}, parameters in 2 times as many parts (about 2.50 GiB less)" in advice
-    # 8 GiB go with rows, so 1 GiB of 9 is left for what eight devices hold 5 GiB each of.
-    assert "40 such chips" in advice
+    # 8 GiB go with rows, so 1 GiB of 9 is left for what four devices hold 5 GiB each of.
+    assert "20 such chips" in advice
     assert "trainable: pvm or lora (about 4.50 GiB less, enough)" in advice
     assert "data.buckets without {tokens: 32, patches: 16}" in advice
     assert "remat: full" not in advice
@@ -100,12 +100,12 @@ def test_the_compilers_refusals_are_read():
     assert _refused("INTERNAL: Mosaic failed to compile", 0) is None
 
 
-def test_command_prints_the_table_and_exits_by_whether_it_fits(everything, monkeypatch, capsys):
+def test_command_prints_the_table_and_exits_by_whether_it_fits(branch, monkeypatch, capsys):
     monkeypatch.setattr(fit, "tpu_devices", lambda topology: jax.devices())
     arguments = ["--config", str(ROOT / "configs" / "sft_qwen3_vl_8b.yaml"), "--model", "8b", "--topology", "v5e:2x4"]
     for usable, status in ((GIB, 0), (10, 1)):
         monkeypatch.setattr(fit, "usable_bytes", lambda mesh, usable=usable: usable)
-        monkeypatch.setattr(fit, "measure", lambda *args: replace(everything[2], usable=args[-1]))
+        monkeypatch.setattr(fit, "measure", lambda *args: replace(branch[2], usable=args[-1]))
         with pytest.raises(SystemExit) as exit_:
             fit.main(arguments)
         assert exit_.value.code == status
