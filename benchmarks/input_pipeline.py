@@ -73,7 +73,8 @@ def measure_parts(
     data: TrainingData, encode: Callable, config: ModelConfig, tokens: int, patches: int, rows: int = 20
 ) -> dict[str, float]:
     """Seconds of one core a row: reading records, encoding them (decode, resize, normalize, tokenize), laying out arrays."""
-    spent = dict.fromkeys(("read from shards", "decode, resize, tokenize", "pack into arrays"), 0.0)
+    parts = "read from shards", "decode, resize, tokenize", "pack into arrays"
+    spent = np.zeros(len(parts))
     rows = min(rows, len(data.batches))
     for step in range(rows):
         (row,) = data.plan.rows(step)
@@ -83,9 +84,8 @@ def measure_parts(
         examples = [encode(conversation) for conversation in conversations]
         encoded = time.process_time()
         Batch.from_rows([examples], config, length=tokens, patches=patches)
-        for name, seconds in zip(spent, np.diff([before, read, encoded, time.process_time()]), strict=True):
-            spent[name] += seconds / rows
-    return spent
+        spent += np.diff([before, read, encoded, time.process_time()])
+    return dict(zip(parts, (spent / rows).tolist(), strict=True))
 
 
 def measure_whole(data: TrainingData, threads: int) -> float:

@@ -152,8 +152,8 @@ class Processor:
     @cached_property
     def fingerprint(self) -> str:
         """Differs between two processors that could give a conversation different numbers of tokens or patches."""
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        parts = tokenizer, self.chat_template, repr(self.image_settings), repr(self.video_settings)
+        tokenizer: Any = self.tokenizer
+        parts = tokenizer.backend_tokenizer.to_str(), self.chat_template, repr(self.image_settings), repr(self.video_settings)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:

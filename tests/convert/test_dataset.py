@@ -96,7 +96,7 @@ def test_training_measures_shards_only_if_another_processor_did(good, tmp_path, 
 
     measured = []
     monkeypatch.setattr(train_data, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes)
-    assert "measured here" not in report(tmp_path / "shards", processor)
+    assert "Measured here" not in report(tmp_path / "shards", processor)
     assert measured == []
     assert f"another tokenizer or image settings: {tmp_path / 'shards'}" in report(tmp_path / "shards", other)
     assert measured == ["shards"]
