@@ -12,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from convert.layout import EMBEDDING, Slot, layout, parameter_tree
+from convert.merge import Arrays, Update, read_updates, take_branch
 from convert.report import report
 from convert.safetensors_files import Planned, write_safetensors
 from convert.store import blocks, open_arrays
@@ -24,8 +25,10 @@ _READ_AHEAD = 4
 EXAMPLES = """
 examples:
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM
+  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM --branch runs/sft/branch
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-plain --plain --max-shard-size 2GB
-The first is for the authors' code, the second for transformers' own Qwen3VLForConditionalGeneration.
+  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-LoRA --plain --lora runs/sft_lora/lora
+The first two are for the authors' code, the others for transformers' own Qwen3VLForConditionalGeneration.
 """
 
 
@@ -35,31 +38,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("src", type=str, help="checkpoint directory (convert.hf_to_orbax, pvm_jax.save)")
     parser.add_argument("dst", type=str, help="directory to write; absent or empty")
     parser.add_argument("--plain", action="store_true", help="leave the branch and its config keys out")
+    parser.add_argument("--branch", type=str, help="take the PVM branch from this checkpoint")
+    parser.add_argument("--lora", type=str, help="add this LoRA adapter's updates to the weights")
     parser.add_argument("--max-shard-size", type=str, default="5GB", help="largest safetensors file")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:
-        convert(args.src, args.dst, plain=args.plain, max_shard_size=args.max_shard_size)
+        convert(args.src, args.dst, plain=args.plain, branch=args.branch, lora=args.lora, max_shard_size=args.max_shard_size)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
-def convert(src: str | Path, dst: str | Path, *, plain: bool = False, max_shard_size: str = "5GB") -> None:
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    plain: bool = False,
+    branch: str | Path | None = None,
+    lora: str | Path | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
     """Writes the Hugging Face directory `dst`; in memory are some 300 MB of it at a time, whatever the size.
 
     Args:
         plain: leave the branch out.
+        branch: a checkpoint to take the branch from, instead of the one in `src`.
+        lora: an adapter; W + alpha / rank B A is computed in float32, and stored in the dtype of W.
         max_shard_size: as transformers writes it: "5GB", "500MB".
 
     Raises:
-        FileNotFoundError, CheckpointError: if `src` is no whole checkpoint.
+        FileNotFoundError, CheckpointError: if `src` is no whole checkpoint, or not what branch or adapter were trained on.
         FileExistsError: if `dst` holds something.
+        ValueError: if a branch is given and to be left out.
     """
+    if plain and branch is not None:
+        raise ValueError(f"--plain leaves the branch out that --branch {branch} puts in: give one of them")
     root = find(src)
     config = ModelConfig.from_hf(root)
-    arrays = open_arrays(root)
+    arrays: Arrays = open_arrays(root)
     found = {path: tuple(array.shape) for path, array in arrays.items()}
     compare_shapes(str(root), {path: leaf.shape for path, leaf in parameter_tree(config).items()}, found)
+    if branch is not None:
+        config, arrays = take_branch(find(branch), config, arrays)
+    updates = {} if lora is None else read_updates(find(lora), config, arrays)
     if plain:
         config = config.without_pvm()
     slots = layout(config)
@@ -69,27 +90,32 @@ def convert(src: str | Path, dst: str | Path, *, plain: bool = False, max_shard_
     with write_aside(dst) as aside, report(str(dst), len(tensors), total) as advance:
         copy_assets(root, aside)
         write_config(aside, config, read_config(root))
-        write_safetensors(aside, tensors, _contents(arrays, slots, advance), max_shard_size)
+        write_safetensors(aside, tensors, _contents(arrays, slots, updates, advance), max_shard_size)
 
 
 def _contents(
-    arrays: Mapping[str, ts.TensorStore], slots: Mapping[str, Slot], advance: Callable[[int], None]
+    arrays: Arrays, slots: Mapping[str, Slot], updates: Mapping[str, Update], advance: Callable[[int], None]
 ) -> Iterator[np.ndarray]:
     """All tensors in order, in blocks; the next ones are read while one is written."""
-    parts = (part for slot in slots.values() for part in _parts(arrays[slot.path], slot.index))
-    reading: deque[ts.Future] = deque()
+    parts = ((slot, block) for slot in slots.values() for block in _blocks(arrays[slot.path], slot.index))
+    reading: deque[tuple[Slot, slice, ts.Future]] = deque()
     while True:
-        reading.extend(part.read() for part in islice(parts, _READ_AHEAD - len(reading)))
+        for slot, block in islice(parts, _READ_AHEAD - len(reading)):
+            reading.append((slot, block[0], _layer(arrays[slot.path], slot.index)[block].read()))
         if not reading:
             return
-        content = reading.popleft().result()
-        yield content
+        slot, rows, future = reading.popleft()
+        content = future.result()
+        yield updates[slot.path].merged(content, slot.index, rows) if slot.path in updates else content
         advance(content.nbytes)
 
 
-def _parts(array: ts.TensorStore, index: int | None) -> Iterator[ts.TensorStore]:
-    layer = array if index is None else array[index]
-    return (layer[block] for block in blocks(layer.shape, layer.dtype.numpy_dtype.itemsize))
+def _layer(array: ts.TensorStore, index: int | None) -> ts.TensorStore:
+    return array if index is None else array[index]
+
+
+def _blocks(array: ts.TensorStore, index: int | None) -> Iterator[tuple[slice, ...]]:
+    return blocks(_layer(array, index).shape, array.dtype.numpy_dtype.itemsize)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint import PARAMS, stored_arrays
+from pvm_jax.checkpoint import PARAMS, checksum_part, identity, stored_arrays
 
 # A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
 BLOCK_BYTES = 8 * 2**20
@@ -52,6 +52,19 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
     return {path: store.result() for path, store in stores.items()}
 
 
+def stored_identity(arrays: Mapping[str, ts.TensorStore]) -> str:
+    """`pvm_jax.checkpoint.identity` of stored arrays, read a block at a time."""
+    return identity(arrays, _checksum)
+
+
+def _checksum(array: ts.TensorStore) -> int:
+    strides, total = [prod(array.shape[axis + 1 :]) for axis in range(array.ndim)], 0
+    for block in blocks(array.shape, array.dtype.numpy_dtype.itemsize):
+        start = sum(part.start * stride for part, stride in zip(block, strides, strict=True))
+        total += int(checksum_part(array[block].read().result(), np.uint32(start % 2**32)))
+    return total % 2**32
+
+
 class BlockWriter:
     """Writes in the background, many blocks to a commit, at most one commit on its way."""
 
@@ -84,7 +97,7 @@ class BlockWriter:
 
 
 def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Slices that tile an array: layers of a stack or rows of a layer, of about BLOCK_BYTES each."""
+    """Slices that tile an array in its own order: layers of a stack or rows of a layer, of about BLOCK_BYTES each."""
     steps = _block_shape(shape, itemsize)
     starts = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
     for corner in product(*starts):

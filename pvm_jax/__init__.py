@@ -5,10 +5,10 @@ import os
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
 
 from pvm_jax.batch import Batch, Example
-from pvm_jax.checkpoint import load, load_branch, save, save_branch
-from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
+from pvm_jax.checkpoint import load, load_branch, load_lora, save, save_branch, save_lora
+from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, VisionConfig
 from pvm_jax.generation import Generation, generate, stream
-from pvm_jax.model import Qwen3VL, Trace, abstract_model
+from pvm_jax.model import Qwen3VL, Trace, abstract_model, add_lora
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import make_mesh
 
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "Example",
     "Generation",
+    "LoRAConfig",
     "ModelConfig",
     "Processor",
     "Qwen3VL",
@@ -23,11 +24,14 @@ __all__ = [
     "Trace",
     "VisionConfig",
     "abstract_model",
+    "add_lora",
     "generate",
     "load",
     "load_branch",
+    "load_lora",
     "make_mesh",
     "save",
     "save_branch",
+    "save_lora",
     "stream",
 ]

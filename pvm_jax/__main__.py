@@ -1,16 +1,15 @@
 """`python -m pvm_jax generate`: asks a checkpoint about images."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from pvm_jax.batch import Batch
 from pvm_jax.checkpoint import load
+from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.command_line import command_parser
 from pvm_jax.generation import stream
 from pvm_jax.processing import Processor
@@ -19,6 +18,7 @@ EXAMPLES = """
 examples:
   python -m pvm_jax generate --checkpoint checkpoints/8b --image photo.jpg "What is on the table?"
   python -m pvm_jax generate --checkpoint checkpoints/8b --branch runs/sft/branch --image a.png --image b.png "What differs?"
+  python -m pvm_jax generate --checkpoint checkpoints/8b --lora runs/sft_lora/lora --image photo.jpg "What is on the table?"
   python -m pvm_jax generate --checkpoint checkpoints/8b --temperature 0.7 --top-p 0.8 --max-new-tokens 2048 "Tell me a story."
 """
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate.add_argument("question", type=str)
     generate.add_argument("--checkpoint", type=str, required=True, help="directory that convert.hf_to_orbax or training wrote")
     generate.add_argument("--branch", type=str, help="take the PVM branch from this checkpoint")
+    generate.add_argument("--lora", type=str, help="put this LoRA adapter beside the weights")
     generate.add_argument("--image", type=str, action="append", default=[], help="image file; may be given several times")
     generate.add_argument("--max-new-tokens", type=int, default=1024)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -48,7 +49,7 @@ def _generate(args: Any) -> None:
     processor = Processor.from_pretrained(args.checkpoint)
     content = [{"type": "image", "image": path} for path in args.image] + [{"type": "text", "text": args.question}]
     arrays = processor([[{"role": "user", "content": content}]])
-    model = load(args.checkpoint, branch=args.branch, dtype=args.dtype)
+    model = load(args.checkpoint, branch=args.branch, lora=args.lora, dtype=args.dtype)
     batch = Batch.from_hf(arrays, model.config)
     stop_tokens = read_stop_tokens(args.checkpoint)
     start, first, tokens, shown = time.perf_counter(), 0.0, [], ""
@@ -74,13 +75,6 @@ def _generate(args: Any) -> None:
     print(
         f"\n[{len(tokens)} tokens, first after {first:.2f} s (compilation included), then {rate:.1f} a second]", file=sys.stderr
     )
-
-
-def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file."""
-    file = Path(checkpoint) / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id", ()) if file.is_file() else ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 if __name__ == "__main__":

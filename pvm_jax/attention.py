@@ -52,7 +52,8 @@ def attention(
 
 
 def _platform_kernel(q: jax.Array) -> str:
-    backend = jax.default_backend()
+    device = jax.sharding.get_abstract_mesh().abstract_device  # a program may be compiled for devices that are not here
+    backend = device.platform if device else jax.default_backend()
     if q.shape[1] == 1:  # one decoding query: a matrix-vector product that no tiled kernel speeds up
         return "xla"
     if backend == "tpu":

@@ -1,4 +1,4 @@
-"""Orbax behind one door: whole models, the branch alone, and the steps of a training run.
+"""Orbax behind one door: whole models, the branch or an adapter alone, and the steps of a training run.
 
 A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face names them, and
 `params/`, an Orbax pytree of the model's parameters (paths as in model.py). It lives on a local or mounted file system.
@@ -6,10 +6,10 @@ A checkpoint is a directory: `config.json` and the tokenizer's and processor's f
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,15 @@ from pvm_jax.checkpoint_files import (
     write_aside,
     write_config,
 )
-from pvm_jax.config import ModelConfig
+from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig
+from pvm_jax.lora import is_adapter
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.sharding import param_shardings
 
 PARAMS = "params"
-_BRANCH = "pvm/"
+# Keys of config.json that say what is stored alone, and the identity of the backbone that it belongs to.
 _BRANCH_KEY = "pvm_branch"
+_LORA_KEY = "lora_adapter"
 _EMBEDDING = "language_model/embed_tokens/weight"
 _CHUNK_BYTES = 64 * 2**20
 _READ_BYTES = 2**30
@@ -44,6 +46,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     dtype: str | None = None,
     branch: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> Qwen3VL:
     """Restores a model straight into its sharding on `mesh`, whatever mesh wrote it.
 
@@ -53,15 +56,17 @@ def load(
         dtype: "float32" or "bfloat16": of parameters (cast while reading) and activations. None keeps every parameter's
             stored dtype; activations then take the embedding table's.
         branch: another checkpoint to take the PVM branch from, a branch alone (`save_branch`) or a whole model.
+        lora: an adapter to put beside the weights (`save_lora`).
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the branch was trained on
-            another backbone.
+        CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the branch or the adapter was
+            trained on another backbone.
     """
     root = find(path)
-    if _BRANCH_KEY in read_config(root):
-        raise CheckpointError(f"{root} holds a PVM branch alone: load its backbone, with branch={str(path)!r}")
+    for key, argument, what in ((_BRANCH_KEY, "branch", "a PVM branch"), (_LORA_KEY, "lora", "a LoRA adapter")):
+        if key in read_config(root):
+            raise CheckpointError(f"{root} holds {what} alone: load its backbone, with {argument}={str(path)!r}")
     config = ModelConfig.from_hf(root)
     if branch is not None:
         config = config.without_pvm()
@@ -69,7 +74,8 @@ def load(
     config = replace(config, dtype=width, param_dtype=width)
     graphdef, params = nnx.split(abstract_model(config))
     model = nnx.merge(graphdef, nnx.State(_restore(root, params, mesh, dtype)))
-    return model if branch is None else load_branch(branch, model, dtype=dtype)
+    model = model if branch is None else load_branch(branch, model, dtype=dtype)
+    return model if lora is None else load_lora(lora, model, dtype=dtype)
 
 
 def save(path: str | Path, model: Qwen3VL, *, assets: str | Path | None = None) -> None:
@@ -82,11 +88,18 @@ def save(path: str | Path, model: Qwen3VL, *, assets: str | Path | None = None) 
 
     Raises:
         FileExistsError: if `path` holds something.
+        ValueError: if the model has a LoRA adapter.
     """
+    if model.config.lora is not None:
+        raise ValueError(
+            "this model has a LoRA adapter, which is stored apart from its backbone: save_lora; "
+            "python -m convert.orbax_to_hf --lora writes the two as one"
+        )
     with write_aside(path) as aside:
         if jax.process_index() == 0:
             original = {} if assets is None else read_config(assets)
             original.pop(_BRANCH_KEY, None)
+            original.pop(_LORA_KEY, None)
             write_config(aside, model.config, original)
             if assets is not None:
                 copy_assets(assets, aside)
@@ -103,10 +116,10 @@ def save_branch(path: str | Path, model: Qwen3VL) -> None:
     if not model.config.text.pvm_layers:
         raise ValueError("this model has no PVM branch to save (config.text.pvm_layers is empty)")
     params = nnx.to_pure_dict(nnx.state(model))
-    identity = backbone_identity(params)
+    made_for = {"backbone": backbone_identity(params)}
     with write_aside(path) as aside:
         if jax.process_index() == 0:
-            write_config(aside, model.config, {_BRANCH_KEY: {"backbone": identity}})
+            write_config(aside, model.config, {_BRANCH_KEY: made_for})
         _write(aside, {"pvm": params["pvm"]})
 
 
@@ -120,160 +133,148 @@ def load_branch(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -
         FileNotFoundError, CheckpointError: as in `load`.
     """
     root = find(path)
-    config = ModelConfig.from_hf(root)
-    if not config.text.pvm_layers:
-        raise CheckpointError(f"{root} has no PVM branch (config.json: text_config.pvm_layers)")
+    text, made_for = read_branch(root)
     params = nnx.to_pure_dict(nnx.state(model))
-    if made_for := read_config(root).get(_BRANCH_KEY):
-        identity = backbone_identity(params)
-        if identity != made_for["backbone"]:
-            raise CheckpointError(
-                f"{root} was trained on the backbone {made_for['backbone']}, this model's is {identity}: "
-                "load it with the checkpoint that it was trained on"
-            )
-    config = model.config.with_pvm(config.text.pvm_layers, config.text.pvm_hidden_size)
+    if made_for is not None:
+        check_made_for(root, "backbone", made_for, backbone_identity(params))
+    config = model.config.with_pvm(text.pvm_layers, text.pvm_hidden_size)
     graphdef, abstract = nnx.split(abstract_model(config))
-    sharding = params["language_model"]["embed_tokens"]["weight"].sharding
-    mesh = sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
-    assert not isinstance(mesh, jax.sharding.AbstractMesh)
-    branch = _restore(root, nnx.State({"pvm": abstract["pvm"]}), mesh, dtype)
+    branch = _restore(root, nnx.State({"pvm": abstract["pvm"]}), _mesh_of(params), dtype)
     return nnx.merge(graphdef, nnx.State(params | branch))
 
 
+def save_lora(path: str | Path, model: Qwen3VL) -> None:
+    """Writes the model's LoRA adapter alone, with its config and the identity of what it belongs to.
+
+    Raises:
+        FileExistsError: if `path` holds something.
+        ValueError: if the model has no adapter.
+    """
+    if model.config.lora is None:
+        raise ValueError("this model has no LoRA adapter to save (config.lora is None)")
+    params = nnx.state(model)
+    made_for = {"backbone": backbone_identity(params), "branch": branch_identity(params)}
+    with write_aside(path) as aside:
+        if jax.process_index() == 0:
+            write_config(aside, model.config, {_LORA_KEY: {**asdict(model.config.lora), "made_for": made_for}})
+        _write(aside, nnx.to_pure_dict(nnx.state(model, is_adapter)))
+
+
+def load_lora(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -> Qwen3VL:
+    """`model` with the adapter that `save_lora` wrote, sharded as the model is; its own adapter, if any, is replaced.
+
+    An adapter fits one backbone only, and if it was trained beside a branch that was not silent, that branch only.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as in `load`.
+    """
+    root = find(path)
+    lora, made_for = read_lora(root)
+    params = nnx.to_pure_dict(nnx.state(model, lambda *leaf: not is_adapter(*leaf)))
+    check_made_for(root, "backbone", made_for["backbone"], backbone_identity(params))
+    if made_for["branch"] is not None:
+        check_made_for(root, "branch", made_for["branch"], branch_identity(params))
+    graphdef, adapters, _ = nnx.split(abstract_model(replace(model.config, lora=lora)), is_adapter, ...)
+    stored = _restore(root, adapters, _mesh_of(params), dtype)
+    return nnx.merge(graphdef, nnx.State(params), nnx.State(stored))
+
+
+def read_branch(root: Path) -> tuple[TextConfig, str | None]:
+    """The config that says a branch's layers and width, and the identity of the backbone that it was trained on (None: the
+    checkpoint is a whole model).
+
+    Raises:
+        CheckpointError: if the checkpoint at `root` has no branch.
+    """
+    text, stored = ModelConfig.from_hf(root).text, read_config(root)
+    if not text.pvm_layers or _LORA_KEY in stored:
+        raise CheckpointError(f"{root} has no PVM branch (config.json: text_config.pvm_layers)")
+    return text, stored[_BRANCH_KEY]["backbone"] if _BRANCH_KEY in stored else None
+
+
+def read_lora(root: Path) -> tuple[LoRAConfig, dict[str, str | None]]:
+    """An adapter's config, and the identities of the "backbone" and the "branch" (None: absent or silent) it was trained on.
+
+    Raises:
+        CheckpointError: if the checkpoint at `root` is no adapter.
+    """
+    stored = read_config(root).get(_LORA_KEY)
+    if stored is None:
+        raise CheckpointError(f"{root} is no LoRA adapter (config.json: no {_LORA_KEY})")
+    return LoRAConfig(**{key: value for key, value in stored.items() if key != "made_for"}), stored["made_for"]
+
+
+def check_made_for(root: Path, part: str, made_for: str | None, identity: str | None) -> None:
+    """Raises a CheckpointError unless the model's `part` has the identity that what is stored at `root` was made for."""
+    if identity != made_for:
+        raise CheckpointError(
+            f"{root} was trained on the {part} {made_for}, this model's is {identity}: "
+            "load it with the checkpoint that it was trained on"
+        )
+
+
+def _mesh_of(params: Mapping[str, Any]) -> jax.sharding.Mesh | None:
+    sharding = params["language_model"]["embed_tokens"]["weight"].sharding
+    mesh = sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
+    assert not isinstance(mesh, jax.sharding.AbstractMesh)
+    return mesh
+
+
+def part_of(path: str) -> Literal["backbone", "branch", "lora"]:
+    """The part of a model that the parameter at `path` belongs to; each can be stored alone."""
+    keys = path.split("/")
+    if is_adapter(tuple(keys)):
+        return "lora"
+    return "branch" if keys[0] == "pvm" else "backbone"
+
+
 def backbone_identity(params: Any) -> str:
-    """A short hexadecimal name of all parameters outside the branch.
+    """A short hexadecimal name of all parameters outside the branch and the adapters.
 
     It depends on their bfloat16 values alone: not on the sharding, nor on whether they are held in float32 or bfloat16.
 
     Args:
         params: the parameter tree (`nnx.state(model)`, pure or not, or nested dicts).
     """
-    lines = [
-        # One tensor after the other: on CPUs a sum needs its terms in memory.
-        f"{path} {tuple(leaf.shape)} {int(_checksum(leaf)):08x}"
-        for path, leaf in sorted(by_path(params).items())
-        if not path.startswith(_BRANCH)
-    ]
+    return identity({path: leaf for path, leaf in by_path(params).items() if part_of(path) == "backbone"}, _checksum)
+
+
+def branch_identity(params: Any) -> str | None:
+    """The same of the branch; None where there is none, or where it is silent (every gate 0)."""
+    branch = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "branch"}
+    if not any(jnp.any(leaf != 0) for path, leaf in branch.items() if path.endswith("/gate_alpha")):
+        return None
+    return identity(branch, _checksum)
+
+
+def identity(arrays: Mapping[str, Any], checksum: Callable[[Any], Any]) -> str:
+    """The name of arrays of these paths, shapes and checksums: `checksum_part` of each, from index 0."""
+    # One tensor after the other: on CPUs a sum needs its terms in memory.
+    lines = [f"{path} {tuple(array.shape)} {int(checksum(array)):08x}" for path, array in sorted(arrays.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """The sum over x of its bfloat16 bits times (2 * flat index + 1), modulo 2^32."""
-
-    def part_sum(part: jax.Array, start: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-        index = jnp.broadcast_to(start, part.shape)
-        for axis in range(part.ndim):
-            stride = jnp.uint32(math.prod(part.shape[axis + 1 :]))
-            index += jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis) * stride
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-
+    """`checksum_part` of the whole of x."""
     if x.ndim < 3:
-        return part_sum(x, jnp.uint32(0))
+        return checksum_part(x, jnp.uint32(0))
     starts = jnp.arange(len(x), dtype=jnp.uint32) * jnp.uint32(math.prod(x.shape[1:]))
-    return jnp.sum(jax.lax.map(lambda args: part_sum(*args), (x, starts)), dtype=jnp.uint32)
+    return jnp.sum(jax.lax.map(lambda args: checksum_part(*args), (x, starts)), dtype=jnp.uint32)
 
 
-class TrainCheckpoints:
-    """The steps of one training run: what is trained and the optimizer's state. The data needs no state: a run's batches are
-    numbered, and the step says which one is next.
+@jax.jit
+def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
+    """The sum over `part` of its bfloat16 bits times (2 * flat index + 1), modulo 2^32; its first index is `start` (uint32).
 
-    Writing goes on in the background; a step that was not finished does not exist. Every step carries the model's
-    config and the identity of the backbone that the run started from, and is restored into no other.
+    The checksums of an array's parts add up to the array's.
     """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        config: ModelConfig,
-        backbone: str,
-        *,
-        keep: int = 2,
-        best: str | None = None,
-        maximize: bool = False,
-    ):
-        """Opens `directory`, or makes it.
-
-        Args:
-            backbone: `backbone_identity` of the parameters that the run starts from.
-            keep: this many newest steps stay.
-            best: a metric's name; the step where it was lowest (highest with `maximize`) stays as well.
-        """
-        policies = ocp.training.preservation_policies
-        preserved: list[Any] = [policies.LatestN(keep)]
-        if best is not None:
-            # BestN keeps the end of the sorted list.
-            preserved.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], reverse=not maximize, n=1))
-        preservation: Any = policies.AnyPreservationPolicy(preserved)
-        self._best = best
-        model = {key: value for key, value in config.to_hf().items() if key != "dtype"}
-        self._run = {"model": model, "backbone": backbone}
-        self._steps = ocp.training.Checkpointer(
-            str(Path(directory).absolute()),
-            context=_context(),
-            preservation_policy=preservation,
-            cleanup_tmp_directories=True,
-        )
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps that can be restored, ascending."""
-        return [checkpoint.step for checkpoint in self._steps.checkpoints]
-
-    @property
-    def latest(self) -> int | None:
-        return self.steps[-1] if self.steps else None
-
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Copies `state` off the devices and returns; the files are written in the background.
-
-        Args:
-            state: a pytree of arrays (trained parameters, optimizer state).
-
-        Raises:
-            ValueError: if the metric that decides which step is best is not among `metrics`.
-        """
-        if self._best is not None and self._best not in (metrics or {}):
-            raise ValueError(f"step {step}: the metric {self._best!r} decides which step is best, but was not given")
-        self._steps.save_checkpointables_async(
-            step,
-            {"state": state},
-            force=True,
-            metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
-            custom_metadata=self._run,
-        )
-
-    def restore(self, abstract: Any, step: int | None = None) -> Any:
-        """The state of `step` (None: the latest) in the shardings of `abstract`, whatever mesh and processes wrote it.
-
-        Args:
-            abstract: the state's tree with `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` leaves.
-
-        Raises:
-            FileNotFoundError: if there is no such step.
-            CheckpointError: if the step is another model's or another backbone's.
-        """
-        step = self.latest if step is None else step
-        if step is None or step not in self.steps:
-            raise FileNotFoundError(f"{self._steps.directory}: no step {step}; there are {self.steps}")
-        saved: Any = self._steps.metadata(step).custom_metadata or {}
-        for key, mine in self._run.items():
-            if saved.get(key) != mine:
-                raise CheckpointError(
-                    f"{self._steps.directory}: step {step} was saved with another {key}: {saved.get(key)}, now {mine}"
-                )
-        return self._steps.load_checkpointables(step, {"state": abstract})["state"]
-
-    def close(self) -> None:
-        """Waits for the last save."""
-        self._steps.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    bits = jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    index = jnp.broadcast_to(start, part.shape)
+    for axis in range(part.ndim):
+        stride = jnp.uint32(math.prod(part.shape[axis + 1 :]))
+        index += jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis) * stride
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -310,12 +311,11 @@ def stored_arrays(root: Path) -> dict[str, Any]:
 
 
 def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtype: str | None) -> dict[str, Any]:
-    """Reads the tree `params` (abstract, in its `nnx.Param`s); what else the checkpoint holds must be a branch."""
+    """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint may hold parts that are not asked for."""
     expected, stored = by_path(params), stored_arrays(root)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
-    wants_branch = any(path.startswith(_BRANCH) for path in expected)
-    wants_backbone = _EMBEDDING in expected
-    found = {path: s for path, s in shapes.items() if (wants_branch if path.startswith(_BRANCH) else wants_backbone)}
+    wanted = {part_of(path) for path in expected}
+    found = {path: shape for path, shape in shapes.items() if part_of(path) in wanted}
     compare_shapes(str(root), {path: tuple(leaf.shape) for path, leaf in expected.items()}, found)
     if mesh is None:
         shardings = dict.fromkeys(expected, SingleDeviceSharding(jnp.zeros(()).device))
@@ -325,7 +325,7 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
         path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype, sharding=shardings[path])
         for path, leaf in expected.items()
     }
-    context = _context(partial=True)
+    context = orbax_context(partial=True)
     # What waits in host memory on its way to the devices. Orbax counts whole chunks, and refuses a limit below one request.
     largest = max(math.prod(leaf.shape) * stored[path].dtype.itemsize for path, leaf in expected.items())
     context.memory.read_concurrent_bytes = largest + _READ_BYTES
@@ -334,11 +334,12 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
 
 
 def _write(directory: Path, params: dict[str, Any]) -> None:
-    with _context():
+    with orbax_context():
         ocp.save(str(directory / PARAMS), params)
 
 
-def _context(*, partial: bool = False) -> ocp.Context:
+def orbax_context(*, partial: bool = False) -> ocp.Context:
+    """How this project stores arrays; `partial` reads a part of what was stored."""
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _storage_options
     context.pytree.loading.partial_load = partial

@@ -1,6 +1,7 @@
-"""Model configuration: three frozen dataclasses whose fields carry Hugging Face's names and mean what they mean there."""
+"""Model configuration: frozen dataclasses whose fields carry Hugging Face's or PEFT's names and mean what they mean there."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -111,6 +112,36 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (lora.py).
+
+    Attributes:
+        rank: of every update.
+        alpha: the update is alpha / rank (x A^T) B^T.
+        targets: regular expression for the whole path of a Linear, layers left out: "visual/blocks/attn/qkv",
+            "language_model/layers/self_attn/q_proj", ... The default names all seven projections of the decoder's layers.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = "language_model/layers/.*_proj"
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"lora.targets {self.targets!r} is no regular expression: {error}") from error
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole Qwen3-VL.
 
@@ -120,6 +151,7 @@ class ModelConfig:
         remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full" (keeps layer inputs alone)
             or "dots" (keeps matrix products).
         attention: attention kernel (`pvm_jax.attention`): None picks by platform, else "xla", "splash" or "cudnn".
+        lora: the adapters that the model has; None: none.
     """
 
     text: TextConfig = field(default_factory=TextConfig)
@@ -133,6 +165,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "full"
     attention: str | None = None
+    lora: LoRAConfig | None = None
 
     def __post_init__(self):
         if self.vision.out_hidden_size != self.text.hidden_size:

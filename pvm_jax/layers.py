@@ -27,7 +27,7 @@ def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Mod
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b), in x's dtype. Weight [out, in]."""
+    """y = x W^T (+ b), in x's dtype. Weight [out, in]. `lora` (lora.py) is what an adapted Linear adds to y."""
 
     def __init__(
         self,
@@ -41,10 +41,12 @@ class Linear(nnx.Module):
     ):
         self.weight = parameter(rngs, normal, (out_features, in_features), axes, dtype)
         self.bias = parameter(rngs, zeros, (out_features,), axes[:1], dtype) if bias else None
+        self.lora: Callable[[jax.Array], jax.Array] | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class Embedding(nnx.Module):

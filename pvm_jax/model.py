@@ -1,5 +1,6 @@
 """Qwen3-VL with Persistent Visual Memory: tower + decoder + branches, a pure function of parameters and a batch."""
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.batch import Batch
-from pvm_jax.config import ModelConfig
+from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.decoder import Decoded, Decoder, KeyValues
 from pvm_jax.layers import Linear
+from pvm_jax.lora import adapt, is_adapter
 from pvm_jax.memory import Memory, PersistentVisualMemory
-from pvm_jax.sharding import constrain
+from pvm_jax.sharding import constrain, param_shardings
 from pvm_jax.vision import VisionTower, Visual
 
 
@@ -30,6 +32,7 @@ class Trace(NamedTuple):
         embeds: [B, V, D], deepstack: [taps, B, V, D]: what the tower gives; None for a batch without patches.
         streams: [L, B, S, D], the residual stream that leaves each layer (the DeepStack addition included).
         updates: by layer of the branch, [B, S, D].
+        hidden: [B, S, D] after the final norm.
         logits: [B, S, vocab] float32.
     """
 
@@ -37,6 +40,7 @@ class Trace(NamedTuple):
     deepstack: jax.Array | None
     streams: jax.Array
     updates: dict[int, jax.Array]
+    hidden: jax.Array
     logits: jax.Array
 
 
@@ -44,7 +48,8 @@ class Qwen3VL(nnx.Module):
     """Qwen3-VL (dense), with the paper's branch at `config.text.pvm_layers`.
 
     Modules hold parameters alone; nothing is stored on them by a call. `nnx.split` gives the parameters as a tree whose paths
-    are Hugging Face's names, alike layers stacked on a leading axis, and the branches under `pvm/{layer}`.
+    are Hugging Face's names, alike layers stacked on a leading axis, the branches under `pvm/{layer}`, and an adapter (with
+    `config.lora`) under `lora` beside the weight that it adapts.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -58,6 +63,8 @@ class Qwen3VL(nnx.Module):
             else Linear(c.hidden_size, c.vocab_size, ("vocab", "embed"), dtype=config.param_dtype, rngs=rngs)
         )
         self.pvm = nnx.Dict({str(layer): PersistentVisualMemory(config, rngs=rngs) for layer in c.pvm_layers})
+        if config.lora is not None:
+            adapt(self, config.lora, rngs=rngs)
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Logits [B, S, vocab] float32, compiled once per shape; a convenience: training takes the head in chunks."""
@@ -73,7 +80,7 @@ class Qwen3VL(nnx.Module):
         visual, decoded, _ = self._read(batch, trace=True)
         assert decoded.streams is not None
         embeds, deepstack = visual or (None, None)
-        return Trace(embeds, deepstack, decoded.streams, decoded.updates, self.logits(decoded.hidden))
+        return Trace(embeds, deepstack, decoded.streams, decoded.updates, decoded.hidden, self.logits(decoded.hidden))
 
     def prefill(self, batch: Batch, slots: int) -> tuple[jax.Array, Cache]:
         """Reads a prompt into a fresh cache of `slots` >= S slots; column s of the prompt is slot s.
@@ -193,3 +200,23 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arra
 def abstract_model(config: ModelConfig) -> Qwen3VL:
     """The model with jax.ShapeDtypeStructs for parameters: shapes, dtypes and logical axes, nothing allocated."""
     return nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+
+
+def add_lora(model: Qwen3VL, lora: LoRAConfig, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> Qwen3VL:
+    """`model` with fresh adapters, placed on `mesh` as the model is: until they are trained, it computes what it did.
+
+    Raises:
+        ValueError: if the model has adapters already, or `lora.targets` names no Linear of it.
+    """
+    if model.config.lora is not None:
+        raise ValueError(f"the model has a LoRA adapter already: {model.config.lora}")
+    adapted = abstract_model(replace(model.config, lora=lora))
+
+    def fresh() -> nnx.State:
+        backbone = abstract_model(model.config)
+        adapt(backbone, lora, rngs=nnx.Rngs(seed))
+        return nnx.as_pure(nnx.state(backbone, is_adapter))
+
+    shardings = None if mesh is None else param_shardings(nnx.state(adapted, is_adapter), mesh)
+    adapters = jax.jit(fresh, out_shardings=shardings)()
+    return nnx.merge(nnx.graphdef(adapted), nnx.as_pure(nnx.state(model)), adapters)

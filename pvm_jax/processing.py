@@ -152,7 +152,7 @@ class Processor:
     @cached_property
     def fingerprint(self) -> str:
         """Differs between two processors that could give a conversation different numbers of tokens or patches."""
-        tokenizer: Any = self.tokenizer
+        tokenizer: Any = self.tokenizer  # a fast one: transformers 5 has no others for this model
         parts = tokenizer.backend_tokenizer.to_str(), self.chat_template, repr(self.image_settings), repr(self.video_settings)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

@@ -59,7 +59,7 @@ def load_training_data(
     epochs: int = 1,
     max_steps: int | None = None,
     seed: int = 0,
-    rows: slice = slice(None),
+    rows: Sequence[int] | None = None,
     sizes_file: Path | None = None,
     fill_last: bool = False,
 ) -> TrainingData:
@@ -72,7 +72,7 @@ def load_training_data(
         epochs: passes over the data.
         max_steps: how many steps are kept.
         seed: of the order.
-        rows: those of a batch that this host reads.
+        rows: those of a batch that this host reads (None: all).
         sizes_file: keeps the measured sizes for the next start on the same data (an .npy file).
         fill_last: the last batch of each bucket is filled with rows that are all padding, so that no example is left over.
 
@@ -107,9 +107,12 @@ def load_training_data(
             f"{len(too_long)} of {len(sizes)} examples are too long. Lower batch_size, or change data.buckets or data.packing"
         )
 
+    mine = range(batch_size) if rows is None else rows
+
     def read(step: int) -> Batch:
         bucket = buckets[plan.bucket(step)]
-        examples = [[_encode(sources, processor, example) for example in row] for row in plan.rows(step)[rows]]
+        members = plan.rows(step)
+        examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
         return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
 
     batches = grain.MapDataset.range(len(plan)).map(read)

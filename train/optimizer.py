@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from pvm_jax.lora import ADAPTER
 from train.config import OptimizerConfig
 
 
@@ -30,10 +31,10 @@ def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.G
 
 
 def decays(params: Any) -> Any:
-    """True for the leaves that weight decay touches: every weight but those of norms; no bias, no gate."""
+    """True for the leaves that weight decay touches: every weight but those of norms, every adapter; no bias, no gate."""
 
     def decay(name: str) -> bool:
         *_, module, leaf = name.split("/")
-        return leaf == "weight" and "norm" not in module
+        return module == ADAPTER or (leaf == "weight" and "norm" not in module)
 
     return jax.tree.map(decay, leaf_names(params))

@@ -10,7 +10,8 @@ import pytest
 from convert.hf_to_orbax import convert
 from demo.task import Mixture, draw, make_example
 from pvm_jax import Batch, generate
-from pvm_jax.__main__ import main, read_stop_tokens
+from pvm_jax.__main__ import main
+from pvm_jax.checkpoint_files import read_stop_tokens
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES, model  # noqa: F401
 
 STEPS = 8
@@ -128,3 +129,5 @@ def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path):
         main(["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "no.png"), "What?"])
     with pytest.raises(SystemExit, match="nowhere"):
         main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"])
+    with pytest.raises(SystemExit, match="is no LoRA adapter"):
+        main(["generate", "--checkpoint", str(demo_checkpoint), "--lora", str(demo_checkpoint), "What?"])

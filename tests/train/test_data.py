@@ -112,7 +112,7 @@ def test_the_order_depends_on_the_seed_alone(read):
 def test_hosts_share_shapes_and_split_the_rows(read, packing):
     sizes = [*SIZES, (5, 4)]  # one small example more than whole batches
     whole = read(sizes, packing=packing)
-    parts = [read(sizes, packing=packing, rows=rows) for rows in (slice(0, 2), slice(2, 4))]
+    parts = [read(sizes, packing=packing, rows=rows) for rows in ((0, 1), (2, 3))]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert first.shape == second.shape == batch.shape
         assert first.rows + second.rows == batch.rows
@@ -165,7 +165,7 @@ def test_the_iterator_starts_at_any_step(open_data):
 
 
 def test_a_step_names_the_examples_of_its_whole_batch(open_data):
-    data = open_data(SIZES, rows=slice(0, 2), packing=True)
+    data = open_data(SIZES, rows=(0, 1), packing=True)
     for step in range(len(data.batches)):
         names = [[int(name.rpartition("data.jsonl:")[2]) - 1 for name in row] for row in data.examples(step)]
         assert len(names) == 4

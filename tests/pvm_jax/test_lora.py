@@ -1,0 +1,197 @@
+"""LoRA: what a fresh adapter is, where it goes, and how it is stored."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pvm_jax import LoRAConfig, ModelConfig, Qwen3VL, abstract_model, add_lora, generate, load, load_lora, save, save_lora
+from pvm_jax.batch import Batch
+from pvm_jax.checkpoint import by_path, part_of, save_branch
+from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.lora import is_adapter
+from pvm_jax.sharding import make_mesh, param_shardings
+
+EVERYWHERE = LoRAConfig(rank=3, alpha=6, targets=".*")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A small model with every part in it, its gate open."""
+    config = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b", remat="none")
+    text = replace(config.text, num_hidden_layers=2, pvm_layers=(1,))
+    vision = replace(config.vision, depth=2, deepstack_visual_indexes=(0,))
+    graphdef, params = nnx.split(abstract_model(replace(config, text=text, vision=vision)))
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("base") / "base"
+    save(path, nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), params)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(base) -> Qwen3VL:
+    return load(base)
+
+
+@pytest.fixture(scope="module")
+def trained(model) -> Qwen3VL:
+    """With updates about as large as the weights they belong to."""
+    return with_updates(add_lora(model, EVERYWHERE))
+
+
+@pytest.fixture(scope="module")
+def adapter(trained, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / "lora"
+    save_lora(path, trained)
+    return path
+
+
+def with_updates(model: Qwen3VL) -> Qwen3VL:
+    """Every B random in place of 0."""
+    graphdef, params = nnx.split(model)
+
+    def fill(path, leaf):
+        if not (is_adapter(path) and path[-1] == "b"):
+            return leaf
+        return leaf.replace(jnp.asarray(np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape), leaf.dtype))
+
+    return nnx.merge(graphdef, nnx.map_state(fill, params))
+
+
+def dense(model: Qwen3VL) -> Qwen3VL:
+    """The model without adapters that computes the same: W + alpha / rank B A."""
+    params = by_path(nnx.state(model))
+    plain, scale = abstract_model(replace(model.config, lora=None)), model.config.lora.scale
+    graphdef, state = nnx.split(plain)
+
+    def weight(path, _):
+        name = "/".join(map(str, path))
+        a, b = (params.get(f"{name.removesuffix('/weight')}/lora/{part}") for part in "ab")
+        return params[name] if a is None else params[name] + scale * jnp.einsum("...or,...ri->...oi", b, a)
+
+    return nnx.merge(graphdef, nnx.map_state(weight, state))
+
+
+def parameters(model: Qwen3VL) -> dict[str, jax.Array]:
+    return by_path(nnx.state(model))
+
+
+def batch(config: ModelConfig) -> Batch:
+    """Two rows: an image and text; text alone."""
+    rng = np.random.default_rng(0)
+    image = [config.vision_start_token_id, *[config.image_token_id] * 4, config.vision_end_token_id]
+    ids = np.stack([np.concatenate([image, rng.integers(0, 400, 10)]), rng.integers(0, 400, 16)])
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "pixel_values": rng.normal(size=(16, config.vision.patch_dim)).astype(np.float32),
+        "image_grid_thw": np.array([[1, 4, 4]]),
+    }
+    return Batch.from_hf(arrays, config)
+
+
+class TestAdapters:
+    def test_fresh_ones_change_nothing(self, model):
+        """Not a bit of any logit, whatever they are beside."""
+        inputs = batch(model.config)
+        np.testing.assert_array_equal(add_lora(model, EVERYWHERE)(inputs), model(inputs))
+
+    def test_without_lora_the_tree_is_as_it_was(self, model):
+        backbone, adapted = parameters(model), parameters(add_lora(model, EVERYWHERE))
+        assert not any(part_of(path) == "lora" for path in backbone)
+        assert {path for path in adapted if part_of(path) != "lora"} == backbone.keys()
+
+    def test_compute_what_dense_weights_would(self, trained):
+        """Stacks that are scanned, the mergers that are mapped over, single Linears; read and written."""
+        inputs = batch(trained.config)
+        expected = dense(trained)
+        np.testing.assert_allclose(trained(inputs), expected(inputs), rtol=1e-4, atol=1e-4)
+        written = [generate(model, inputs, max_new_tokens=6, temperature=0.0).tokens for model in (trained, expected)]
+        np.testing.assert_array_equal(*written)
+
+    def test_are_beside_what_the_pattern_names(self, model):
+        paths = parameters(add_lora(model, LoRAConfig(targets=r"language_model/layers/self_attn/[qv]_proj|visual/merger/.*")))
+        linears = {path.removesuffix("/lora/a") for path in paths if path.endswith("/lora/a")}
+        attention = {f"language_model/layers/self_attn/{name}_proj" for name in "qv"}
+        assert linears == attention | {"visual/merger/linear_fc1", "visual/merger/linear_fc2"}
+
+    def test_default_is_all_seven_projections_of_the_decoder(self, model):
+        paths = parameters(add_lora(model, LoRAConfig()))
+        layers, width = model.config.text.num_hidden_layers, model.config.text.hidden_size
+        adapters = [path for path in paths if path.endswith("/lora/a")]
+        assert len(adapters) == 7
+        assert all(path.startswith("language_model/layers/") for path in adapters)
+        assert paths["language_model/layers/self_attn/q_proj/lora/a"].shape == (layers, 16, width)
+        assert paths["language_model/layers/self_attn/k_proj/lora/b"].shape[1:] == (
+            model.config.text.num_key_value_heads * model.config.text.head_dim,
+            16,
+        )
+
+    def test_lie_on_the_mesh_as_their_weights_do(self, base):
+        mesh = make_mesh(2, 2, 2)
+        adapted = add_lora(load(base, mesh=mesh), EVERYWHERE, mesh=mesh)
+        expected = by_path(param_shardings(nnx.state(adapted), mesh))
+        for path, leaf in parameters(adapted).items():
+            assert leaf.sharding.is_equivalent_to(expected[path], leaf.ndim), path
+        b = parameters(adapted)["language_model/layers/mlp/up_proj/lora/b"]
+        assert b.sharding.spec[1] == "tensor"
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (
+                {"targets": "layers/self_attn"},
+                "matches no Linear of the backbone; there are language_model/layers/mlp/",
+            ),
+            ({"targets": "pvm/.*|lm_head"}, "matches no Linear"),
+            ({"targets": "("}, r"lora.targets '\(' is no regular expression"),
+            ({"rank": 0}, "rank must be at least 1, got 0"),
+            ({"alpha": 0.0}, "alpha must be positive"),
+        ],
+    )
+    def test_refusals(self, model, values, message):
+        with pytest.raises(ValueError, match=message):
+            add_lora(model, LoRAConfig(**values))
+
+
+class TestStored:
+    def test_round_trip(self, base, adapter, trained):
+        loaded = load(base, lora=adapter, mesh=make_mesh(2, 2, 2))
+        assert loaded.config.lora == EVERYWHERE
+        expected = parameters(trained)
+        assert parameters(loaded).keys() == expected.keys()
+        for path, leaf in parameters(loaded).items():
+            np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+    def test_holds_the_adapter_alone(self, base, adapter, trained, model, tmp_path):
+        values = sum(leaf.nbytes for path, leaf in parameters(trained).items() if part_of(path) == "lora")
+        assert sum(file.stat().st_size for file in adapter.rglob("*") if file.is_file()) < 2 * values
+        with pytest.raises(CheckpointError, match=r"a LoRA adapter alone: load its backbone, with lora="):
+            load(adapter)
+        with pytest.raises(CheckpointError, match="no PVM branch"):
+            load(base, branch=adapter)
+        with pytest.raises(CheckpointError, match="is no LoRA adapter"):
+            load(base, lora=base)
+        with pytest.raises(ValueError, match=r"save_lora; python -m convert\.orbax_to_hf --lora"):
+            save(tmp_path / "whole", trained)
+        with pytest.raises(ValueError, match="no LoRA adapter to save"):
+            save_lora(tmp_path / "none", model)
+
+    def test_another_backbone_is_refused(self, adapter, model):
+        graphdef, params = nnx.split(model)
+        other = nnx.map_state(lambda path, leaf: leaf.at[0].add(0.5) if path[-2] == "pos_embed" else leaf, params)
+        with pytest.raises(CheckpointError, match="was trained on the backbone"):
+            load_lora(adapter, nnx.merge(graphdef, other))
+
+    def test_another_branch_is_refused_unless_it_was_silent(self, base, adapter, model, tmp_path):
+        graphdef, params = nnx.split(model)
+        other = nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params)
+        save_branch(tmp_path / "other", nnx.merge(graphdef, other))
+        with pytest.raises(CheckpointError, match="was trained on the branch"):
+            load(base, branch=tmp_path / "other", lora=adapter)
+        silent = nnx.map_state(lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params)
+        save_lora(tmp_path / "lora", add_lora(nnx.merge(graphdef, silent), EVERYWHERE))
+        assert load(base, branch=tmp_path / "other", lora=tmp_path / "lora").config.lora == EVERYWHERE
