@@ -145,8 +145,8 @@ class Processor:
         for where, video in conversation.videos:
             with naming(where):
                 video_grids.append(self.video_settings.grid(len(video.frames), *image_size(video.frames[0])))
-        text = self._render(conversation.messages, add_generation_prompt)
-        ids, _ = self._tokens([(text, False)], conversation, image_grids, video_grids)
+        segments = self._supervised(conversation.messages, add_generation_prompt)
+        ids, _ = self._tokens(segments, conversation, image_grids, video_grids)
         return len(ids), sum(math.prod(grid) for grid in image_grids + video_grids)
 
     @cached_property

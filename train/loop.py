@@ -76,7 +76,7 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
         ValueError: if the batch does not divide over the mesh, or the data gives no batch.
         FileNotFoundError, CheckpointError: for the checkpoint, as `pvm_jax.load`.
     """
-    rows_per_shard(config, mesh)  # raises now, not after loading, if the batch does not divide
+    rows_per_shard(config, mesh)  # refuses before anything is loaded
     model = load(config.checkpoint, mesh=mesh, branch=config.branch)
     if config.trainable == "lora":
         model = add_lora(model, config.lora, mesh=mesh, seed=config.seed)

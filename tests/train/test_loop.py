@@ -1,6 +1,5 @@
 """Whole runs of `train.sft` on a tiny checkpoint: results, interruption and continuation, refusals."""
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -10,12 +9,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
-from demo.checkpoint import write_assets
 from pvm_jax.checkpoint import load, save
-from pvm_jax.model import Qwen3VL
 from pvm_jax.sharding import make_mesh
+from tests.train import runs
 from train import sft
 from train.config import Bucket, DataConfig, HeldOutConfig, SFTConfig
 from train.events import read_values
@@ -31,22 +28,9 @@ STEPS = 6
 def workplace(tmp_path_factory):
     """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
     root = tmp_path_factory.mktemp("sft")
-    config = write_assets(root / "hf").with_pvm((1,), 64)
-    text = replace(config.text, num_hidden_layers=2)
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0))
-    save(root / "base", model, assets=root / "hf")
+    model = runs.write_workplace(root, examples=8 * STEPS)
     model.pvm["1"].gate_alpha[...] = np.nan * model.pvm["1"].gate_alpha[...]
     save(root / "broken", model, assets=root / "hf")
-    rng = np.random.default_rng(0)
-    with open(root / "data.jsonl", "w") as file:
-        for index in range(8 * STEPS):
-            size = (32, 32) if index % 3 else (64, 32)
-            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / f"{index}.png")
-            content = [{"type": "image", "image": f"{index}.png"}, {"type": "text", "text": "List"}]
-            answer = "B3 ground navy\n" * (1 + index % 2)
-            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
     settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
@@ -74,16 +58,7 @@ def sft_run(workplace, monkeypatch):
 
         monkeypatch.setattr(RunLog, "scalars", record)
         monkeypatch.setattr(RunLog, "add", stop)
-        root = workplace
-        sft.main(
-            [
-                *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.sources={root / 'data.jsonl'}"),
-                *("--data.packing=false", "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]"),
-                *("--batch_size=8", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2"),
-                *("--log_every=2", "--checkpoint_every=2", "--distributed.num_processes=1"),
-                *arguments,
-            ]
-        )
+        sft.main(runs.arguments(workplace, run_dir, "--distributed.num_processes=1", *arguments))
         monkeypatch.undo()
         return losses
 
