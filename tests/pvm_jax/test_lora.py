@@ -135,7 +135,10 @@ class TestAdapters:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"targets": "layers/self_attn"}, "matches no Linear of the backbone; there are language_model/layers/mlp/down_proj,"),
+            (
+                {"targets": "layers/self_attn"},
+                "matches no Linear of the backbone; there are language_model/layers/mlp/down_proj,",
+            ),
             ({"targets": "pvm/.*|lm_head"}, "matches no Linear"),
             ({"targets": "("}, r"lora.targets '\(' is no regular expression"),
             ({"rank": 0}, "rank must be at least 1, got 0"),
