@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo base test lint format clean
+.PHONY: help demo compare base test lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -17,6 +17,9 @@ help:  ## this list
 
 demo: .venv/ready  ## convert the shipped tiny checkpoint, fine-tune its PVM branch, generate, plot what changed
 	$(BIN)/python -m demo.run
+
+compare: .venv/ready  ## base, LoRA, full fine-tuning and the branch on the demo's task over three seeds, about an hour
+	$(BIN)/python -m demo.compare
 
 base: .venv/ready  ## train the tiny checkpoint that the demo starts from, about an hour (demo/base must be empty)
 	$(BIN)/python -m demo.pretrain

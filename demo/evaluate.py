@@ -90,16 +90,12 @@ def evaluate(models: Mapping[str, Qwen3VL], processor: Processor, settings: Sett
     written: dict[str, dict[int, dict[str, int]]] = {name: {} for name in models}
     for distance in settings.distances:
         examples = settings.examples(distance, settings.scenes)
-        encoded = [processor.encode(example.messages(draw(example.scene))) for example in examples]
-        exchanged = [
-            replace(mine, pixel_values=other.pixel_values)
-            for mine, other in zip(encoded, encoded[1:] + encoded[:1], strict=True)
-        ]
+        encoded = encode(examples, processor)
         for name, model in models.items():
             hits[name][distance] = sees(model, encoded, settings)
             few = settings.examples(distance, settings.written_scenes)
             written[name][distance] = writes(model, processor, few, settings)._asdict()
-        hits[SHUFFLED][distance] = sees(next(iter(models.values())), exchanged, settings)
+        hits[SHUFFLED][distance] = sees(next(iter(models.values())), exchange(encoded), settings)
     lines = settings.examples(0, settings.scenes)
     return {
         "settings": asdict(settings),
@@ -107,6 +103,17 @@ def evaluate(models: Mapping[str, Qwen3VL], processor: Processor, settings: Sett
         "hits": {name: {d: h.astype(int).tolist() for d, h in by.items()} for name, by in hits.items()},
         "written": written,
     }
+
+
+def encode(examples: Sequence[Example], processor: Processor) -> list[Encoded]:
+    """The conversations, true answers included, with their images drawn."""
+    return [processor.encode(example.messages(draw(example.scene))) for example in examples]
+
+
+def exchange(examples: Sequence[Encoded]) -> list[Encoded]:
+    """The same conversations, each about the next one's image."""
+    others = [*examples[1:], *examples[:1]]
+    return [replace(mine, pixel_values=other.pixel_values) for mine, other in zip(examples, others, strict=True)]
 
 
 def sees(model: Qwen3VL, examples: Sequence[Encoded], settings: Settings) -> np.ndarray:
@@ -118,7 +125,7 @@ def sees(model: Qwen3VL, examples: Sequence[Encoded], settings: Settings) -> np.
     hits = []
     for start in range(0, len(examples), settings.batch_size):
         rows = examples[start : start + settings.batch_size]
-        columns = np.stack([_value_columns(example, settings.lines) for example in rows])
+        columns = np.stack([value_columns(example, settings.lines) for example in rows])
         full = [*rows, *[rows[-1]] * (settings.batch_size - len(rows))]  # one shape, one compilation
         batch = Batch.from_rows([[example] for example in full], model.config, length=length, patches=patches)
         padded = np.pad(columns, ((0, len(full) - len(rows)), (0, 0)), mode="edge")
@@ -128,7 +135,7 @@ def sees(model: Qwen3VL, examples: Sequence[Encoded], settings: Settings) -> np.
     return np.concatenate(hits)
 
 
-def _value_columns(example: Encoded, lines: int) -> np.ndarray:
+def value_columns(example: Encoded, lines: int) -> np.ndarray:
     """Columns of the answer's values [lines]: the last token of each line; the answer ends with the end of the turn."""
     assert example.loss_mask is not None
     learned = np.flatnonzero(example.loss_mask)

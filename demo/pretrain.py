@@ -26,7 +26,7 @@ def main(out: Path = Path("out/demo"), base: Path = Path("demo/base")) -> None:
         train = ["train.sft", f"--config=demo/pretrain_{stage}.yaml", f"--checkpoint={before}", f"--run_dir={run}"]
         steps += [
             (data / "data.jsonl", ["demo.task", data, "--config", f"demo/pretrain_{stage}_data.yaml"]),
-            (run / "model", [*train, f"--data.path={data / 'data.jsonl'}"]),
+            (run / "model", [*train, f"--data.sources={data / 'data.jsonl'}"]),
         ]
     run_steps([*steps, (base / "config.json", ["convert.orbax_to_hf", out / f"pretrain_{STAGES}_run" / "model", base])])
 

@@ -83,7 +83,7 @@ def markdown(results: dict[str, Any], summary: dict[str, Any]) -> str:
         verdict(summary, distances),
         f"Teacher-forced accuracy of the values and its 95% interval over {settings['scenes']} held-out scenes of "
         f"{settings['size']} x {settings['size']} cells, {settings['lines']} lines each:",
-        _table(
+        table(
             ["tokens between image and question", *names, *(["gain, paired"] if "gain" in summary else [])],
             [
                 [distance, *(summary["by_distance"][name][i] for name in names)]
@@ -92,7 +92,7 @@ def markdown(results: dict[str, Any], summary: dict[str, Any]) -> str:
             ],
         ),
         f"By position in the answer, {distances[0]} tokens between image and question:",
-        _table(
+        table(
             ["lines", *names],
             [
                 [f"{first} - {last}", *(summary["by_line"][name][i] for name in names)]
@@ -100,7 +100,7 @@ def markdown(results: dict[str, Any], summary: dict[str, Any]) -> str:
             ],
         ),
         "By attribute:",
-        _table(
+        table(
             ["model", "attribute", *(str(distance) for distance in distances)],
             [
                 [name, attribute, *(f"{mean:.2f}" for mean in means)]
@@ -109,7 +109,7 @@ def markdown(results: dict[str, Any], summary: dict[str, Any]) -> str:
             ],
         ),
         f"Written by the model itself, greedily ({settings['written_scenes']} scenes):",
-        _table(
+        table(
             ["model", "tokens between", "lines", "correct", "wrong value", "pair repeated", "malformed"],
             [
                 [name, distance, w["lines"], w["correct"], _wrong(w), w["repeated"], w["malformed"]]
@@ -138,7 +138,8 @@ def _wrong(written: dict[str, int]) -> int:
     return written["lines"] - written["correct"] - written["repeated"] - written["malformed"]
 
 
-def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 

@@ -36,7 +36,7 @@ def main(out: Path = Path("out/demo")) -> None:
                     "train.sft",
                     "--config=demo/branch.yaml",
                     f"--checkpoint={checkpoint}",
-                    f"--data.path={data / 'data.jsonl'}",
+                    f"--data.sources={data / 'data.jsonl'}",
                     f"--run_dir={run}",
                 ],
             ),

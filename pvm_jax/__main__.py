@@ -1,16 +1,15 @@
 """`python -m pvm_jax generate`: asks a checkpoint about images."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from pvm_jax.batch import Batch
 from pvm_jax.checkpoint import load
+from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.command_line import command_parser
 from pvm_jax.generation import stream
 from pvm_jax.processing import Processor
@@ -76,13 +75,6 @@ def _generate(args: Any) -> None:
     print(
         f"\n[{len(tokens)} tokens, first after {first:.2f} s (compilation included), then {rate:.1f} a second]", file=sys.stderr
     )
-
-
-def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file."""
-    file = Path(checkpoint) / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id", ()) if file.is_file() else ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -277,107 +277,6 @@ def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-class TrainCheckpoints:
-    """The steps of one training run: what is trained and the optimizer's state. The data needs no state: a run's batches are
-    numbered, and the step says which one is next.
-
-    Writing goes on in the background; a step that was not finished does not exist. Every step carries the model's
-    config and the identity of the backbone that the run started from, and is restored into no other.
-    """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        config: ModelConfig,
-        backbone: str,
-        *,
-        keep: int = 2,
-        best: str | None = None,
-        maximize: bool = False,
-    ):
-        """Opens `directory`, or makes it.
-
-        Args:
-            backbone: `backbone_identity` of the parameters that the run starts from.
-            keep: this many newest steps stay.
-            best: a metric's name; the step where it was lowest (highest with `maximize`) stays as well.
-        """
-        policies = ocp.training.preservation_policies
-        preserved: list[Any] = [policies.LatestN(keep)]
-        if best is not None:
-            # BestN keeps the end of the sorted list.
-            preserved.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], reverse=not maximize, n=1))
-        preservation: Any = policies.AnyPreservationPolicy(preserved)
-        self._best = best
-        model = {key: value for key, value in config.to_hf().items() if key != "dtype"}
-        self._run = {"model": model, "backbone": backbone}
-        self._steps = ocp.training.Checkpointer(
-            str(Path(directory).absolute()),
-            context=_context(),
-            preservation_policy=preservation,
-            cleanup_tmp_directories=True,
-        )
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps that can be restored, ascending."""
-        return [checkpoint.step for checkpoint in self._steps.checkpoints]
-
-    @property
-    def latest(self) -> int | None:
-        return self.steps[-1] if self.steps else None
-
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Copies `state` off the devices and returns; the files are written in the background.
-
-        Args:
-            state: a pytree of arrays (trained parameters, optimizer state).
-
-        Raises:
-            ValueError: if the metric that decides which step is best is not among `metrics`.
-        """
-        if self._best is not None and self._best not in (metrics or {}):
-            raise ValueError(f"step {step}: the metric {self._best!r} decides which step is best, but was not given")
-        self._steps.save_checkpointables_async(
-            step,
-            {"state": state},
-            force=True,
-            metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
-            custom_metadata=self._run,
-        )
-
-    def restore(self, abstract: Any, step: int | None = None) -> Any:
-        """The state of `step` (None: the latest) in the shardings of `abstract`, whatever mesh and processes wrote it.
-
-        Args:
-            abstract: the state's tree with `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` leaves.
-
-        Raises:
-            FileNotFoundError: if there is no such step.
-            CheckpointError: if the step is another model's or another backbone's.
-        """
-        step = self.latest if step is None else step
-        if step is None or step not in self.steps:
-            raise FileNotFoundError(f"{self._steps.directory}: no step {step}; there are {self.steps}")
-        saved: Any = self._steps.metadata(step).custom_metadata or {}
-        for key, mine in self._run.items():
-            if saved.get(key) != mine:
-                raise CheckpointError(
-                    f"{self._steps.directory}: step {step} was saved with another {key}: {saved.get(key)}, now {mine}"
-                )
-        return self._steps.load_checkpointables(step, {"state": abstract})["state"]
-
-    def close(self) -> None:
-        """Waits for the last save."""
-        self._steps.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a parameter tree by path, as in "language_model/norm/weight"."""
     pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
@@ -426,7 +325,7 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
         path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype, sharding=shardings[path])
         for path, leaf in expected.items()
     }
-    context = _context(partial=True)
+    context = orbax_context(partial=True)
     # What waits in host memory on its way to the devices. Orbax counts whole chunks, and refuses a limit below one request.
     largest = max(math.prod(leaf.shape) * stored[path].dtype.itemsize for path, leaf in expected.items())
     context.memory.read_concurrent_bytes = largest + _READ_BYTES
@@ -435,11 +334,12 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
 
 
 def _write(directory: Path, params: dict[str, Any]) -> None:
-    with _context():
+    with orbax_context():
         ocp.save(str(directory / PARAMS), params)
 
 
-def _context(*, partial: bool = False) -> ocp.Context:
+def orbax_context(*, partial: bool = False) -> ocp.Context:
+    """How this project stores arrays; `partial` reads a part of what was stored."""
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _storage_options
     context.pytree.loading.partial_load = partial

@@ -48,6 +48,13 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     sync_global_devices(f"finished {target}")
 
 
+def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
+    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file."""
+    file = Path(checkpoint) / "generation_config.json"
+    ids = json.loads(file.read_text()).get("eos_token_id", ()) if file.is_file() else ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
 def copy_assets(source: str | Path, target: Path) -> None:
     """Copies the tokenizer's, processor's and generation's files, not the weights, their index or config.json."""
     for file in sorted(Path(source).iterdir()):

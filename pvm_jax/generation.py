@@ -119,8 +119,8 @@ def stream(model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: Unp
 class Chat:
     """One conversation whose cache lives on between turns: a new turn is read once, its images join those in memory.
 
-    What was read before is not read again, so that earlier turns do not see the later ones' images: exactly the forward
-    pass of a model with pvm_visibility "preceding".
+    What was read before is not read again, so that earlier turns do not recall the later ones' images. For a model with
+    pvm_visibility "preceding" the answers are those of a forward pass over the whole conversation.
     """
 
     def __init__(self, model: Qwen3VL):

@@ -217,6 +217,21 @@ def read_image(source: Source) -> Image.Image:
         _close(image, source)
 
 
+def encoded_bytes(source: str | Path | bytes | Mapping[str, Any]) -> bytes:
+    """The file that holds an image, as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`, without looking inside.
+    """
+    file, name = _file(source)
+    if isinstance(file, BytesIO):
+        return file.getvalue()
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} does not exist") from error
+
+
 def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.ndarray, Grid]:
     """The flattened patches of one image (one frame) or one video (all frames of one size), and their grid.
 

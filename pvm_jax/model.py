@@ -56,6 +56,7 @@ class Trace(NamedTuple):
         embeds: [B, V, D], deepstack: [taps, B, V, D]: what the tower gives; None for a batch without patches.
         streams: [L, B, S, D], the residual stream that leaves each layer (the DeepStack addition included).
         updates: by layer of the branch, [B, S, D].
+        hidden: [B, S, D] after the final norm.
         logits: [B, S, vocab] float32.
     """
 
@@ -63,6 +64,7 @@ class Trace(NamedTuple):
     deepstack: jax.Array | None
     streams: jax.Array
     updates: dict[int, jax.Array]
+    hidden: jax.Array
     logits: jax.Array
 
 
@@ -102,7 +104,7 @@ class Qwen3VL(nnx.Module):
         visual, decoded = self._read(batch, trace=True)
         assert decoded.streams is not None
         embeds, deepstack = visual or (None, None)
-        return Trace(embeds, deepstack, decoded.streams, decoded.updates, self.logits(decoded.hidden))
+        return Trace(embeds, deepstack, decoded.streams, decoded.updates, decoded.hidden, self.logits(decoded.hidden))
 
     def prefill(self, batch: Batch, *, chunk: int | None = None, past: Cache | None = None) -> tuple[jax.Array, Cache]:
         """Reads prompts, one a row, or what comes after `past` in them.

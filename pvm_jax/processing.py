@@ -3,10 +3,12 @@
 The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.images` the pixels.
 """
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -143,9 +145,16 @@ class Processor:
         for where, video in conversation.videos:
             with naming(where):
                 video_grids.append(self.video_settings.grid(len(video.frames), *image_size(video.frames[0])))
-        text = self._render(conversation.messages, add_generation_prompt)
-        ids, _ = self._tokens([(text, False)], conversation, image_grids, video_grids)
+        segments = self._supervised(conversation.messages, add_generation_prompt)
+        ids, _ = self._tokens(segments, conversation, image_grids, video_grids)
         return len(ids), sum(math.prod(grid) for grid in image_grids + video_grids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Differs between two processors that could give a conversation different numbers of tokens or patches."""
+        tokenizer: Any = self.tokenizer  # a fast one: transformers 5 has no others for this model
+        parts = tokenizer.backend_tokenizer.to_str(), self.chat_template, repr(self.image_settings), repr(self.video_settings)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of token ids [S]."""

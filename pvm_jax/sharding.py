@@ -1,9 +1,11 @@
 """The mesh and the ONE table that says which mesh axis splits which logical axis."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -28,20 +30,20 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> jax.sharding.Mesh:
-    """A mesh over all devices with the axes (data, fsdp, tensor); one size may be -1: "what is left".
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all there are) with the axes (data, fsdp, tensor); one size may be -1: "what is left".
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    sizes, count = [data, fsdp, tensor], jax.device_count() if devices is None else len(devices)
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = devices // rest
-    if math.prod(sizes) != devices or min(sizes) < 1:
-        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {devices} devices exactly")
+        sizes[sizes.index(-1)] = count // rest
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {count} devices exactly")
     # Auto axes: with the default (Explicit) an embedding gather is refused.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def partition_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
@@ -83,3 +85,26 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Splits the leading axis (the batch) over data and fsdp; every leaf of a `Batch` takes it."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(sharding: NamedSharding, count: int) -> list[int]:
+    """Those of a batch's `count` rows that this process's devices hold under `batch_sharding`, ascending.
+
+    They need not be neighbours: on a TPU slice the mesh orders devices by the wires between them, not by their hosts.
+    """
+    indices = sharding.addressable_devices_indices_map((count,)).values()
+    return sorted({row for index in indices if index for row in range(count)[index[0]]})
+
+
+def place_rows(rows: Any, sharding: NamedSharding, count: int) -> Any:
+    """The global batch of `count` rows, a pytree of arrays, of which `rows` (NumPy) holds this process's `local_rows`."""
+    place = {row: place for place, row in enumerate(local_rows(sharding, count))}
+
+    def global_array(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            return x[place[start] : place[start] + stop - start]
+
+        return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(global_array, rows)

@@ -2,15 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from types import MappingProxyType
+from typing import Literal, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser
 
 from pvm_jax.command_line import HelpFormatter
 from pvm_jax.config import LoRAConfig
 
+Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
 
 
@@ -34,28 +36,57 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The training examples.
+class Source:
+    """One of the data's sources.
 
     Attributes:
-        path: JSONL file, an object {"messages": [...]} a line; image paths are relative to the file (docs in train/data.py).
+        path: JSONL or Parquet file, `data/train-*.parquet`, or a directory: Parquet files, what `datasets` saved, or what
+            convert.dataset wrote (docs/data.md).
+        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random half each time.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise ValueError(f"data.sources: the weight of {self.path} must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Examples, and the rows that they are laid out in.
+
+    Attributes:
+        sources: a path, or several; {path: ..., weight: ...} for one that an epoch reads more or less often than once.
         buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One compilation each.
+        packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
+            counts rows. Without it a row is one example.
         too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
     """
 
-    path: str
+    sources: str | list[str | Source]
     buckets: list[Bucket]
+    packing: bool = True
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
 
     def __post_init__(self):
+        if not self.mixture:
+            raise ValueError("data.sources: needs at least one path")
         if not self.buckets:
             raise ValueError("data.buckets: needs at least one bucket")
         if self.threads < 1 or self.prefetch < 1:
             raise ValueError(f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1")
+
+    @property
+    def mixture(self) -> list[Source]:
+        """The sources, each with its weight."""
+        sources = [self.sources] if isinstance(self.sources, str) else self.sources
+        return [source if isinstance(source, Source) else Source(source) for source in sources]
 
 
 @dataclass(frozen=True)
@@ -105,6 +136,60 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others of its run: on one machine, on a TPU slice and under SLURM nothing needs to be said.
+
+    Attributes:
+        coordinator_address: host:port of process 0, which all others can reach; None leaves it to the cluster.
+        num_processes: of the run; 1 stays alone, whatever the cluster says.
+        process_id: of this process, from 0.
+        timeout: seconds that the processes wait for each other at the start.
+    """
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 300
+
+    def __post_init__(self):
+        count, process = self.num_processes, self.process_id
+        if self.timeout < 1 or (count is not None and count < 1):
+            raise ValueError(f"distributed: num_processes {count} and timeout {self.timeout} must be at least 1")
+        if self.coordinator_address is None:
+            if (count or 1) > 1 or process:
+                raise ValueError(
+                    f"distributed.coordinator_address is missing (host:port of process 0; got processes {count}, id {process})"
+                )
+        elif not re.fullmatch(r".+:\d+", self.coordinator_address):
+            raise ValueError(f"distributed.coordinator_address is host:port, got {self.coordinator_address!r}")
+        elif count is None or process is None:
+            raise ValueError(f"distributed.coordinator_address needs num_processes and process_id, got {count} and {process}")
+        elif not 0 <= process < count:
+            raise ValueError(f"distributed.process_id counts from 0 to num_processes - 1 = {count - 1}, got {process}")
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Conversations that are measured and not trained on, in the buckets of the training data.
+
+    Attributes:
+        sources: as data.sources.
+        every: steps between two measurements; the first is before step 0, the last after the last step.
+        samples: conversations, the first of the first source, whose answers are generated and written to TensorBoard.
+        max_new_tokens: of each of these answers.
+    """
+
+    sources: str | list[str | Source]
+    every: int = 500
+    samples: int = 4
+    max_new_tokens: int = 128
+
+    def __post_init__(self):
+        if not self.sources or self.every < 1 or self.samples < 0 or self.max_new_tokens < 1:
+            raise ValueError("held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1")
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning. The defaults are the paper's alignment stage.
 
@@ -116,7 +201,7 @@ class SFTConfig:
         trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head and branch) or "all" (the
             vision tower too).
         lora: the adapters, with trainable "lora".
-        batch_size: examples of one optimizer step, over all devices.
+        batch_size: rows of one optimizer step, over all devices; a row is one example, or several with data.packing.
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.
@@ -125,11 +210,15 @@ class SFTConfig:
         attention: attention kernel; None picks by platform.
         loss_chunk: positions of a row whose logits exist at the same time.
         seed: order of the examples.
+        not_finite: whether a step whose loss or gradient is not finite ends the run ("stop"), or is reported with its
+            examples and leaves the parameters as they were ("skip"; ten in a row end the run).
         log_every: steps between two reads of the metrics; every step's values are written then.
         checkpoint_every: steps between two checkpoints.
         keep: step checkpoints kept, newest first.
+        held_out: what is measured while the run goes on; nothing by default.
         optimizer: AdamW and its schedule.
         mesh: how devices share the work.
+        distributed: how the processes of a run on several hosts find each other.
     """
 
     checkpoint: str
@@ -150,8 +239,11 @@ class SFTConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    not_finite: Literal["stop", "skip"] = "stop"
+    held_out: HeldOutConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation", "epochs", "loss_chunk", "log_every", "checkpoint_every", "keep"):
@@ -187,8 +279,22 @@ def _names(option_strings: Sequence[str]) -> list[str]:
     return [option.removeprefix("--") for option in option_strings]
 
 
-def parse(cls: type, argv: Sequence[str] | None, *, prog: str, description: str, examples: str) -> object:
+def parse(
+    cls: type[Config],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    examples: str,
+    flags: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Config, set[str]]:
     """An instance of the dataclass `cls` from `--config FILE` (YAML) and overriding `--section.key value` arguments.
+
+    Args:
+        flags: options without a value that do not belong to a config, as "--dry-run", and their help.
+
+    Returns:
+        The instance, and those of `flags` that were given.
 
     Exits with a message that names the key for unknown, missing or ill-typed values and for what `cls` itself refuses.
     """
@@ -200,15 +306,14 @@ def parse(cls: type, argv: Sequence[str] | None, *, prog: str, description: str,
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    for flag, help_text in flags.items():
+        parser.add_argument(flag, action="store_true", help=help_text)
     parser.add_class_arguments(cls)
     namespace = parser.parse_args(argv)
     try:
-        return cls(**_values(parser, namespace))
+        values = vars(parser.instantiate(namespace))
+        given = {flag for flag in flags if values.pop(flag.removeprefix("--").replace("-", "_"))}
+        values.pop("config")
+        return cls(**values), given
     except ValueError as error:
         parser.error(str(error))
-
-
-def _values(parser: ArgumentParser, namespace) -> dict:
-    values = vars(parser.instantiate(namespace))
-    values.pop("config")
-    return values

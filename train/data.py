@@ -1,24 +1,13 @@
-"""Conversations on disk -> batches of few static shapes, in an order that the seed alone decides.
+"""Sources of conversations -> batches of few static shapes, in an order that the seed alone decides.
 
-The file is JSONL: one object a line, chat messages in the form that chat templates take, images by path (relative to the
-file itself) and videos by the paths of their frames:
-
-    {"messages": [
-      {"role": "user", "content": [{"type": "image", "image": "images/17.png"}, {"type": "text", "text": "How many?"}]},
-      {"role": "assistant", "content": "Three."}]}
-
-Loss falls on assistant turns. An example is never truncated: it goes into the smallest bucket that holds it, or nowhere.
+`pvm_jax.conversations` reads the sources, `train.packing` lays the examples out in rows. Loss falls on assistant turns. An
+example is never truncated: it goes into a row that holds all of it, or nowhere.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -26,77 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from pvm_jax.batch import Batch, Example
+from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
+from pvm_jax.conversations import Conversations, open_conversations, size_of
+from pvm_jax.messages import Messages
 from pvm_jax.processing import Processor
-from train.config import Bucket, SFTConfig
-
-Messages = list[dict[str, Any]]
-
-
-class Conversations(Sequence[Messages]):
-    """The conversations of a JSONL file. Memory holds the byte offsets of its lines; a line is read when it is asked for."""
-
-    def __init__(self, path: str | Path):
-        """Scans `path` once for line ends.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it has no line.
-        """
-        self.path = Path(path)
-        with open(self.path, "rb") as file:
-            lengths = [len(line) for line in file]
-        if not lengths:
-            raise ValueError(f"{self.path} is empty")
-        ends = np.cumsum(lengths)
-        self._spans = np.stack([ends - lengths, lengths], axis=1)
-        self._file = os.open(self.path, os.O_RDONLY)
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def __getitem__(self, index: int) -> Messages:
-        """The messages of line `index` (from 0), image paths made absolute.
-
-        Raises:
-            ValueError: naming file and line, if the line is not an object with a list of messages.
-        """
-        start, length = self._spans[index]
-        try:
-            record = json.loads(os.pread(self._file, int(length), int(start)))
-            return [_with_absolute_paths(message, self.path.parent) for message in record["messages"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'{self.where(index)}: not an object {{"messages": [{{"role": ..., "content": ...}}, ...]}}: {error!r}'
-            ) from error
-
-    def where(self, index: int) -> str:
-        """`file:line` of conversation `index`, for error messages."""
-        return f"{self.path}:{index + 1}"
-
-    @contextmanager
-    def naming(self, index: int) -> Iterator[None]:
-        """Turns what conversation `index` is refused for into a ValueError that names its line."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.where(index)}: {error}") from error
-
-
-def _with_absolute_paths(message: dict[str, Any], root: Path) -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    return message | {"content": [_absolute_item(item, root) for item in content]}
-
-
-def _absolute_item(item: dict[str, Any], root: Path) -> dict[str, Any]:
-    if "image" in item:
-        return item | {"image": str(root / item["image"])}
-    if "video" in item:
-        return item | {"video": [str(root / frame) for frame in item["video"]]}
-    return item
+from train.config import Bucket, DataConfig, Source
+from train.packing import Plan, bucket_of_examples, make_plan, padding, padding_of_single_examples
 
 
 @dataclass(frozen=True)
@@ -104,12 +29,20 @@ class TrainingData:
     """The batches of a run.
 
     Attributes:
-        batches: element i is this host's part of step i's batch, NumPy leaves.
+        batches: element i is this host's rows of step i's batch, NumPy leaves.
         report: what became of the examples, for the log.
+        plan: the examples of every row, as places in the sources one after the other.
+        sources: the opened sources.
     """
 
     batches: grain.MapDataset[Batch]
     report: str
+    plan: Plan
+    sources: Sequence[Conversations]
+
+    def examples(self, step: int) -> list[list[str]]:
+        """File and place of the examples in each row of the whole batch of `step`, whatever part of it this host reads."""
+        return [[_where(self.sources, example) for example in row] for row in self.plan.rows(step)]
 
     def iterator(self, start: int, threads: int, prefetch: int) -> Iterator[Batch]:
         """The batches from step `start` on, read ahead in `threads` threads."""
@@ -118,67 +51,135 @@ class TrainingData:
 
 
 def load_training_data(
-    config: SFTConfig,
+    data: DataConfig,
     processor: Processor,
     model_config: ModelConfig,
     *,
-    rows: slice = slice(None),
+    batch_size: int,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
     sizes_file: Path | None = None,
+    fill_last: bool = False,
 ) -> TrainingData:
-    """Measures every example, sorts them into buckets and lays out all batches of the run.
+    """Measures every example, sorts them into rows and lays out all batches of the run.
 
-    Every host gets the same shape at every step.
+    Every host gets the same shape at every step, and the order does not depend on how many hosts there are.
 
     Args:
-        rows: those of a batch that this host reads.
+        batch_size: rows of a batch, over all hosts.
+        epochs: passes over the data.
+        max_steps: how many steps are kept.
+        seed: of the order.
+        rows: those of a batch that this host reads (None: all).
         sizes_file: keeps the measured sizes for the next start on the same data (an .npy file).
+        fill_last: the last batch of each bucket is filled with rows that are all padding, so that no example is left over.
 
     Raises:
-        ValueError: for a bad line (named), for an example that no bucket holds with `too_long` "error", or if no bucket can
-            fill a batch.
+        FileNotFoundError, ValueError: for a bad source or record (named), for an example that no bucket holds with `too_long`
+            "error", or if no bucket can fill a batch.
     """
-    data = config.data
-    conversations = Conversations(data.path)
-    sizes = _cached(sizes_file, lambda: measure(conversations, processor.count, data.threads))
+    sources = [open_conversations(source.path) for source in data.mixture]
+    stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
+    sizes = _cached(sizes_file, lambda: np.concatenate([_sizes(source, processor, data.threads) for source in sources]))
     buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
-    members = assign(sizes, buckets, least=-(-config.batch_size // config.epochs))
-    too_long = len(conversations) - sum(map(len, members))
-    if too_long and data.too_long == "error":
-        raise ValueError(_describe_too_long(conversations, sizes, members, too_long))
-
-    def encode(index: int) -> Example:
-        with conversations.naming(index):
-            return processor.encode(conversations[index])
-
-    parts = []
-    for bucket, indices in zip(buckets, members, strict=True):
-        if steps := len(indices) * config.epochs // config.batch_size:
-            order = grain.MapDataset.range(len(indices)).shuffle(config.seed).repeat(config.epochs)
-            batches = order[: steps * config.batch_size].batch(config.batch_size)
-            parts.append(batches.map(partial(_read_rows, encode, model_config, bucket, indices, rows)))
-    if not parts:
-        raise ValueError(f"{data.path}: no bucket has the {config.batch_size} examples of one batch; {too_long} are too long")
-    batches = _interleave(parts, config.seed)
-    left_over = sum(len(indices) * config.epochs for indices in members) - len(batches) * config.batch_size
-    batches = batches[: config.max_steps]
-    report = (
-        f"{len(conversations):,} examples x {config.epochs} epochs: {len(batches):,} steps of {config.batch_size}; "
-        f"{too_long:,} examples too long for every bucket, {left_over:,} readings fill no batch"
+    too_long = np.flatnonzero(bucket_of_examples(sizes, buckets) < 0)
+    if len(too_long) and data.too_long == "error":
+        tokens, patches = sizes[too_long[0]]
+        raise ValueError(
+            f"{len(too_long)} examples fit no bucket, the first is {_where(sources, too_long[0])} with {tokens} tokens and "
+            f"{patches} patches: add a larger bucket to data.buckets or set data.too_long to drop"
+        )
+    plan = make_plan(
+        sizes,
+        [epoch_readings(data.mixture, list(map(len, sources)), seed, epoch) for epoch in range(epochs)],
+        buckets,
+        batch_size=batch_size,
+        packing=data.packing,
+        seed=seed,
+        max_steps=max_steps,
+        fill_last=fill_last,
     )
-    return TrainingData(batches, report)
+    if not len(plan):
+        raise ValueError(
+            f"{', '.join(source.path for source in data.mixture)}: no bucket has the {batch_size} rows of one batch; "
+            f"{len(too_long)} of {len(sizes)} examples are too long. Lower batch_size, or change data.buckets or data.packing"
+        )
+
+    mine = range(batch_size) if rows is None else rows
+
+    def read(step: int) -> Batch:
+        bucket = buckets[plan.bucket(step)]
+        members = plan.rows(step)
+        examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
+        return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+
+    batches = grain.MapDataset.range(len(plan)).map(read)
+    report = _report(plan, sizes, buckets, epochs, too_long)
+    if stale:
+        report += (
+            f". Measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
+        )
+    return TrainingData(batches, report, plan, sources)
 
 
-def _read_rows(
-    encode: Callable[[int], Example],
-    model_config: ModelConfig,
-    bucket: Bucket,
-    indices: np.ndarray,
-    rows: slice,
-    places: np.ndarray,
-) -> Batch:
-    """The batch of the examples at `places` of a bucket's `indices`: those `rows` of it that this host reads."""
-    examples = [[encode(index)] for index in indices[places[rows]].tolist()]
-    return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """The examples that an epoch reads, shuffled: [readings] int32, places in the sources one after the other.
+
+    Args:
+        lengths: examples of each source.
+
+    Raises:
+        ValueError: for a weight by which an epoch reads nothing of its source.
+    """
+    rng, first, readings = np.random.default_rng((seed, epoch)), 0, []
+    for source, length in zip(mixture, lengths, strict=True):
+        whole = int(source.weight)
+        part = round((source.weight - whole) * length)
+        if not whole and not part:
+            raise ValueError(f"data.sources: weight {source.weight} of the {length} examples of {source.path} is none")
+        readings += [np.tile(np.arange(length), whole) + first, rng.permutation(length)[:part] + first]
+        first += length
+    return rng.permutation(np.concatenate(readings)).astype(np.int32)
+
+
+def measure(conversations: Conversations, count: Callable[[Messages], tuple[int, int]], threads: int) -> np.ndarray:
+    """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal."""
+
+    def sizes(start: int) -> list[tuple[int, int]]:
+        return [size(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))]
+
+    def size(index: int) -> tuple[int, int]:
+        messages = conversations[index]
+        with conversations.naming(index):
+            return size_of(messages, count)
+
+    starts = range(0, len(conversations), _MEASURE_CHUNK)
+    with ThreadPoolExecutor(threads) as pool:
+        console = Console()
+        chunks = track(
+            pool.map(sizes, starts),
+            f"Measuring {conversations.path}",
+            total=len(starts),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        return np.array([size for chunk in chunks for size in chunk], np.int32)
+
+
+_MEASURE_CHUNK = 64
+
+
+def _sizes(conversations: Conversations, processor: Processor, threads: int) -> np.ndarray:
+    """The sizes that the data bring, if this very processor measured them, else measured now."""
+    if conversations.sizes is not None and not _measured_by_another(conversations, processor):
+        return conversations.sizes
+    return measure(conversations, processor.count, threads)
+
+
+def _measured_by_another(conversations: Conversations, processor: Processor) -> bool:
+    return conversations.measured_by is not None and conversations.measured_by != processor.fingerprint
 
 
 def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -192,65 +193,34 @@ def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
     return array
 
 
-def measure(conversations: Conversations, count: Callable[[Messages], tuple[int, int]], threads: int) -> np.ndarray:
-    """(tokens, patches) of every conversation, [N, 2], with a progress bar on a terminal."""
-
-    def sizes(start: int) -> list[tuple[int, int]]:
-        return [count_one(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))]
-
-    def count_one(index: int) -> tuple[int, int]:
-        messages = conversations[index]
-        with conversations.naming(index):
-            if not any(message.get("role") == "assistant" for message in messages):
-                raise ValueError("there is no assistant turn to learn from")
-            return count(messages)
-
-    starts = range(0, len(conversations), _MEASURE_CHUNK)
-    with ThreadPoolExecutor(threads) as pool:
-        console = Console()
-        chunks = track(
-            pool.map(sizes, starts),
-            "Measuring examples",
-            total=len(starts),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        return np.array([size for chunk in chunks for size in chunk], np.int64)
+def _encode(sources: Sequence[Conversations], processor: Processor, example: int):
+    source, index = _place(sources, example)
+    messages = source[index]
+    with source.naming(index):
+        return processor.encode(messages)
 
 
-_MEASURE_CHUNK = 64
+def _where(sources: Sequence[Conversations], example: int) -> str:
+    source, index = _place(sources, example)
+    return source.where(index)
 
 
-def assign(sizes: np.ndarray, buckets: Sequence[Bucket], *, least: int) -> list[np.ndarray]:
-    """Indices of the examples that go into each bucket: the first in `buckets` that holds them.
-
-    A bucket with fewer than `least` examples could not fill a batch: its examples go on to the next one that holds them.
-    """
-    members, waiting = [], np.arange(len(sizes))
-    for place, bucket in enumerate(buckets):
-        fits = (sizes[waiting, 0] <= bucket.tokens) & (sizes[waiting, 1] <= bucket.patches)
-        later = any(b.tokens >= bucket.tokens and b.patches >= bucket.patches for b in buckets[place + 1 :])
-        if later and fits.sum() < least:
-            fits[:] = False
-        members.append(waiting[fits])
-        waiting = waiting[~fits]
-    return members
+def _place(sources: Sequence[Conversations], example: int) -> tuple[Conversations, int]:
+    """The source that holds an example, and its place there."""
+    for source in sources:
+        if example < len(source):
+            return source, int(example)
+        example -= len(source)
+    raise IndexError(f"the sources hold no example {example} more")
 
 
-def _interleave(parts: Sequence[grain.MapDataset], seed: int) -> grain.MapDataset:
-    """All batches of all buckets: each bucket's in their order, the buckets in a random order that all hosts share."""
-    lengths = [len(part) for part in parts]
-    bucket_of_step = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(parts)), lengths))
-    place = np.empty(len(bucket_of_step), np.int64)
-    for bucket, length in enumerate(lengths):
-        place[bucket_of_step == bucket] = np.arange(length)
-    return grain.MapDataset.range(len(place)).map(lambda step: parts[bucket_of_step[step]][int(place[step])])
-
-
-def _describe_too_long(conversations: Conversations, sizes: np.ndarray, members: list[np.ndarray], count: int) -> str:
-    first = int(np.setdiff1d(np.arange(len(sizes)), np.concatenate(members))[0])
-    tokens, patches = sizes[first]
+def _report(plan: Plan, sizes: np.ndarray, buckets: Sequence[Bucket], epochs: int, too_long: np.ndarray) -> str:
+    rows = len(plan.row_starts) - 1
+    now, single = padding(plan, sizes, buckets), padding_of_single_examples(sizes, buckets)
+    held = np.delete(sizes, too_long, axis=0).sum(0)
     return (
-        f"{count} examples fit no bucket, the first is {conversations.where(first)} with {tokens} tokens and {patches} "
-        "patches: add a larger bucket to data.buckets or set data.too_long to drop"
+        f"{len(sizes):,} examples, {epochs} epochs, {len(plan):,} steps of {plan.batch_size} rows with "
+        f"{len(plan.examples) / rows:.1f} examples each. Padding: {now.tokens:.1%} of tokens, {now.patches:.1%} of patches "
+        f"({single.tokens:.1%}, {single.patches:.1%} with one example a row); the data have {held[1] / held[0]:.2f} patches a "
+        f"token. {len(too_long):,} examples are too long for every bucket, {plan.left_over:,} readings fill no batch"
     )

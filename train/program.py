@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -12,8 +13,8 @@ from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.sharding import batch_sharding, param_shardings
-from train.config import SFTConfig
-from train.flops import count_flops, devices_peak_flops
+from train.config import Bucket, SFTConfig
+from train.flops import Work, count_costs, peak_flops
 from train.optimizer import make_optimizer, make_schedule
 from train.step import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
 
@@ -23,20 +24,20 @@ class Program:
     """The compiled part of a run.
 
     Attributes:
-        graphdef: structure of the model, with the run's dtypes, remat and kernel.
+        model_config: with the run's dtypes, remat and kernel.
+        graphdef: structure of that model.
         state: what a step changes: ShapeDtypeStructs with their shardings.
         frozen: parameters that do not train, in the compute dtype: ShapeDtypeStructs with their shardings.
-        step: jitted, donates its state.
-        plain: the same step without remat and kernels, to be counted, not run.
+        step: jitted, donates its state; metrics count its FLOPs (`step_costs`) where the devices' peak is known.
         batch_sharding: of every leaf of a batch.
     """
 
     config: SFTConfig
+    model_config: ModelConfig
     graphdef: nnx.GraphDef
     state: TrainState
     frozen: Any
     step: Step
-    plain: Step
     batch_sharding: NamedSharding
 
     def begin(self, model: Qwen3VL) -> tuple[TrainState, Any]:
@@ -50,9 +51,14 @@ class Program:
         """The model as it stands after a step."""
         return nnx.merge(self.graphdef, state.params, frozen)
 
-    def flops(self, batch: Batch) -> int:
-        """Of one step on a batch of this shape; 0 where the devices' peak is unknown, so that nobody asks."""
-        return count_flops(self.plain, self.state, self.frozen, batch) if devices_peak_flops() else 0
+    def abstract_batch(self, bucket: Bucket) -> Batch:
+        """ShapeDtypeStructs of a step's batch in rows of `bucket`, with their shardings."""
+        row = Batch.empty(self.model_config, rows=1, length=bucket.tokens, patches=bucket.patches)
+
+        def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self.config.batch_size, *x.shape[1:]), x.dtype, sharding=self.batch_sharding)
+
+        return jax.tree.map(abstract, row)
 
 
 def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh: Mesh) -> Program:
@@ -70,22 +76,42 @@ def make_program(config: SFTConfig, model_config: ModelConfig, total: int, mesh:
     state = jax.eval_shape(partial(TrainState.begin, optimizer=optimizer), nnx.as_pure(trained))
     weights = jax.eval_shape(partial(cast, dtype=config.dtype), nnx.as_pure(frozen))
 
-    def step_of(graphdef: nnx.GraphDef) -> Step:
-        loss = make_loss(graphdef, chunk=config.loss_chunk)
-        return make_step(loss, optimizer, schedule, accumulation=config.accumulation)
-
-    # MFU is about the model's own products: not those that remat repeats, nor those that a kernel skips or pads.
-    plain_config = replace(model_config, remat="none", attention="xla")
-    plain = step_of(split_model(abstract_model(plain_config), config.trainable)[0])
+    # Nobody asks for the FLOPs of a step where the devices' peak is unknown.
+    costs = step_costs(config, model_config) if peak_flops(mesh.devices.flat[0].device_kind) else None
+    loss = make_loss(graphdef, chunk=config.loss_chunk)
+    step = make_step(loss, optimizer, schedule, accumulation=config.accumulation, costs=costs)
     return Program(
         config=config,
+        model_config=model_config,
         graphdef=graphdef,
         state=_placed(state, shardings),
         frozen=_placed(weights, param_shardings(frozen, mesh)),
-        step=jax.jit(step_of(graphdef), donate_argnums=0, out_shardings=(shardings, None)),
-        plain=plain,
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
         batch_sharding=batch_sharding(mesh),
     )
+
+
+def rows_per_shard(config: SFTConfig, mesh: Mesh) -> int:
+    """Rows of a batch that a device (a group of `tensor` devices) computes at the same time.
+
+    Raises:
+        ValueError: if they do not divide evenly.
+    """
+    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size // config.accumulation
+    if rows % shards:
+        most, rest = divmod(config.batch_size, shards)
+        remedy = f"batch_size must be a multiple of {shards}" if rest else f"accumulation must divide {most}"
+        raise ValueError(
+            f"batch_size / accumulation = {rows} rows do not divide over the mesh's data x fsdp = {shards}: {remedy}"
+        )
+    return rows // shards
+
+
+def step_costs(config: SFTConfig, model_config: ModelConfig) -> Work:
+    """FLOPs of a step by what causes them: of the model's own products, not of those that remat repeats or a kernel pads."""
+    plain = replace(model_config, dtype=config.dtype, remat="none", attention="xla")
+    graphdef, trained, frozen = split_model(abstract_model(plain), config.trainable)
+    return count_costs(graphdef, nnx.as_pure(trained), nnx.as_pure(frozen))
 
 
 def _optimizer(config: SFTConfig, total: int):

@@ -1,8 +1,7 @@
-"""Supervised fine-tuning of the PVM branch, the decoder or everything: `python -m train.sft --config FILE`."""
+"""Supervised fine-tuning of the PVM branch, LoRA adapters, the decoder or everything: `python -m train.sft --config FILE`."""
 
 import sys
 from collections.abc import Sequence
-from typing import cast
 
 from train.config import SFTConfig, parse
 
@@ -11,6 +10,7 @@ examples:
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml
   python -m train.sft --config configs/sft_qwen3_vl_8b.yaml --optimizer.learning_rate 2e-5 --run_dir runs/slow
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --trainable decoder --mesh.tensor 4
+  python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --dry-run
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --print_config
 A run that was stopped continues from its last checkpoint when the same command is given again.
 """
@@ -18,10 +18,21 @@ A run that was stopped continues from its last checkpoint when the same command 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
-    config = cast(SFTConfig, parse(SFTConfig, argv, prog="python -m train.sft", description=__doc__ or "", examples=EXAMPLES))
-    from train.loop import run  # after parsing: --help and errors need not wait for JAX
+    config, flags = parse(
+        SFTConfig,
+        argv,
+        prog="python -m train.sft",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+        flags={"--dry-run": "build everything, take two steps on real data, print shapes, shardings and memory; write nothing"},
+    )
+    # After parsing: --help and errors need not wait for JAX.
+    from train.distributed import joined
+    from train.dry_run import dry_run
+    from train.loop import run
 
-    run(config)
+    with joined(config.distributed):
+        (dry_run if flags else run)(config)
 
 
 if __name__ == "__main__":

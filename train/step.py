@@ -16,6 +16,7 @@ from pvm_jax.lora import is_adapter
 from pvm_jax.model import Qwen3VL
 from pvm_jax.sharding import constrain, param_shardings
 from train.config import Trainable
+from train.flops import Work
 from train.loss import chunked_cross_entropy
 from train.optimizer import leaf_names
 
@@ -102,24 +103,46 @@ def _micro_batches(count: int, x: jax.Array) -> jax.Array:
     return constrain(parts, "layers", "batch", *["length"] * (x.ndim - 1))
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Schedule, *, accumulation: int = 1) -> Step:
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulation: int = 1,
+    costs: Work | None = None,
+) -> Step:
     """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
-    Metrics are scalars: loss, grad_norm (before clipping), learning_rate, tokens (padding not counted), loss_tokens and, for
-    each PVM layer l, gate/l; all but the gates' are of the step, the gates' are those that the step started from.
+    A step whose loss or gradient is not finite counts, but leaves parameters and moments as they were.
+
+    Metrics are scalars: loss, grad_norm (before clipping), learning_rate, tokens and patches (padding not counted),
+    loss_tokens, padding/tokens and padding/patches (shares of the batch's columns) and, for each PVM layer l, gate/l; all but
+    the gates' are of the step, the gates' are those that the step started from. With `costs` (FLOPs by what causes them) also
+    flops, padding not counted.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         mean, gradients = loss_and_gradient(loss, state.params, frozen, batch, accumulation=accumulation)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
         metrics = {
             "loss": mean,
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": (batch.segment_ids > 0).sum(),
             "loss_tokens": (batch.loss_weights > 0).sum(),
-        } | gates(state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        }
+        for name, segment_ids in (("tokens", batch.segment_ids), ("patches", batch.patch_segment_ids)):
+            metrics[name] = (segment_ids > 0).sum()
+            metrics[f"padding/{name}"] = 1 - metrics[name] / segment_ids.size if segment_ids.size else jnp.float32(0)
+        if costs:
+            metrics["flops"] = Work.of(batch).flops(costs)
+        return TrainState(params, opt_state, state.step + 1), metrics | gates(state.params)
 
     return step
 

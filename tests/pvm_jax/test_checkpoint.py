@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, load, load_branch, save, save_branch
-from pvm_jax.checkpoint import TrainCheckpoints, backbone_identity, by_path
+from pvm_jax.checkpoint import backbone_identity, by_path
 from pvm_jax.checkpoint_files import CheckpointError
 from pvm_jax.sharding import make_mesh, param_shardings
+from pvm_jax.train_checkpoints import TrainCheckpoints
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

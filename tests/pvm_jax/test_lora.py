@@ -20,8 +20,15 @@ EVERYWHERE = LoRAConfig(rank=3, alpha=6, targets=".*")
 
 
 @pytest.fixture(scope="module")
-def base(golden_checkpoints) -> Path:
-    return golden_checkpoints["shape_8b"]
+def base(tmp_path_factory) -> Path:
+    """A small model with every part in it, its gate open."""
+    config = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b", remat="none")
+    text = replace(config.text, num_hidden_layers=2, pvm_layers=(1,))
+    vision = replace(config.vision, depth=2, deepstack_visual_indexes=(0,))
+    graphdef, params = nnx.split(abstract_model(replace(config, text=text, vision=vision)))
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("base") / "base"
+    save(path, nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), params)))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +144,7 @@ class TestAdapters:
         [
             (
                 {"targets": "layers/self_attn"},
-                "matches no Linear of the backbone; there are language_model/layers/mlp/down_proj,",
+                "matches no Linear of the backbone; there are language_model/layers/mlp/",
             ),
             ({"targets": "pvm/.*|lm_head"}, "matches no Linear"),
             ({"targets": "("}, r"lora.targets '\(' is no regular expression"),
@@ -151,14 +158,13 @@ class TestAdapters:
 
 
 class TestStored:
-    @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-    def test_round_trip(self, base, adapter, trained, dtype):
-        loaded = load(base, lora=adapter, mesh=make_mesh(2, 2, 2), dtype=dtype)
+    def test_round_trip(self, base, adapter, trained):
+        loaded = load(base, lora=adapter, mesh=make_mesh(2, 2, 2))
         assert loaded.config.lora == EVERYWHERE
         expected = parameters(trained)
         assert parameters(loaded).keys() == expected.keys()
         for path, leaf in parameters(loaded).items():
-            np.testing.assert_array_equal(leaf, expected[path].astype(dtype or expected[path].dtype), err_msg=path)
+            np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
     def test_holds_the_adapter_alone(self, base, adapter, trained, model, tmp_path):
         values = sum(leaf.nbytes for path, leaf in parameters(trained).items() if part_of(path) == "lora")
@@ -169,7 +175,7 @@ class TestStored:
             load(base, branch=adapter)
         with pytest.raises(CheckpointError, match="is no LoRA adapter"):
             load(base, lora=base)
-        with pytest.raises(ValueError, match="save_lora; python -m convert.orbax_to_hf --lora"):
+        with pytest.raises(ValueError, match=r"save_lora; python -m convert\.orbax_to_hf --lora"):
             save(tmp_path / "whole", trained)
         with pytest.raises(ValueError, match="no LoRA adapter to save"):
             save_lora(tmp_path / "none", model)
@@ -181,7 +187,6 @@ class TestStored:
             load_lora(adapter, nnx.merge(graphdef, other))
 
     def test_another_branch_is_refused_unless_it_was_silent(self, base, adapter, model, tmp_path):
-        """The gates of the reference are open."""
         graphdef, params = nnx.split(model)
         other = nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params)
         save_branch(tmp_path / "other", nnx.merge(graphdef, other))

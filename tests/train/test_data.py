@@ -1,4 +1,4 @@
-"""Conversations on disk, buckets, and the order of batches."""
+"""Sources on disk, the order of batches, and what becomes of every example."""
 
 import json
 from dataclasses import dataclass
@@ -6,21 +6,26 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from pvm_jax.conversations import open_conversations
 from train import data as train_data
-from train.config import Bucket, DataConfig, SFTConfig
-from train.data import Conversations, assign, load_training_data
+from train.config import Bucket, DataConfig, Source
+from train.data import epoch_readings, load_training_data
 
 
 @dataclass(frozen=True)
 class FakeBatch:
     """Stands for pvm_jax.batch.Batch: which examples, in which shape."""
 
-    ids: np.ndarray
+    rows: list[list[int]]
     shape: tuple[int, int]
+
+    @property
+    def ids(self):
+        return np.array([example for row in self.rows for example in row])
 
     @staticmethod
     def from_rows(rows, config, *, length, patches):
-        return FakeBatch(np.array([example for (example,) in rows]), (length, patches))
+        return FakeBatch(rows, (length, patches))
 
 
 class FakeProcessor:
@@ -40,139 +45,174 @@ def fake_batch(monkeypatch):
 
 
 @pytest.fixture
-def make_config(tmp_path):
-    """(sizes, **overrides) -> config of a run over examples of these (tokens, patches)."""
+def write(tmp_path):
+    """(sizes, name, first number) -> path of a file with examples of these (tokens, patches)."""
 
-    def make(sizes, *, buckets=((10, 4), (20, 16)), too_long="drop", **overrides):
-        path = tmp_path / "data.jsonl"
+    def write(sizes, name="data.jsonl", first=0):
         lines = [
             json.dumps({"messages": [{"role": "assistant", "content": f"{index} {tokens} {patches}"}]})
-            for index, (tokens, patches) in enumerate(sizes)
+            for index, (tokens, patches) in enumerate(sizes, first)
         ]
-        path.write_text("\n".join(lines) + "\n")
-        data = DataConfig(str(path), [Bucket(*bucket) for bucket in buckets], too_long=too_long)
-        return SFTConfig(checkpoint="", run_dir="", data=data, **overrides)
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        return str(tmp_path / name)
 
-    return make
+    return write
 
 
-def read(config, **kwargs):
-    data = load_training_data(config, FakeProcessor(), None, **kwargs)
-    return [data.batches[index] for index in range(len(data.batches))]
+@pytest.fixture
+def open_data(write):
+    """(sizes, options of DataConfig and of load_training_data) -> TrainingData."""
+
+    def open_data(sizes, *, buckets=((10, 4), (20, 16)), packing=False, too_long="drop", **options):
+        buckets = [Bucket(*bucket) for bucket in buckets]
+        config = DataConfig(write(sizes), buckets, packing=packing, too_long=too_long)
+        return load_training_data(config, FakeProcessor(), None, **{"batch_size": 4} | options)
+
+    return open_data
+
+
+@pytest.fixture
+def read(open_data):
+    """The batches of `open_data`."""
+
+    def read(*args, **options):
+        data = open_data(*args, **options)
+        return [data.batches[step] for step in range(len(data.batches))]
+
+    return read
 
 
 SIZES = [(5, 4)] * 40 + [(15, 4)] * 20 + [(5, 16)] * 4
 
 
-def test_every_example_once_in_the_smallest_bucket_that_holds_it(make_config):
-    batches = read(make_config(SIZES, batch_size=4))
+def test_every_example_once_in_the_smallest_bucket_that_holds_it(read):
+    batches = read(SIZES)
     assert sorted(np.concatenate([batch.ids for batch in batches])) == list(range(64))
     for batch in batches:
         assert batch.shape == ((10, 4) if max(batch.ids) < 40 else (20, 16))
     assert [batch.shape for batch in batches] != sorted(batch.shape for batch in batches)  # the buckets are mixed
 
 
-def test_every_epoch_reads_every_example_in_another_order(make_config):
-    batches = read(make_config([(5, 4)] * 12, batch_size=4, epochs=2))
-    ids = np.concatenate([batch.ids for batch in batches])
+def test_every_epoch_reads_every_example_in_another_order(read):
+    ids = np.concatenate([batch.ids for batch in read([(5, 4)] * 12, epochs=2)])
     first, second = ids[:12], ids[12:]
     assert sorted(first) == sorted(second) == list(range(12))
     assert list(first) != list(second)
 
 
-def test_the_order_depends_on_the_seed_alone(make_config):
-    def ids(**overrides):
-        return [list(batch.ids) for batch in read(make_config(SIZES, batch_size=4, **overrides))]
+def test_the_order_depends_on_the_seed_alone(read):
+    def ids(**options):
+        return [batch.rows for batch in read(SIZES, **options)]
 
     assert ids() == ids()
     assert ids() != ids(seed=1)
 
 
-def test_hosts_share_shapes_and_split_the_rows(make_config):
-    config = make_config([*SIZES, (5, 4)], batch_size=4)  # 41 small examples: one is left over on every host
-    whole = read(config)
-    parts = [read(config, rows=rows) for rows in (slice(0, 2), slice(2, 4))]
+@pytest.mark.parametrize("packing", [False, True])
+def test_hosts_share_shapes_and_split_the_rows(read, packing):
+    sizes = [*SIZES, (5, 4)]  # one small example more than whole batches
+    whole = read(sizes, packing=packing)
+    parts = [read(sizes, packing=packing, rows=rows) for rows in ((0, 1), (2, 3))]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert first.shape == second.shape == batch.shape
-        assert [*first.ids, *second.ids] == list(batch.ids)
+        assert first.rows + second.rows == batch.rows
 
 
-def test_measured_sizes_are_kept_for_the_next_start(make_config, tmp_path):
-    config = make_config(SIZES, batch_size=4)
-    expected = read(config, sizes_file=tmp_path / "sizes.npy")
+def test_measured_sizes_are_kept_for_the_next_start(read, open_data, write, tmp_path):
+    expected = read(SIZES, sizes_file=tmp_path / "sizes.npy")
     (tmp_path / "data.jsonl").write_text("{}\n" * len(SIZES))  # nothing is measured again
-    data = load_training_data(config, FakeProcessor(), None, sizes_file=tmp_path / "sizes.npy")
+    config = DataConfig(str(tmp_path / "data.jsonl"), [Bucket(10, 4), Bucket(20, 16)], packing=False)
+    data = load_training_data(config, FakeProcessor(), None, batch_size=4, sizes_file=tmp_path / "sizes.npy")
     assert len(data.batches) == len(expected)
 
 
-def test_too_long_examples_are_counted_or_refused(make_config):
+def test_too_long_examples_are_counted_or_refused(open_data):
     sizes = [(5, 4), (99, 4), (5, 99), (5, 4)]
-    data = load_training_data(make_config(sizes, batch_size=2), FakeProcessor(), None)
+    data = open_data(sizes, batch_size=2)
     assert sorted(data.batches[0].ids) == [0, 3]
-    assert "2 examples too long" in data.report
+    assert "2 examples are too long" in data.report
     with pytest.raises(ValueError, match=r"2 examples fit no bucket, the first is .*data.jsonl:2 with 99 tokens"):
-        load_training_data(make_config(sizes, batch_size=2, too_long="error"), FakeProcessor(), None)
+        open_data(sizes, batch_size=2, too_long="error")
 
 
-def test_a_bucket_that_cannot_fill_a_batch_passes_its_examples_on():
-    sizes = np.array([(5, 4)] * 3 + [(15, 4)] * 5)
-    buckets = [Bucket(10, 4), Bucket(20, 16)]
-    assert [len(members) for members in assign(sizes, buckets, least=4)] == [0, 8]
-    assert [len(members) for members in assign(sizes, buckets, least=3)] == [3, 5]
+def test_a_last_batch_is_completed_by_smaller_examples_or_given_up(open_data):
+    data = open_data([(5, 4)] * 8 + [(15, 4)] * 5)
+    batches = [data.batches[step] for step in range(len(data.batches))]
+    assert sorted(batch.shape for batch in batches) == [(10, 4), (20, 16), (20, 16)]
+    large = [example for batch in batches if batch.shape == (20, 16) for example in batch.ids]
+    assert sum(example < 8 for example in large) == 3
+    assert "1 readings fill no batch" in data.report
+    data = open_data([(5, 4)] * 2 + [(15, 4)] * 5)  # too few to complete: they are tried in their own bucket
+    assert len(data.batches) == 1
+    assert min(data.batches[0].ids) >= 2
+    assert "3 readings fill no batch" in data.report
 
 
-def test_max_steps_cuts_the_run(make_config):
-    config = make_config(SIZES, batch_size=4, max_steps=3)
-    assert [list(b.ids) for b in read(config)] == [list(b.ids) for b in read(make_config(SIZES, batch_size=4))][:3]
+def test_max_steps_cuts_the_run(read):
+    assert [batch.rows for batch in read(SIZES, max_steps=3)] == [batch.rows for batch in read(SIZES)][:3]
 
 
-def test_too_few_examples_for_a_batch_is_an_error(make_config):
-    with pytest.raises(ValueError, match="no bucket has the 64 examples of one batch"):
-        read(make_config(SIZES[:10]))
+def test_too_few_examples_for_a_batch_is_an_error(read):
+    with pytest.raises(ValueError, match="no bucket has the 64 rows of one batch"):
+        read(SIZES[:10], batch_size=64)
 
 
-def test_the_iterator_starts_at_any_step(make_config):
-    data = load_training_data(make_config(SIZES, batch_size=4), FakeProcessor(), None)
-    whole = [list(batch.ids) for batch in data.iterator(0, threads=2, prefetch=4)]
-    assert [list(batch.ids) for batch in data.iterator(5, threads=2, prefetch=4)] == whole[5:]
+def test_the_iterator_starts_at_any_step(open_data):
+    data = open_data(SIZES)
+    whole = [batch.rows for batch in data.iterator(0, threads=2, prefetch=4)]
+    assert [batch.rows for batch in data.iterator(5, threads=2, prefetch=4)] == whole[5:]
+    assert list(data.iterator(len(whole), threads=2, prefetch=4)) == []
 
 
-def test_image_paths_are_relative_to_the_file(tmp_path):
-    path = tmp_path / "data.jsonl"
-    content = [
-        {"type": "image", "image": "a.png"},
-        {"type": "image", "image": "/elsewhere/b.png"},
-        {"type": "video", "video": ["c.png", "d.png"]},
-        {"type": "text", "text": "?"},
-    ]
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
-    (message,) = Conversations(path)[0]
-    assert [part.get("image", part.get("video")) for part in message["content"]] == [
-        str(tmp_path / "a.png"),
-        "/elsewhere/b.png",
-        [str(tmp_path / "c.png"), str(tmp_path / "d.png")],
-        None,
-    ]
+def test_a_step_names_the_examples_of_its_whole_batch(open_data):
+    data = open_data(SIZES, rows=(0, 1), packing=True)
+    for step in range(len(data.batches)):
+        names = [[int(name.rpartition("data.jsonl:")[2]) - 1 for name in row] for row in data.examples(step)]
+        assert len(names) == 4
+        assert names[:2] == data.batches[step].rows
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"message": []}', '{"messages": [{"role": "user"}]}', '{"messages": 3}', ""])
-def test_a_bad_line_is_named(tmp_path, line):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"messages": []}\n' + line + "\n")
-    conversations = Conversations(path)
-    assert conversations[0] == []
-    with pytest.raises(ValueError, match=r"data.jsonl:2: not an object"):
-        conversations[1]
+def test_packed_rows_hold_several_whole_examples(read):
+    batches = read([(5, 4)] * 42 + [(12, 0)] * 18, packing=True, buckets=((16, 12),))
+    assert sorted(np.concatenate([batch.ids for batch in batches])) == list(range(60))
+    tokens = [[5 if example < 42 else 12 for example in row] for batch in batches for row in batch.rows]
+    assert all(sum(row) <= 16 and len(row) <= 3 for row in tokens)  # a third of 5 tokens fits, its patches too
+    assert len(batches) == (42 // 3 + 18) // 4
 
 
-def test_an_example_that_is_refused_is_named(make_config):
-    config = make_config([(5, 4), (5, "many")], batch_size=1)
+def test_filling_the_last_batch_leaves_nothing_over(read):
+    batches = read([(5, 4)] * 6 + [(15, 4)] * 5, fill_last=True)
+    assert sorted(np.concatenate([batch.ids for batch in batches])) == list(range(11))
+    assert sorted(len(row) for batch in batches for row in batch.rows) == [0] * 5 + [1] * 11
+
+
+def test_a_weight_says_how_often_an_epoch_reads_a_source(write):
+    mixture = [Source("a", 2), Source("b", 0.5), Source("c", 1.5)]
+    epochs = [epoch_readings(mixture, [4, 10, 6], seed=0, epoch=epoch) for epoch in range(2)]
+    for readings in epochs:
+        counts = np.bincount(readings, minlength=20)
+        assert (counts[:4] == 2).all()
+        assert sorted(counts[4:14]) == [0] * 5 + [1] * 5
+        assert sorted(counts[14:]) == [1] * 3 + [2] * 3
+    halves = [set(readings[(readings >= 4) & (readings < 14)]) for readings in epochs]
+    assert halves[0] != halves[1]
+    with pytest.raises(ValueError, match=r"weight 0\.001 of the 10 examples of b is none"):
+        epoch_readings([Source("b", 0.001)], [10], seed=0, epoch=0)
+    paths = [write([(5, 4)] * 4, "a.jsonl"), write([(5, 4)] * 8, "b.jsonl", first=100)]
+    config = DataConfig([Source(paths[0], 3), paths[1]], [Bucket(10, 4)], packing=False)
+    data = load_training_data(config, FakeProcessor(), None, batch_size=4)
+    ids = np.concatenate([data.batches[step].ids for step in range(len(data.batches))])
+    assert sorted(ids) == sorted([*range(4)] * 3 + [*range(100, 108)])
+    assert {name.rpartition("/")[2][:7] for row in data.examples(0) for name in row} <= {"a.jsonl", "b.jsonl"}
+
+
+def test_an_example_that_is_refused_is_named(read):
     with pytest.raises(ValueError, match=r"data.jsonl:2: invalid literal"):
-        read(config)
+        read([(5, 4), (5, "many")], batch_size=1)
 
 
 def test_an_example_without_an_assistant_turn_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "0 1 4"}]}')
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no assistant turn"):
-        train_data.measure(Conversations(path), FakeProcessor().count, 1)
+        train_data.measure(open_conversations(path), FakeProcessor().count, 1)

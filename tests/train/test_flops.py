@@ -1,13 +1,26 @@
-"""The FLOP counter on programs whose cost is known."""
+"""The FLOP counter on programs whose cost is known, and what a step costs on a batch with padding."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
-from train.flops import count_flops, peak_flops
+from pvm_jax.batch import Batch, Example
+from pvm_jax.config import ModelConfig
+from pvm_jax.model import abstract_model
+from train.config import Bucket, DataConfig, SFTConfig
+from train.flops import Work, count_flops, peak_flops
+from train.program import step_costs
+from train.step import loss_and_gradient, make_loss, split_model
 
 X, W = jax.ShapeDtypeStruct((5, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
 PRODUCT = 2 * 5 * 3 * 3
+CONFIG = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b")
 
 
 def test_product_and_its_gradients():
@@ -63,3 +76,68 @@ def test_peak_flops_by_device_kind():
     assert peak_flops("TPU v5 lite") == 197e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("cpu") is None
+
+
+def counted_step(config, trainable, rows, tokens, patches):
+    """FLOPs of loss and gradient at this shape, every column counted, without the logits that the backward pass repeats."""
+    graphdef, trained, frozen = split_model(abstract_model(config), trainable)
+    loss = partial(loss_and_gradient, make_loss(graphdef, chunk=tokens), accumulation=1)
+    batch = Batch.empty(config, rows=rows, length=tokens + 1, patches=patches)  # tokens + 1: the first one is no target
+    repeated = 2 * rows * tokens * config.text.hidden_size * config.text.vocab_size
+    return count_flops(loss, nnx.as_pure(trained), nnx.as_pure(frozen), batch) - repeated
+
+
+def costs_of(config, trainable):
+    return step_costs(SFTConfig("", "", DataConfig("", [Bucket(1, 4)]), trainable=trainable), config)
+
+
+@pytest.mark.parametrize("trainable", ["pvm", "all"])
+def test_work_without_padding_costs_what_the_program_counts(trainable):
+    config, (rows, tokens, patches) = replace(CONFIG, remat="none", attention="xla"), (3, 40, 24)
+    costs = costs_of(config, trainable)
+    work = Work.full(rows, tokens + 1, patches, 4)._replace(loss_tokens=rows * tokens)
+    unseen = rows * (tokens + 1) ** 2 - work.token_pairs  # pairs that the causal mask hides and the program computes
+    assert work.flops(costs) + unseen * costs.token_pairs == counted_step(config, trainable, rows, tokens, patches)
+
+
+def test_published_shape_costs_two_flops_a_weight_forward_and_four_backward():
+    """8B, all of it: 6 FLOPs a token for each weight of its 36 layers, as every estimate of training cost has it."""
+    config = ModelConfig.preset("8b")
+    c = config.text
+    heads = c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    layers = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
+    costs = costs_of(config.without_pvm(), "all")
+    assert costs.tokens == 6 * layers
+    assert costs.token_pairs == 12 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
+    assert costs.loss_tokens == 6 * c.vocab_size * c.hidden_size
+    assert costs.recalls == 0
+    batch = Batch.empty(config, rows=1, length=2, patches=0)
+    batch.segment_ids[...] = batch.loss_weights[...] = 1
+    assert float(jax.jit(lambda batch: Work.of(batch).flops(costs))(batch)) == pytest.approx(
+        2 * costs.tokens + 3 * costs.token_pairs + 2 * costs.loss_tokens
+    )
+
+
+def test_work_of_packed_rows_is_their_examples_and_no_padding():
+    config, grids, lengths = CONFIG, [[(4, 4)], [(2, 6), (2, 2)], []], [20, 30, 11]
+
+    def example(grids, length):
+        images = [
+            [config.vision_start_token_id, *[config.image_token_id] * (rows * columns // 4), config.vision_end_token_id]
+            for rows, columns in grids
+        ]
+        ids = np.concatenate([*images, np.arange(length - sum(map(len, images)))]).astype(np.int32)
+        pixels = np.zeros((sum(rows * columns for rows, columns in grids), config.vision.patch_dim), np.float32)
+        thw = np.array([(1, *grid) for grid in grids])
+        return Example(ids, *((pixels, thw) if grids else (None, None)), loss_mask=np.arange(length) >= length - 5)
+
+    first, second, third = map(example, grids, lengths)
+    batch = Batch.from_rows([[first, second], [third], []], config, length=64, patches=48)
+    assert Work.of(jax.device_put(batch)) == Work(
+        tokens=sum(lengths),
+        token_pairs=sum(n * (n + 1) // 2 for n in lengths),
+        visual_tokens=4 + 3 + 1,
+        patch_pairs=16**2 + 12**2 + 4**2,
+        recalls=20 * 4 + 30 * (3 + 1),
+        loss_tokens=15,
+    )

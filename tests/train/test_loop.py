@@ -1,6 +1,5 @@
 """Whole runs of `train.sft` on a tiny checkpoint: results, interruption and continuation, refusals."""
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -10,16 +9,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
-from demo.checkpoint import write_assets
 from pvm_jax.checkpoint import load, save
-from pvm_jax.model import Qwen3VL
 from pvm_jax.sharding import make_mesh
+from tests.train import runs
 from train import sft
-from train.config import Bucket, DataConfig, SFTConfig
+from train.config import Bucket, DataConfig, HeldOutConfig, SFTConfig
+from train.events import read_values
+from train.held_out import HeldOut
 from train.log import RunLog
-from train.loop import export
+from train.loop import export, prepare
 from train.program import make_program
 
 STEPS = 6
@@ -29,22 +28,9 @@ STEPS = 6
 def workplace(tmp_path_factory):
     """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
     root = tmp_path_factory.mktemp("sft")
-    config = write_assets(root / "hf").with_pvm((1,), 64)
-    text = replace(config.text, num_hidden_layers=2)
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0))
-    save(root / "base", model, assets=root / "hf")
+    model = runs.write_workplace(root, examples=8 * STEPS)
     model.pvm["1"].gate_alpha[...] = np.nan * model.pvm["1"].gate_alpha[...]
     save(root / "broken", model, assets=root / "hf")
-    rng = np.random.default_rng(0)
-    with open(root / "data.jsonl", "w") as file:
-        for index in range(8 * STEPS):
-            size = (32, 32) if index % 3 else (64, 32)
-            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / f"{index}.png")
-            content = [{"type": "image", "image": f"{index}.png"}, {"type": "text", "text": "List"}]
-            answer = "B3 ground navy\n" * (1 + index % 2)
-            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
     settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
@@ -59,29 +45,20 @@ def sft_run(workplace, monkeypatch):
     """(run_dir, *arguments, stop_at) -> {step: loss} of the steps that the command did."""
 
     def run(run_dir, *arguments, stop_at=None):
-        losses, write, add = {}, RunLog._write, RunLog.add
+        losses, write, add = {}, RunLog.scalars, RunLog.add
 
-        def record(log, step, scalars):
-            losses.update({step: float(scalars["loss"])} if "loss" in scalars else {})
-            write(log, step, scalars)
+        def record(log, step, values):
+            losses.update({step: float(values["train/loss"])} if "train/loss" in values else {})
+            write(log, step, values)
 
         def stop(log, step, *args):
             add(log, step, *args)
             if step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(RunLog, "_write", record)
+        monkeypatch.setattr(RunLog, "scalars", record)
         monkeypatch.setattr(RunLog, "add", stop)
-        root = workplace
-        sft.main(
-            [
-                *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.path={root / 'data.jsonl'}"),
-                "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]",
-                *("--batch_size=8", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2"),
-                *("--log_every=2", "--checkpoint_every=2"),
-                *arguments,
-            ]
-        )
+        sft.main(runs.arguments(workplace, run_dir, "--distributed.num_processes=1", *arguments))
         monkeypatch.undo()
         return losses
 
@@ -133,8 +110,55 @@ def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
     assert (workplace / "model" / "tokenizer.json").exists()
 
 
+def test_held_out_conversations_are_measured_and_answered(workplace, sft_run):
+    sft_run(
+        "watched",
+        f"--held_out={{sources: {workplace / 'data.jsonl'}, every: 3, samples: 3, max_new_tokens: 4}}",
+        "--max_steps=4",
+    )
+    values = read_values(workplace / "watched" / "log")
+    steps, losses = zip(*values["held_out/loss"], strict=True)
+    assert steps == (0, 3, 4)
+    assert losses[2] < losses[0]
+    assert values["update_share/1"][0] == (0, 0.0)  # a fresh gate is shut
+    assert 0 < values["update_share/1"][2][1] < 1
+    for number in range(3):
+        assert [step for step, _ in values[f"sample/{number}"]] == [0, 3, 4]
+        assert "B3 ground navy" in values[f"sample/{number}/text_summary"][0][1]
+    assert "sample/3" not in values
+
+
+def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
+    """Rows that only fill the last batch count for nothing."""
+    data = DataConfig(str(workplace / "data.jsonl"), [Bucket(48, 8)], packing=False)
+    held_out = HeldOutConfig(str(workplace / "data.jsonl"))
+    losses = []
+    for batch_size in (8, 32):  # 48 examples
+        config = SFTConfig(str(workplace / "base"), "", data, dtype="float32", batch_size=batch_size, held_out=held_out)
+        mesh = make_mesh()
+        with jax.set_mesh(mesh):
+            work = prepare(config, mesh)
+            run_dir = workplace / str(batch_size)
+            run_dir.mkdir()
+            measured = HeldOut(config, held_out, work.processor, work.model_config, work.program, run_dir)
+            losses.append(measured.measure(work.state, work.frozen)["held_out/loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys):
+    sft_run("dry", "--dry-run", "--data.buckets=[{tokens: 48, patches: 8}]")
+    said = capsys.readouterr().out
+    assert "step 1: loss" in said
+    assert "GiB more within a step" in said
+    line = next(line for line in said.splitlines() if " pvm/1/text_reducer/weight " in line)
+    assert "(64, 128)" in line
+    assert "- fsdp" in line
+    assert "data+fsdp - -" in next(line for line in said.splitlines() if "│ patches " in line)
+    assert not (workplace / "dry").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(workplace, sft_run):
-    with pytest.raises(FloatingPointError, match="step 0: loss nan"):
+    with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*Its examples: .*data\.jsonl:\d+"):
         sft_run("nan", f"--checkpoint={workplace / 'broken'}")
     assert not [path for path in (workplace / "nan" / "steps").iterdir() if path.name.isdigit()]
 

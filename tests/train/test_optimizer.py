@@ -30,11 +30,13 @@ def test_matrices_alone_decay():
         "pvm": {"8": {"gate_alpha": 1.0, "input_norm": {"weight": 1.0}, "cross_attn": {"q_norm": {"weight": 1.0}}}},
         "visual": {"proj": {"weight": 1.0, "bias": 1.0}, "norm1": {"weight": 1.0, "bias": 1.0}},
         "language_model": {"layers": {"post_attention_layernorm": {"weight": 1.0}, "mlp": {"up_proj": {"weight": 1.0}}}},
+        "lora": {"q_proj": {"lora": {"a": 1.0, "b": 1.0}}},
     }
     assert decays(params) == {
         "pvm": {"8": {"gate_alpha": False, "input_norm": {"weight": False}, "cross_attn": {"q_norm": {"weight": False}}}},
         "visual": {"proj": {"weight": True, "bias": False}, "norm1": {"weight": False, "bias": False}},
         "language_model": {"layers": {"post_attention_layernorm": {"weight": False}, "mlp": {"up_proj": {"weight": True}}}},
+        "lora": {"q_proj": {"lora": {"a": True, "b": True}}},
     }
     params = {"proj": {"weight": jnp.ones(3), "bias": jnp.ones(3)}}
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), lambda _: 0.1)

@@ -12,7 +12,7 @@ FILE = """
 checkpoint: ckpt
 run_dir: run
 data:
-  path: data.jsonl
+  sources: data.jsonl
   buckets:
   - {tokens: 128, patches: 64}
 """
@@ -25,7 +25,7 @@ def read(tmp_path):
     def read(*options, text=FILE):
         file = tmp_path / "config.yaml"
         file.write_text(text)
-        return parse(SFTConfig, ["--config", str(file), *options], prog="sft", description="", examples="")
+        return parse(SFTConfig, ["--config", str(file), *options], prog="sft", description="", examples="")[0]
 
     return read
 
@@ -42,7 +42,7 @@ def test_options_override_the_file(read):
         (["--optimizer.learnin_rate=1"], FILE, "Did you mean 'optimizer.learning_rate'?"),
         (["--bacth_size=1"], FILE, "Did you mean 'batch_size'?"),
         ([], FILE.replace("run_dir", "run_dr"), "Option 'run_dr' is not accepted. Did you mean 'run_dir'?"),
-        ([], FILE.replace("path:", "pth:"), "Did you mean 'path'?"),
+        ([], FILE.replace("sources:", "sourses:"), "Did you mean 'data.sources'?"),
         ([], FILE.replace("tokens", "tokns"), "Did you mean 'tokens'?"),
         ([], FILE.replace("checkpoint: ckpt", ""), "required: checkpoint"),
         (["--trainable=pwm"], FILE, "trainable"),
@@ -69,7 +69,7 @@ def test_help_has_examples_and_print_config_is_complete(capsys):
 
 @pytest.mark.parametrize("name", ["sft_qwen3_vl_4b", "sft_qwen3_vl_8b"])
 def test_shipped_recipes_are_the_published_one(name):
-    config = parse(SFTConfig, [f"--config={CONFIGS / name}.yaml"], prog="sft", description="", examples="")
+    config, _ = parse(SFTConfig, [f"--config={CONFIGS / name}.yaml"], prog="sft", description="", examples="")
     optimizer = config.optimizer
     assert (config.trainable, config.batch_size, config.epochs, config.dtype) == ("pvm", 64, 1, "bfloat16")
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup) == (1e-4, "cosine", 0.1)

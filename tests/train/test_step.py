@@ -134,6 +134,32 @@ def test_bfloat16_run_keeps_trained_weights_and_moments_in_float32(model, eight_
     assert float(metrics["loss"]) == pytest.approx(unsharded[0][0], rel=1e-2)
 
 
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model, eight_rows):
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        step, state, frozen = set_up(model, "pvm", mesh=mesh)
+        before = jax.device_get((state.params, state.opt_state))
+        broken = dataclasses.replace(eight_rows, loss_weights=eight_rows.loss_weights * np.inf)
+        state, metrics = step(state, frozen, broken)
+        assert not np.isfinite(metrics["loss"])
+        assert int(state.step) == 1
+        chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), before)
+        state, metrics = step(state, frozen, eight_rows)
+        assert np.isfinite(metrics["loss"])
+        moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(state.params), before[0])
+        assert any(jax.tree.leaves(moved))
+
+
+def test_metrics_count_what_is_not_padding(model, eight_rows):
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        step, state, frozen = set_up(model, "pvm", mesh=mesh)
+        _, metrics = step(state, frozen, eight_rows)
+    for name, segment_ids in (("tokens", eight_rows.segment_ids), ("patches", eight_rows.patch_segment_ids)):
+        assert int(metrics[name]) == np.count_nonzero(segment_ids)
+        assert float(metrics[f"padding/{name}"]) == pytest.approx(np.mean(segment_ids == 0))
+
+
 def test_no_more_compilations_than_buckets(model):
     """Fifty batches of images of any size: as many traces as buckets."""
     rng, shapes = np.random.default_rng(0), [(64, 16), (96, 16), (96, 64)]

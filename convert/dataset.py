@@ -1,0 +1,299 @@
+"""Conversations in any format -> shards that training reads at random, images inside: `python -m convert.dataset`."""
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from rich.console import Console
+from rich.progress import track
+
+from pvm_jax.checkpoint_files import write_aside
+from pvm_jax.command_line import command_parser
+from pvm_jax.conversations import (
+    SHARDS_INDEX,
+    SHARDS_SIZES,
+    Conversations,
+    check_learnable,
+    open_conversations,
+    pack_record,
+)
+from pvm_jax.images import encoded_bytes, read_image
+from pvm_jax.messages import Messages, parse
+from pvm_jax.processing import Processor
+
+EXAMPLES = """
+examples:
+  python -m convert.dataset data/train.jsonl data/train --checkpoint checkpoints/8b
+  python -m convert.dataset 'downloads/train-*.parquet' data/train --checkpoint checkpoints/8b --max-tokens 8192
+  python -m convert.dataset saved_by_datasets data/train --max-rejected 0.05
+With --checkpoint, the tokens and patches of every example are stored too, and training starts without measuring them.
+"""
+
+SHARD_BYTES = 512 * 2**20
+# One record a group: read at random, nothing else is read with it. Images are compressed already.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_CHUNK = 8
+_HISTOGRAM_WIDTH = 40
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (default: the command line) and converts."""
+    parser = command_parser("python -m convert.dataset", __doc__, EXAMPLES)
+    parser.add_argument("src", type=str, help="JSONL or Parquet file, several of these, or a directory (docs/data.md)")
+    parser.add_argument("dst", type=str, help="directory to write; absent or empty")
+    parser.add_argument("--checkpoint", type=str, help="whose tokenizer and image settings measure the examples")
+    parser.add_argument("--max-tokens", type=int, help="longer examples are rejected (needs --checkpoint)")
+    parser.add_argument("--max-rejected", type=float, default=0.01, help="more than this share of rejects is an error")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="examples read at the same time")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    if args.max_tokens is not None and args.checkpoint is None:
+        parser.error("--max-tokens needs --checkpoint: it is the tokenizer that counts")
+    try:
+        processor = Processor.from_pretrained(args.checkpoint) if args.checkpoint else None
+        convert(
+            args.src,
+            args.dst,
+            processor,
+            max_tokens=args.max_tokens,
+            max_rejected=args.max_rejected,
+            threads=args.threads,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    processor: Processor | None = None,
+    *,
+    max_tokens: int | None = None,
+    max_rejected: float = 0.01,
+    threads: int = 1,
+) -> None:
+    """Writes the directory `dst`, and what was rejected and why to the file `dst`.rejected.jsonl; prints a summary.
+
+    Every image is decoded once, so that none stops a training run later.
+
+    Args:
+        processor: measures every example; None: the sizes are left to the training run.
+        max_tokens: longer examples are rejected.
+        max_rejected: the share of rejects up to which the result is kept.
+
+    Raises:
+        FileNotFoundError, ValueError: if `src` cannot be opened, `processor` is missing for `max_tokens`, or too many examples
+            are rejected. There is no `dst` then.
+        FileExistsError: if `dst` holds something.
+    """
+    if max_tokens is not None and processor is None:
+        raise ValueError("max_tokens needs a processor, whose tokenizer counts")
+    conversations = open_conversations(src)
+    dst = Path(dst)
+    report_file = dst.with_name(dst.name + ".rejected.jsonl")
+    with write_aside(dst) as aside, open(report_file, "w") as report:
+        summary = _Summary()
+        writer = _ShardWriter(aside)
+        for checked in _in_order(conversations, _Check(conversations, processor, max_tokens), threads):
+            if isinstance(checked, Rejected):
+                summary.rejected += 1
+                report.write(json.dumps(checked._asdict()) + "\n")
+            else:
+                writer.write(checked.record)
+                summary.add(checked)
+        shards = writer.close()
+        if summary.rejected > max_rejected * len(conversations) or not shards:
+            raise ValueError(
+                f"{summary.rejected} of {len(conversations)} examples were rejected, and --max-rejected allows a share of "
+                f"{max_rejected}; the reason of each is in {report_file}"
+            )
+        if processor is not None:
+            np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
+        index = {
+            "source": str(src),
+            "examples": len(summary.sizes),
+            "measured_by": None if processor is None else processor.fingerprint,
+            "shards": shards,
+        }
+        (aside / SHARDS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if not summary.rejected:
+        report_file.unlink()
+    print(summary.describe(dst, report_file, measured=processor is not None))
+
+
+class Checked(NamedTuple):
+    """An example that can be trained on: its record for the shards, (tokens, patches) where measured, and its images."""
+
+    record: bytes
+    size: tuple[int, int]
+    images: int
+
+
+class Rejected(NamedTuple):
+    """One that cannot, and why."""
+
+    example: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What is done with every example, in several threads."""
+
+    conversations: Conversations
+    processor: Processor | None
+    max_tokens: int | None
+
+    def __call__(self, index: int) -> Checked | Rejected:
+        try:
+            return self._checked([_embedded(message) for message in self.conversations[index]])
+        except (ValueError, OSError) as error:
+            where = self.conversations.where(index)
+            return Rejected(where, str(error).removeprefix(f"{where}: "))
+
+    def _checked(self, messages: Messages) -> Checked:
+        check_learnable(messages)
+        conversation = parse(messages, reserved=())
+        sources = [source for _, source in conversation.images]
+        sources += [frame for _, video in conversation.videos for frame in video.frames]
+        if self.processor is None:
+            for source in sources:
+                read_image(source)
+            return Checked(pack_record(messages), (0, 0), len(sources))
+        example = self.processor.encode(messages)
+        if self.max_tokens is not None and len(example.input_ids) > self.max_tokens:
+            raise ValueError(f"too long: {len(example.input_ids)} tokens, --max-tokens is {self.max_tokens}")
+        return Checked(pack_record(messages), (len(example.input_ids), example.num_patches), len(sources))
+
+
+def _embedded(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its images and frames read into it."""
+    if not isinstance(message.get("content"), list):
+        return message
+    return dict(message) | {"content": [_embedded_part(part) for part in message["content"]]}
+
+
+def _embedded_part(part: Any) -> Any:
+    if not isinstance(part, Mapping):
+        return part
+    part = {key: value for key, value in part.items() if value is not None}
+    if part.get("type") == "video" and isinstance(part.get("video"), list):
+        return part | {"video": [_embedded_image(frame) for frame in part["video"]]}
+    if part.get("type") == "image":
+        sources = [part.pop(key) for key in ("image", "url", "path") if key in part]
+        if len(sources) == 1:
+            return part | {"image": _embedded_image(sources[0])}
+    return part
+
+
+def _embedded_image(source: Any) -> dict[str, Any]:
+    """{"bytes": the file, "path": its name, for errors}."""
+    name = source.get("path") if isinstance(source, Mapping) else source
+    if not isinstance(name, str) or name.startswith("data:"):
+        return {"bytes": encoded_bytes(source), "path": None}
+    return {"bytes": encoded_bytes(source), "path": name.rpartition("/")[2]}
+
+
+def _in_order(
+    conversations: Conversations, check: Callable[[int], Checked | Rejected], threads: int
+) -> Iterator[Checked | Rejected]:
+    """What `check` says of every example, in their order; few are in memory at a time. Shows a progress bar on a terminal."""
+
+    def chunk(start: int) -> list[Checked | Rejected]:
+        return [check(index) for index in range(start, min(start + _CHUNK, len(conversations)))]
+
+    def chunks() -> Iterator[Future[list[Checked | Rejected]]]:
+        running: deque[Future[list[Checked | Rejected]]] = deque()
+        for start in range(0, len(conversations), _CHUNK):
+            running.append(pool.submit(chunk, start))
+            if len(running) >= 4 * threads:
+                yield running.popleft()
+        yield from running
+
+    console, pool = Console(stderr=True), ThreadPoolExecutor(threads)
+    try:
+        done = (checked for future in chunks() for checked in future.result())
+        yield from track(done, "Converting", total=len(conversations), console=console, disable=not console.is_terminal)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _ShardWriter:
+    """Writes records to shard-00000.array_record and so on, each of about SHARD_BYTES."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._shards: list[dict[str, Any]] = []
+        self._open: ArrayRecordWriter | None = None
+        self._bytes = 0
+
+    def write(self, record: bytes) -> None:
+        writer = self._open or self._begin()
+        writer.write(record)
+        self._shards[-1]["examples"] += 1
+        self._bytes += len(record)
+        if self._bytes >= SHARD_BYTES:
+            self.close()
+
+    def _begin(self) -> ArrayRecordWriter:
+        name = f"shard-{len(self._shards):05d}.array_record"
+        self._shards.append({"file": name, "examples": 0})
+        self._open, self._bytes = ArrayRecordWriter(str(self._directory / name), _WRITER_OPTIONS), 0
+        return self._open
+
+    def close(self) -> list[dict[str, Any]]:
+        """Ends the shard that is being written. Returns all shards: {"file": name, "examples": number of them}."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+        return self._shards
+
+
+@dataclass
+class _Summary:
+    """What was written."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    images: int = 0
+    bytes: int = 0
+    rejected: int = 0
+
+    def add(self, checked: Checked) -> None:
+        self.sizes.append(checked.size)
+        self.images += checked.images
+        self.bytes += len(checked.record)
+
+    def describe(self, dst: Path, report_file: Path, *, measured: bool) -> str:
+        """A few lines for the user."""
+        lines = [f"{dst}: {len(self.sizes):,} examples with {self.images:,} images, {self.bytes / 1e6:,.1f} MB"]
+        if self.rejected:
+            lines.append(f"{self.rejected:,} examples rejected: {report_file}")
+        if measured:
+            tokens, patches = np.array(self.sizes).sum(0)
+            lines.append(f"{tokens:,} tokens, {patches:,} patches: {patches / tokens:.2f} patches a token")
+            lines += histogram([tokens for tokens, _ in self.sizes])
+        return "\n".join(lines)
+
+
+def histogram(lengths: Sequence[int]) -> list[str]:
+    """A line for each power of two: how many lengths are at most that and more than the one before."""
+    bins = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
+    first = int(np.flatnonzero(bins)[0])
+    return [
+        f"{'tokens':>10} up to {2**power:>9,}: {count:>9,} {'#' * -(-count * _HISTOGRAM_WIDTH // bins.max())}".rstrip()
+        for power, count in enumerate(bins.tolist())
+        if power >= first
+    ]
+
+
+if __name__ == "__main__":
+    main()

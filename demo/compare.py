@@ -1,0 +1,160 @@
+"""The branch against LoRA and full fine-tuning: the same data, the same steps, several seeds, one command.
+
+`make compare` runs this; a step whose result is there already is skipped. Every seed has its own examples, their order, and its
+own fresh branch or adapter. All are measured on the same held-out scenes, far beyond the distances that they were trained on.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import yaml
+from jsonargparse import auto_cli
+
+from demo.attention import attention_on_cell
+from demo.compare_report import UNTRAINED, Measured, write_report
+from demo.evaluate import Settings, encode, exchange, sees
+from demo.run import BASE, BRANCH, Step, run_steps
+from pvm_jax.checkpoint import load
+from pvm_jax.model import Qwen3VL
+from pvm_jax.processing import Processor
+from train.config import Trainable
+from train.events import read_values
+from train.loop import RESULTS
+from train.step import split_model
+
+EXAMPLES = "demo/branch_data.yaml"
+SEED_OF_DATA = 100  # examples of seed s are those of 100 + s: apart from what the base model was trained on
+
+FAR = Settings(distances=(0, 100, 200, 400, 800, 1600))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        trainable: what trains, as train.sft calls it.
+        arguments: of train.sft, beside demo/branch.yaml.
+    """
+
+    trainable: Trainable
+    arguments: Sequence[str] = ()
+
+
+# LoRA's rank gives it the branch's number of parameters. Each method's rate is the best of those tried (docs/compare.md).
+METHODS = {
+    "LoRA": Method("lora", ("--lora.rank=50", "--lora.alpha=100", "--optimizer.learning_rate=3e-3")),
+    "full": Method("decoder", ("--optimizer.learning_rate=1e-3",)),
+    "PVM": Method("pvm"),
+}
+
+
+def main(
+    out: Path = Path("out/compare"),
+    seeds: int = 3,
+    steps: int = 240,
+    settings: Settings = FAR,
+) -> None:
+    """Trains every method on every seed, measures all of them and the base, writes results.json, results.md, results.png.
+
+    Args:
+        out: folder for everything that is written.
+        seeds: how many seeds.
+        steps: of every training; another number wants another folder.
+        settings: what is measured (what the models write themselves is not).
+    """
+    plain = out / "plain"
+    run_steps([(plain, ["convert.hf_to_orbax", BASE, plain, "--plain"])])
+    for seed in range(seeds):
+        run_steps(training_steps(out, seed, steps))
+    processor = Processor.from_pretrained(plain)
+    measured = [once(out / "base.json", partial(measure_base, plain, processor, settings))]
+    for seed in range(seeds):
+        for name in METHODS:
+            folder = out / f"seed_{seed}"
+            make = partial(measure_trained, folder, name, seed, plain, processor, settings)
+            measured.append(once(folder / f"{name}.json", make))
+    distances = yaml.safe_load(Path(EXAMPLES).read_text())["mixture"]["filler"]
+    write_report(measured, settings, distances, steps, out)
+
+
+def training_steps(out: Path, seed: int, steps: int) -> list[Step]:
+    """The commands of one seed: its examples, its fresh branch, and one training a method."""
+    folder, plain = out / f"seed_{seed}", out / "plain"
+    data, fresh = folder / "data", folder / "fresh"
+    commands: list[Step] = [
+        (
+            data / "data.jsonl",
+            ["demo.task", data, "--config", EXAMPLES, f"--mixture.seed={SEED_OF_DATA + seed}"],
+        ),
+        (fresh, ["convert.hf_to_orbax", BASE, fresh, *BRANCH, "--seed", seed]),
+    ]
+    for name, method in METHODS.items():
+        run = folder / name
+        command = [
+            "train.sft",
+            "--config=demo/branch.yaml",
+            f"--checkpoint={fresh if method.trainable == 'pvm' else plain}",
+            f"--data.sources={data / 'data.jsonl'}",
+            f"--run_dir={run}",
+            f"--trainable={method.trainable}",
+            f"--seed={seed}",
+            f"--max_steps={steps}",
+            *method.arguments,
+        ]
+        commands.append((run / RESULTS[method.trainable], command))
+    return commands
+
+
+def once(file: Path, measure: Callable[[], Measured]) -> Measured:
+    """What `measure` gives, kept in `file` for the next time."""
+    if not file.exists():
+        content = json.dumps(asdict(measure()))
+        file.write_text(content)
+        print(f"measured: {file}", flush=True)
+    return Measured(**json.loads(file.read_text()))
+
+
+def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measured:
+    """The base as it is, and what it guesses about other images."""
+    model, own, other = load(plain), {}, {}
+    for distance in settings.distances:
+        encoded = encode(settings.examples(distance, settings.scenes), processor)
+        own[str(distance)] = float(sees(model, encoded, settings).mean())
+        other[str(distance)] = float(sees(model, exchange(encoded), settings).mean())
+    return Measured(UNTRAINED, None, 0, own, shuffled=other)
+
+
+def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: Processor, settings: Settings) -> Measured:
+    """One training's result; of the branch also where it looks, and its gates."""
+    method, run = METHODS[name], folder / name
+    model = load_result(method.trainable, run, folder / "fresh", plain)
+    accuracy, attention = {}, {}
+    for distance in settings.distances:
+        examples = settings.examples(distance, settings.scenes)
+        accuracy[str(distance)] = float(sees(model, encode(examples, processor), settings).mean())
+        if method.trainable == "pvm":
+            attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, method.trainable)[1]))
+    return Measured(name, seed, trained, accuracy, attention=attention, gates=read_gates(run / "log"))
+
+
+def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qwen3VL:
+    """The model that a training made."""
+    if trainable == "pvm":
+        return load(fresh, branch=run / "branch")
+    return load(plain, lora=run / "lora") if trainable == "lora" else load(run / "model")
+
+
+def read_gates(log: Path) -> dict[str, list[float]]:
+    """The gates at every step, by layer, out of a run's TensorBoard files; empty without a branch."""
+    curves = {tag.removeprefix("gate/"): dict(points) for tag, points in read_values(log).items() if tag.startswith("gate/")}
+    return {layer: [value for _, value in sorted(points.items())] for layer, points in sorted(curves.items())}
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=True)

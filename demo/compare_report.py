@@ -1,0 +1,149 @@
+"""What demo.compare measured, as a table and a picture: means over seeds, and their spread."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from demo.evaluate import Settings
+from demo.report import table
+
+UNTRAINED, SHUFFLED = "base", "base, other image"
+COLOURS = {UNTRAINED: "#555555", SHUFFLED: "#bbbbbb", "LoRA": "#2a78b5", "full": "#2e8b57", "PVM": "#c0392b"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One trained model, or the base.
+
+    Attributes:
+        method: its name; seed: of its training, None for the base.
+        trained: parameters that were trained.
+        accuracy: of the values, teacher-forced, by distance.
+        shuffled: the same with the scenes' images exchanged, of the base: what guessing gives.
+        attention: of the branch on the asked cell, by distance, layer and head.
+        gates: of the branch, by layer, at every step of the training.
+    """
+
+    method: str
+    seed: int | None
+    trained: int
+    accuracy: dict[str, float]
+    shuffled: dict[str, float] = field(default_factory=dict)
+    attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    gates: dict[str, list[float]] = field(default_factory=dict)
+
+
+def write_report(measured: Sequence[Measured], settings: Settings, trained_on: Sequence[int], steps: int, out: Path) -> None:
+    """Writes results.json, results.md and results.png to `out`, and prints the table."""
+    by_method: dict[str, list[Measured]] = {}
+    for one in measured:
+        by_method.setdefault(one.method, []).append(one)
+    content = {"settings": asdict(settings), "steps": steps, "trained_on": list(trained_on)}
+    (out / "results.json").write_text(json.dumps(content | {"measured": [asdict(one) for one in measured]}) + "\n")
+    text = markdown(by_method, settings, trained_on, steps)
+    (out / "results.md").write_text(text)
+    plot(by_method, settings, trained_on, out / "results.png")
+    print(text)
+
+
+def accuracies(by_method: Mapping[str, Sequence[Measured]], settings: Settings) -> dict[str, np.ndarray]:
+    """By method, and for guessing, [seeds, distances]."""
+    distances = [str(distance) for distance in settings.distances]
+    rows = {name: np.array([[one.accuracy[d] for d in distances] for one in ones]) for name, ones in by_method.items()}
+    return rows | {SHUFFLED: np.array([[by_method[UNTRAINED][0].shuffled[d] for d in distances]])}
+
+
+def markdown(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], steps: int) -> str:
+    """The tables."""
+    cells = settings.size**2
+    seeds = max(len(ones) for ones in by_method.values())
+    rows = accuracies(by_method, settings)
+    parts = [
+        f"Teacher-forced accuracy of the values on {settings.scenes} held-out scenes of {settings.size} x {settings.size} "
+        f"cells, {settings.lines} lines each: mean and standard deviation over {seeds} seeds. All were trained for {steps} "
+        f"steps on distances from {trained_on[0]} to {trained_on[1]}.",
+        table(
+            ["tokens between image and question", *rows],
+            [
+                ["trained parameters", *(f"{by_method[name][0].trained:,}" if name in by_method else "" for name in rows)],
+                *(
+                    [distance, *(_mean_and_spread(rows[name][:, i]) for name in rows)]
+                    for i, distance in enumerate(settings.distances)
+                ),
+            ],
+        ),
+    ]
+    for name, ones in by_method.items():
+        if ones[0].attention:
+            shares = _attention(ones, settings)
+            parts += [
+                f"Share of the attention of {name} on the cell that is asked for (chance: 1/{cells} = {1 / cells:.3f}), where "
+                "its value is to be said; mean over heads, and the head with the largest share:",
+                table(
+                    [
+                        "tokens between image and question",
+                        *(f"layer {layer}{x}" for layer in shares for x in ("", ", best head")),
+                    ],
+                    [
+                        [d, *(_mean_and_spread(x[:, i]) for by in shares.values() for x in (by.mean(-1), by.max(-1)))]
+                        for i, d in enumerate(settings.distances)
+                    ],
+                ),
+                "Gates at the end: "
+                + "; ".join(
+                    f"layer {layer} {', '.join(f'{one.gates[layer][-1]:+.3f}' for one in ones)}" for layer in ones[0].gates
+                ),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _attention(ones: Sequence[Measured], settings: Settings) -> dict[str, np.ndarray]:
+    """By layer, [seeds, distances, heads]."""
+    layers = next(iter(ones[0].attention.values()))
+    return {layer: np.array([[one.attention[str(d)][layer] for d in settings.distances] for one in ones]) for layer in layers}
+
+
+def _mean_and_spread(values: np.ndarray) -> str:
+    return f"{values.mean():.3f}" if len(values) == 1 else f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+
+
+def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], path: Path) -> None:
+    """Accuracy by distance; the branch's gates by step; its attention on the asked cell by distance."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(1.5, 1, 1))
+    places = np.arange(len(settings.distances))
+    for name, rows in accuracies(by_method, settings).items():
+        spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else None
+        left.errorbar(places, rows.mean(0), spread, label=name, color=COLOURS[name], marker="o", capsize=3)
+    left.axvspan(*np.interp(trained_on, settings.distances, places), color="#f3e9c8", label="trained distances", zorder=0)
+    left.set(ylim=(0, 1), xlabel="tokens between the image and the question", ylabel="values read correctly (teacher-forced)")
+    for one in (one for ones in by_method.values() for one in ones if one.gates):
+        for style, (layer, values) in zip(("-", "--", ":", "-."), one.gates.items(), strict=False):
+            label = f"layer {layer}" if one.seed == 0 else None
+            middle.plot(np.abs(values), style, color=COLOURS[one.method], alpha=0.7, label=label)
+    middle.set(xlabel="step", ylabel="size of the branch's gate, a line a seed")
+    for name, ones in by_method.items():
+        if ones[0].attention:
+            for style, (layer, shares) in zip(("-", "--", ":", "-."), _attention(ones, settings).items(), strict=False):
+                by_seed = shares.mean(-1)
+                spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else None
+                label = f"layer {layer}, mean of heads"
+                right.errorbar(places, by_seed.mean(0), spread, fmt=style, color=COLOURS[name], label=label, capsize=3)
+                right.plot(places, shares.max(-1).mean(0), style, color="#e8a79f", label=f"layer {layer}, best head")
+    right.axhline(1 / settings.size**2, color=COLOURS[SHUFFLED], label="chance")
+    right.set(ylim=(0, None), xlabel="tokens between the image and the question", ylabel="branch's attention on the asked cell")
+    for axis in (left, right):
+        axis.set_xticks(places, [str(distance) for distance in settings.distances])
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,178 @@
+"""The steps of a training run on disk: written in the background, restored whole or not at all."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from pvm_jax.checkpoint import orbax_context
+from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.config import ModelConfig
+
+
+class TrainCheckpoints:
+    """The steps of one training run: what is trained and the optimizer's state. The data needs no state: a run's batches are
+    numbered, and the step says which one is next.
+
+    Writing goes on in the background; a step that was not finished does not exist. Every step carries the model's
+    config and the identity of the backbone that the run started from, and is restored into no other.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        config: ModelConfig,
+        backbone: str,
+        *,
+        keep: int = 2,
+        best: str | None = None,
+        maximize: bool = False,
+    ):
+        """Opens `directory`, or makes it; removes what an interrupted save left in it.
+
+        Args:
+            backbone: `backbone_identity` of the parameters that the run starts from.
+            keep: this many newest steps stay.
+            best: a metric's name; the step where it was lowest (highest with `maximize`) stays as well.
+
+        Raises:
+            OSError: if there can be no directory, or it cannot be written.
+        """
+        policies = ocp.training.preservation_policies
+        preserved: list[Any] = [policies.LatestN(keep)]
+        if best is not None:
+            # BestN keeps the end of the sorted list.
+            preserved.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], reverse=not maximize, n=1))
+        preservation: Any = policies.AnyPreservationPolicy(preserved)
+        self._best = best
+        model = {key: value for key, value in config.to_hf().items() if key != "dtype"}
+        self._run = {"model": model, "backbone": backbone}
+        self.directory = Path(directory).absolute()
+        if self.directory.exists() and not (self.directory.is_dir() and os.access(self.directory, os.W_OK)):
+            raise OSError(f"{self.directory} is no directory that can be written: a run's steps go there")
+        self._steps = ocp.training.Checkpointer(
+            str(self.directory),
+            context=orbax_context(),
+            preservation_policy=preservation,
+            cleanup_tmp_directories=True,
+        )
+        self._last: int | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that can be restored, and the one that is being written, ascending."""
+        return [checkpoint.step for checkpoint in self._steps.checkpoints]
+
+    @property
+    def latest(self) -> int | None:
+        """The newest of `steps`."""
+        return self.steps[-1] if self.steps else None
+
+    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Copies `state` off the devices and returns; the files are written in the background.
+
+        Args:
+            state: a pytree of arrays (trained parameters, optimizer state).
+
+        Raises:
+            ValueError: if the metric that decides which step is best is not among `metrics`.
+            CheckpointError: if this save, or the one before it in the background, failed.
+        """
+        if self._best is not None and self._best not in (metrics or {}):
+            raise ValueError(f"step {step}: the metric {self._best!r} decides which step is best, but was not given")
+        with self._explaining_failed_saves():
+            self._steps.wait()
+            self._last = step
+            self._steps.save_checkpointables_async(
+                step,
+                {"state": state},
+                force=True,
+                metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
+                custom_metadata=self._run,
+            )
+
+    def restore(self, abstract: Any, step: int | None = None) -> Any:
+        """The state of `step` (None: the latest) in the shardings of `abstract`, whatever mesh and processes wrote it.
+
+        Args:
+            abstract: the state's tree with `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` leaves.
+
+        Raises:
+            FileNotFoundError: if there is no such step.
+            CheckpointError: if the step is another model's or another backbone's, or cannot be read.
+        """
+        step = self.latest if step is None else step
+        if step is None or step not in self.steps:
+            raise FileNotFoundError(f"{self.directory}: no step {step}; there are {self.steps}")
+        with self._explaining_unreadable(step):
+            saved: Any = self._steps.metadata(step).custom_metadata
+            if not saved:
+                raise ValueError("it does not say which model it is of")
+        for key, mine in self._run.items():
+            if saved.get(key) != mine:
+                raise CheckpointError(
+                    f"{self.directory}: step {step} was saved with another {key}: {_difference(saved.get(key), mine)}. "
+                    "Continue the run with what it began with, or give another --run_dir"
+                )
+        with self._explaining_unreadable(step):
+            return self._steps.load_checkpointables(step, {"state": abstract})["state"]
+
+    def close(self) -> None:
+        """Waits for the last save.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        with self._explaining_failed_saves():
+            self._steps.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _explaining_failed_saves(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the layers below say about a disk
+            # Orbax has forgotten the steps that this save was to replace; they are still there.
+            there = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+            whole = max((int(name) for name in there if name.isdigit()), default=None)
+            then = "starts anew" if whole is None else f"continues from step {whole}, which is whole"
+            raise CheckpointError(
+                f"{self.directory}: step {self._last} could not be written: {_reason(error)}. Make room there, or the "
+                f"directory writable: the same command then {then}"
+            ) from error
+
+    @contextmanager
+    def _explaining_unreadable(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the layers below say about a file
+            before = [other for other in self.steps if other < step]
+            then = f"continues from step {before[-1]}" if before else "starts anew"
+            raise CheckpointError(
+                f"{self.directory / str(step)} cannot be restored: {_reason(error)}. It is another run's, or its files are "
+                f"damaged; if so, remove this directory: the same command then {then}"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was wrong to begin with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _difference(saved: Any, mine: Any) -> str:
+    """What `saved` says and `mine` says otherwise, key by key where both are nested dicts."""
+    if not (isinstance(saved, dict) and isinstance(mine, dict)):
+        return f"{saved}, now {mine}"
+    old, new = (traverse_util.flatten_dict(values, sep=".") for values in (saved, mine))
+    return ", ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key))

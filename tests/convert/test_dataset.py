@@ -1,0 +1,197 @@
+"""`convert.dataset`: what it writes, what it rejects and says of it, and that a failed or interrupted run leaves nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.mixed_images import make_processor
+from convert import dataset
+from convert.dataset import convert, histogram
+from pvm_jax.conversations import open_conversations
+from pvm_jax.images import read_image
+from train import data as train_data
+from train.config import Bucket, DataConfig
+from train.data import load_training_data
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return make_processor(tmp_path_factory.mktemp("processor"))[0]
+
+
+def picture(folder, name, side=40):
+    Image.linear_gradient("L").resize((side, side)).convert("RGB").save(folder / name)
+    return {"type": "image", "image": name}
+
+
+def conversation(*content, answer="List navy"):
+    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]}
+
+
+def write(folder: Path, records) -> Path:
+    file = folder / "data.jsonl"
+    file.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    return file
+
+
+@pytest.fixture
+def good(tmp_path):
+    """Thirty conversations: with an image, with two and a video, with none."""
+    records = []
+    for number in range(10):
+        image, other = (picture(tmp_path, f"{number}_{k}.png", 40 + 30 * number) for k in range(2))
+        video = {"type": "video", "video": [image["image"]] * 2, "fps": 2}
+        text = {"type": "text", "text": f"List {number}"}
+        records += [conversation(image, text), conversation(image, text, other, video), conversation(text)]
+    return write(tmp_path, records)
+
+
+def shown(conversations):
+    """All messages, pictures as their pixels."""
+
+    def plain(value):
+        if isinstance(value, dict) and value.get("type") == "image":
+            return np.asarray(read_image(value["image"])).tobytes()
+        if isinstance(value, dict) and value.get("type") == "video":
+            return [np.asarray(read_image(frame)).tobytes() for frame in value["video"]], value["fps"]
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return [plain(list(messages)) for messages in conversations]
+
+
+def test_shards_give_the_conversations_of_their_source(good, tmp_path, processor, monkeypatch, capsys):
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 4000)
+    before = shown(open_conversations(good))
+    convert(good, tmp_path / "shards", processor, threads=4)
+    for image in tmp_path.glob("*.png"):
+        image.unlink()
+    shards = open_conversations(tmp_path / "shards")
+    assert shown(shards) == before
+    files = sorted((tmp_path / "shards").glob("*.array_record"))
+    assert len(files) > 2
+    assert shards.where(0) == f"{files[0]}:0"
+    assert shards.where(29).startswith(f"{files[-1]}:")
+    assert [tuple(size) for size in shards.sizes] == [processor.count(messages) for messages in shards]
+    said = capsys.readouterr().out
+    assert "30 examples with 50 images" in said
+    assert "patches a token" in said
+    assert not (tmp_path / "shards.rejected.jsonl").exists()
+
+
+def test_training_measures_shards_only_if_another_processor_did(good, tmp_path, processor, monkeypatch):
+    convert(good, tmp_path / "shards", processor)
+    convert(good, tmp_path / "unmeasured")
+    other = make_processor(tmp_path / "other")[0]
+    other.chat_template = other.chat_template.replace("Picture ", "Image ")
+    config = None
+
+    def report(path, processor):
+        data = DataConfig(str(path), [Bucket(4096, 8192)])
+        return load_training_data(data, processor, config, batch_size=1).report
+
+    measured = []
+    monkeypatch.setattr(train_data, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes)
+    assert "Measured here" not in report(tmp_path / "shards", processor)
+    assert measured == []
+    assert f"another tokenizer or image settings: {tmp_path / 'shards'}" in report(tmp_path / "shards", other)
+    assert measured == ["shards"]
+    monkeypatch.undo()
+    assert report(tmp_path / "unmeasured", processor) == report(tmp_path / "shards", processor)
+
+
+def bad_records(folder):
+    (folder / "broken.png").write_bytes((folder / "fine.png").read_bytes()[:-200])
+    (folder / "text.png").write_text("no image")
+    text = {"type": "text", "text": "List"}
+    long = conversation({"type": "text", "text": "road " * 200})
+    return {
+        "0.png does not exist": conversation({"type": "image", "image": "0.png"}, text),
+        "broken.png cannot be decoded": conversation({"type": "image", "image": "broken.png"}, text),
+        "text.png cannot be read as an image": conversation({"type": "image", "image": "text.png"}, text),
+        "2 image parts for the 1 pictures": conversation({"type": "image"}, {"type": "image"}) | {"images": ["fine.png"]},
+        "there is no assistant turn": {"messages": [{"role": "user", "content": "?"}]},
+        "Expecting": '{"messages": ',
+        "unknown part type 'audio'": conversation({"type": "audio", "audio": "a.wav"}),
+        "<|im_end|>": conversation({"type": "text", "text": "<|im_end|>"}),
+        "too long: 212 tokens": long,
+    }
+
+
+def test_every_rejected_example_is_reported_with_its_reason_and_the_rest_written(tmp_path, processor):
+    fine = conversation(picture(tmp_path, "fine.png", 200), {"type": "text", "text": "List"})
+    bad = bad_records(tmp_path)
+    file = write(tmp_path, [fine, *bad.values(), fine])
+    convert(file, tmp_path / "shards", processor, max_tokens=200, max_rejected=0.9, threads=3)
+    assert len(open_conversations(tmp_path / "shards")) == 2
+    report = [json.loads(line) for line in (tmp_path / "shards.rejected.jsonl").read_text().splitlines()]
+    assert [entry["example"] for entry in report] == [f"{file}:{line}" for line in range(2, 2 + len(bad))]
+    for entry, reason in zip(report, bad, strict=True):
+        assert reason in entry["reason"]
+        assert "data.jsonl" not in entry["reason"]
+
+
+def test_without_a_processor_images_are_checked_too(tmp_path):
+    fine = conversation(picture(tmp_path, "fine.png", 200), {"type": "text", "text": "List"})
+    records = list(bad_records(tmp_path).values())
+    convert(write(tmp_path, [fine, *records]), tmp_path / "shards", max_rejected=0.9)
+    assert len(open_conversations(tmp_path / "shards")) == 3  # what needs the tokenizer passes
+
+
+def test_more_rejects_than_allowed_are_an_error_and_leave_the_report_alone(tmp_path, processor):
+    fine = conversation(picture(tmp_path, "fine.png", 200), {"type": "text", "text": "List"})
+    file = write(tmp_path, [fine] * 97 + ["{"] * 3)
+    with pytest.raises(ValueError, match=r"3 of 100 examples were rejected.*share of 0.02.*shards.rejected.jsonl"):
+        convert(file, tmp_path / "shards", processor, max_rejected=0.02)
+    assert len((tmp_path / "shards.rejected.jsonl").read_text().splitlines()) == 3
+    assert sorted(path.name for path in tmp_path.iterdir() if "shards" in path.name) == ["shards.rejected.jsonl"]
+    convert(file, tmp_path / "shards", processor, max_rejected=0.03)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        convert(file, tmp_path / "shards", processor)
+
+
+def test_what_an_interrupted_run_leaves_does_not_open(good, tmp_path, monkeypatch):
+    """The folder as it is at every record that is written, as `kill -9` would leave it."""
+    write_record, seen = dataset._ShardWriter.write, []
+
+    def look(writer, record):
+        with pytest.raises(ValueError, match="is no directory of conversations"):
+            open_conversations(writer._directory)
+        seen.append(writer._directory)
+        write_record(writer, record)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset._ShardWriter, "write", look)
+    with pytest.raises(KeyboardInterrupt):
+        convert(good, tmp_path / "shards", threads=2)
+    assert not seen[0].exists()
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_shard_that_was_cut_off_is_refused(good, tmp_path):
+    convert(good, tmp_path / "shards")
+    index = tmp_path / "shards" / "dataset.json"
+    index.write_text(index.read_text().replace('"examples": 30', '"examples": 31'))
+    with pytest.raises(ValueError, match=r"the shards hold 30 records, dataset.json says 31"):
+        open_conversations(tmp_path / "shards")
+    (tmp_path / "shards" / "shard-00000.array_record").unlink()
+    with pytest.raises(ValueError, match="names shards that are missing"):
+        open_conversations(tmp_path / "shards")
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"error: .*nowhere: no such file or directory"):
+        dataset.main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        dataset.main(["a", "b", "--max-tokens", "100"])
+    assert "--max-tokens needs --checkpoint" in capsys.readouterr().err
+
+
+def test_histogram_counts_by_powers_of_two():
+    lines = histogram([3, 4, 5, 8, 8, 64])
+    assert [line.split()[3:5] for line in lines] == [["4:", "2"], ["8:", "3"], ["16:", "0"], ["32:", "0"], ["64:", "1"]]

@@ -1,0 +1,144 @@
+"""The comparison: equal terms for all methods, where the branch looks, and a report of means and spreads."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from demo import attention, checkpoint, compare
+from demo.compare_report import Measured, write_report
+from demo.evaluate import Settings, encode
+from demo.run import BRANCH
+from pvm_jax.batch import Batch
+from pvm_jax.config import LoRAConfig
+from pvm_jax.model import Qwen3VL, abstract_model
+from pvm_jax.processing import Processor
+from train.events import EventWriter
+from train.step import split_model
+
+SETTINGS = Settings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)
+
+
+def test_methods_differ_in_what_trains_alone():
+    """Checkpoint, result and what the method needs apart, the commands of a seed are one command; seeds share nothing."""
+    seeds = [dict(compare.training_steps(Path("out"), seed, 7)) for seed in (0, 1)]
+    trainings = [[[str(a) for a in command] for command in by.values() if command[0] == "train.sft"] for by in seeds]
+    for commands in trainings:
+        own = ("--checkpoint", "--run_dir", "--trainable", "--lora.", "--optimizer.learning_rate")
+        assert len({tuple(a for a in command if not a.startswith(own)) for command in commands}) == 1
+        assert [a for command in commands for a in command if a == "--max_steps=7"] == ["--max_steps=7"] * len(compare.METHODS)
+    for one, other in zip(*trainings, strict=True):
+        differing = {a.split("=")[0] for a in set(one) ^ set(other)}
+        assert (
+            {"--seed", "--data.sources", "--run_dir"} <= differing <= {"--seed", "--data.sources", "--run_dir", "--checkpoint"}
+        )
+    examples = [[str(a) for a in command] for by in seeds for command in by.values() if command[0] == "demo.task"]
+    assert len({a for command in examples for a in command if a.startswith("--mixture.seed")}) == 2
+
+
+def test_lora_has_as_many_parameters_as_the_branch():
+    layers, width = (1, 2), int(BRANCH[-1])
+    assert ("--pvm-layers", *map(str, layers), "--pvm-hidden-size", str(width)) == BRANCH
+    given = dict(a.removeprefix("--lora.").split("=") for a in compare.METHODS["LoRA"].arguments if a.startswith("--lora."))
+    config = checkpoint.make_config(checkpoint.make_tokenizer()).with_pvm(layers, width)
+    model = abstract_model(replace(config, lora=LoRAConfig(int(given["rank"]), float(given["alpha"]))))
+    counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(split_model(model, part)[1])) for part in ("pvm", "lora")]
+    assert counts[1] == pytest.approx(counts[0], rel=0.03)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> Processor:
+    folder = tmp_path_factory.mktemp("hf")
+    checkpoint.write_assets(folder)
+    return Processor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3VL:
+    config = checkpoint.make_config(checkpoint.make_tokenizer()).with_pvm((1,), 64)
+    text = replace(config.text, num_hidden_layers=2)
+    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
+    model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0)))()
+    model.pvm["1"].gate_alpha[...] = jnp.ones(1)
+    return model
+
+
+def test_the_recomputed_stream_is_what_the_branch_read(model, processor):
+    encoded = encode(SETTINGS.examples(3, 2), processor)
+    batch = Batch.from_rows([[example] for example in encoded], model.config, length=64, patches=16)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def updates(params):
+        model: Qwen3VL = nnx.merge(graphdef, params)
+        trace, memories = model.trace(batch), model.memorize(model.encode(batch), batch)
+        stream = attention.stream_at_branch(model, 1, trace.streams[0], batch)
+        return model.pvm["1"](stream, memories["1"], batch.segment_ids, batch.visual_index >= 0), trace.updates[1]
+
+    recomputed, own = updates(nnx.as_pure(params))
+    assert np.abs(own).max() > 0.1
+    np.testing.assert_allclose(recomputed, own, atol=1e-5)
+
+
+def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
+    """All cells together have 1; keys that are alike get alike; a sharpened branch prefers one to another."""
+    examples = SETTINGS.examples(0, 2)
+    graphdef, params = nnx.split(model)
+    sharp = nnx.map_state(lambda path, leaf: leaf * 10 if path[-2] in ("q_norm", "k_norm") else leaf, params)
+    blind = nnx.map_state(lambda path, leaf: leaf * 0 if "vision_reducer" in path else leaf, params)
+
+    def shares(params):
+        return np.array(attention.attention_on_cell(nnx.merge(graphdef, params), processor, examples, SETTINGS)["1"])
+
+    np.testing.assert_allclose(shares(blind), 1 / 4, rtol=1e-5)
+    by_cell = []
+    for cell in range(4):
+        monkeypatch.setattr(attention, "_visual_token", lambda *_, cell=cell: cell)
+        by_cell.append(shares(sharp))
+    np.testing.assert_allclose(sum(by_cell), 1, rtol=1e-5)
+    assert np.ptp(by_cell) > 0.1
+
+
+def test_cells_are_visual_tokens_in_reading_order():
+    assert [attention._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [0, 1, 2, 3, 8]
+
+
+def test_gates_are_read_back_from_the_log_of_a_run_that_went_on(tmp_path):
+    writer = EventWriter(tmp_path, start=0)
+    for step, gate in ((0, 0.0), (1, 0.5), (2, 0.75), (2, -0.25)):
+        writer.add_scalar("gate/2", gate, step)
+        writer.add_scalar("train/loss", 1.0, step)
+    writer.close()
+    assert compare.read_gates(tmp_path) == {"2": [0.0, 0.5, -0.25]}
+    assert compare.read_gates(tmp_path / "none") == {}
+
+
+def test_measured_once_and_then_read(tmp_path):
+    one = Measured("PVM", 0, 5, {"0": 0.5}, gates={"1": [0.0]})
+    assert compare.once(tmp_path / "PVM.json", lambda: one) == one
+    assert compare.once(tmp_path / "PVM.json", lambda: pytest.fail("measured again")) == one
+
+
+def test_report_gives_means_and_spreads(tmp_path, capsys):
+    measured = [Measured("base", None, 0, {"0": 0.5, "5": 0.25}, shuffled={"0": 0.2, "5": 0.21})]
+    for seed, accuracy in enumerate((0.6, 0.8)):
+        looks = {distance: {"1": [0.25, 0.35 + seed / 5]} for distance in ("0", "5")}
+        measured.append(
+            Measured("PVM", seed, 1234, {"0": accuracy, "5": 0.3}, attention=looks, gates={"1": [0.0, 0.1 * (seed + 1)]})
+        )
+    write_report(measured, SETTINGS, (1, 4), 7, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    assert "| 0 | 0.500 | 0.700 ± 0.141 | 0.200 |" in text
+    assert "| trained parameters | 0 | 1,234 |  |" in text
+    assert "| 5 | 0.350 ± 0.071 | 0.450 ± 0.141 |" in text
+    assert "chance: 1/4 = 0.250" in text
+    assert "layer 1 +0.100, +0.200" in text
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "results.json").read_text())["measured"][1]["accuracy"] == {"0": 0.6, "5": 0.3}
+    assert text in capsys.readouterr().out

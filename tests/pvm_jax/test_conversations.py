@@ -1,0 +1,228 @@
+"""Every format of conversations on disk gives the same messages; what is wrong with a record is said with its place."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pvm_jax import conversations as module
+from pvm_jax.conversations import open_conversations, stored_bytes
+from pvm_jax.images import read_image
+
+
+def png(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def turn(role, *parts):
+    return {"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]}
+
+
+IMAGE = {"type": "image"}
+RECORDS = [
+    *({"messages": [turn("user", IMAGE, f"{n}?", IMAGE), turn("assistant", "red")], "shades": [n, n + 1]} for n in range(7)),
+    {"messages": [turn("user", "no picture"), turn("assistant", "none"), turn("user", "?")], "shades": []},
+]
+
+
+def as_jsonl(folder):
+    lines = []
+    for number, record in enumerate(RECORDS):
+        names = [f"{number}_{shade}.png" for shade in record["shades"]]
+        for name, shade in zip(names, record["shades"], strict=True):
+            (folder / name).write_bytes(png(shade))
+        lines.append(json.dumps({"messages": record["messages"], "images": names}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder / "data.jsonl"
+
+
+def as_dataset():
+    rows = [
+        {
+            "messages": record["messages"],
+            "images": [{"bytes": png(shade), "path": f"{shade}.png"} for shade in record["shades"]],
+        }
+        for record in RECORDS
+    ]
+    return datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+
+
+def as_parquet(folder):
+    dataset = as_dataset()
+    for number, rows in enumerate([range(5), range(5, 8)]):
+        pq.write_table(dataset.select(rows).with_format("arrow")[:], folder / f"train-{number}.parquet", row_group_size=2)
+    return folder
+
+
+def as_one_parquet_file(folder):
+    as_dataset().to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def as_saved_dataset(folder):
+    as_dataset().save_to_disk(folder, num_shards=2)
+    return folder
+
+
+FORMATS = [as_jsonl, as_parquet, as_one_parquet_file, as_saved_dataset]
+
+
+def shown(messages):
+    """Messages with each picture replaced by its shade of red."""
+
+    def part(part):
+        if part["type"] == "image":
+            return np.asarray(read_image(part["image"]))[0, 0, 0]
+        return part["text"]
+
+    return [(message["role"], [part(p) for p in message["content"]]) for message in messages]
+
+
+def expected(record):
+    shades = iter(record["shades"])
+    return [
+        (message["role"], [next(shades) if part["type"] == "image" else part["text"] for part in message["content"]])
+        for message in record["messages"]
+    ]
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_every_format_gives_the_same_messages_in_any_order(tmp_path, write):
+    conversations = open_conversations(write(tmp_path))
+    assert len(conversations) == len(RECORDS)
+    for index in [7, 0, 5, 4, 6, 1, 3, 2]:
+        assert shown(conversations[index]) == expected(RECORDS[index]), index
+    assert shown(conversations[-1]) == expected(RECORDS[-1])
+    with pytest.raises(IndexError):
+        conversations[8]
+
+
+@pytest.mark.parametrize(
+    ("write", "place"),
+    [
+        (as_jsonl, "data.jsonl:7"),
+        (as_parquet, "train-1.parquet:1"),
+        (as_one_parquet_file, "data.parquet:6"),
+        (as_saved_dataset, "data-00001-of-00002.arrow:2"),
+    ],
+)
+def test_a_record_is_named_by_its_file_and_place(tmp_path, write, place):
+    conversations = open_conversations(write(tmp_path))
+    assert conversations.where(6).endswith(f"/{place}")
+    with pytest.raises(ValueError, match=f"{place}: wrong"), conversations.naming(6):
+        raise ValueError("wrong")
+
+
+def test_several_files_can_be_chosen_by_a_pattern(tmp_path):
+    as_parquet(tmp_path)
+    (tmp_path / "test-0.parquet").write_bytes(b"not read")
+    assert len(open_conversations(tmp_path / "train-*.parquet")) == len(RECORDS)
+    assert len(open_conversations(tmp_path / "train-1.parquet")) == 3
+    train = sum((tmp_path / f"train-{number}.parquet").stat().st_size for number in (0, 1))
+    assert stored_bytes(tmp_path / "train-*.parquet") == train
+    assert stored_bytes(tmp_path) == train + len("not read")
+
+
+def test_parquet_keeps_few_row_groups_in_memory(tmp_path, monkeypatch):
+    conversations = open_conversations(as_parquet(tmp_path))
+    first = conversations._table(0)
+    monkeypatch.setattr(module, "ROW_GROUP_CACHE_BYTES", 2 * first.nbytes)
+    assert conversations._table(0) is first
+    for part in (1, 2, 3):
+        conversations._table(part)
+    assert list(conversations._cache) == [2, 3]
+
+
+def test_a_single_image_column_and_messages_as_json_are_read(tmp_path):
+    messages = [{"role": "user", "content": "?"}, turn("assistant", "red")]
+    rows = [{"messages": json.dumps(messages), "image": {"bytes": png(9), "path": None}}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    user, _ = open_conversations(tmp_path / "data.parquet")[0]
+    assert shown([user]) == [("user", [9, "?"])]
+
+
+def write_line(folder, record):
+    (folder / "data.jsonl").write_text(json.dumps(record) if not isinstance(record, str) else record)
+    return open_conversations(folder / "data.jsonl")
+
+
+def test_pictures_stand_before_the_first_user_turn_where_no_message_shows_them(tmp_path):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    system, user, assistant = write_line(tmp_path, {"messages": messages, "images": ["a.png", "b.png"]})[0]
+    assert (system["content"], assistant["content"]) == ("s", "!")
+    assert [part.get("image", part.get("text")) for part in user["content"]] == [
+        str(tmp_path / "a.png"),
+        str(tmp_path / "b.png"),
+        "?",
+    ]
+
+
+def test_image_paths_are_relative_to_the_file(tmp_path):
+    content = [
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "image", "image": {"bytes": None, "path": "a.png"}},
+        {"type": "image", "image": "/elsewhere/b.png"},
+        {"type": "image", "url": "file:///elsewhere/b.png"},
+        {"type": "image", "image": "data:image/png;base64,AAAA"},
+        {"type": "video", "video": ["c.png", "d.png"]},
+        {"type": "text", "text": "?"},
+    ]
+    (message,) = write_line(tmp_path, {"messages": [{"role": "user", "content": content}]})[0]
+    a, c, d = (str(tmp_path / name) for name in ("a.png", "c.png", "d.png"))
+    assert [next(value for key, value in part.items() if key != "type") for part in message["content"]] == [
+        a,
+        a,
+        {"bytes": None, "path": a},
+        *("/elsewhere/b.png", "file:///elsewhere/b.png", "data:image/png;base64,AAAA", [c, d], "?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("", "is empty"),
+        ([], "not an object"),
+        ({"message": []}, "not an object"),
+        ({"messages": 3}, "messages must be a list"),
+        ({"messages": [3]}, "messages must be a list"),
+        ({"messages": [turn("user", IMAGE, IMAGE)], "images": ["a"]}, "2 image parts for the 1 pictures"),
+        ({"messages": [turn("user", IMAGE)]}, "1 image parts for the 0 pictures"),
+        ({"messages": [turn("user", {"type": "image", "image": "a"})], "images": ["a"]}, "0 image parts for the 1 pictures"),
+        ({"messages": [turn("assistant", "a")], "images": ["a"]}, "there is no user turn"),
+        ({"messages": [turn("user", IMAGE)], "images": ["a"], "image": "a"}, "both an 'images' and an 'image'"),
+        ({"messages": [turn("user", IMAGE)], "images": "a"}, "'images' must be a list"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path, record, message):
+    with pytest.raises(ValueError, match=rf"data.jsonl.*{message}"):
+        write_line(tmp_path, record)[0]
+
+
+def test_what_is_no_format_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or directory"):
+        open_conversations(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no such Parquet file"):
+        open_conversations(tmp_path / "train-*.parquet")
+    with pytest.raises(ValueError, match=r"has no dataset.json .*, no state.json .* and no \*.parquet"):
+        open_conversations(tmp_path)
+    datasets.DatasetDict({"train": as_dataset(), "test": as_dataset()}).save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match=r"several splits: choose one, .*both/train or .*both/test"):
+        open_conversations(tmp_path / "both")
+    assert len(open_conversations(tmp_path / "both" / "test")) == len(RECORDS)
+    (tmp_path / "both" / "test" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(ValueError, match="names files that are missing"):
+        open_conversations(tmp_path / "both" / "test")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"broken.parquet cannot be read"):
+        open_conversations(tmp_path / "broken.parquet")
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text.parquet")
+    with pytest.raises(ValueError, match=r"no column 'messages' .*, only text"):
+        open_conversations(tmp_path / "text.parquet")

@@ -1,0 +1,109 @@
+"""Runs of `python -m train.sft` in processes of their own, on a tiny checkpoint."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from demo.checkpoint import write_assets
+from pvm_jax.checkpoint import save
+from pvm_jax.model import Qwen3VL
+from train.events import read_values
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
+    """Writes base/ (a tiny checkpoint, its model is returned) and data.jsonl with images into `root`."""
+    config = write_assets(root / "hf").with_pvm((1,), 64)
+    text = replace(config.text, num_hidden_layers=2)
+    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
+    model = Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0))
+    save(root / "base", model, assets=root / "hf")
+    rng = np.random.default_rng(0)
+    with open(root / "data.jsonl", "w") as file:
+        for index in range(examples):
+            size = (32, 32) if index % 3 else (64, 32)
+            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / f"{index}.png")
+            content = [{"type": "image", "image": f"{index}.png"}, {"type": "text", "text": "List"}]
+            answer = "B3 ground navy\n" * (1 + index % 2)
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return model
+
+
+def arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
+    """Of train.sft, for a run of the workplace `root` in float32, rows of two shapes, a checkpoint every two steps."""
+    return [
+        *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.sources={root / 'data.jsonl'}"),
+        *("--data.packing=false", "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]"),
+        *("--batch_size=8", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2"),
+        *("--log_every=2", "--checkpoint_every=2"),
+        *more,
+    ]
+
+
+def start(root: Path, run_dir: str | Path, *more: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+    """Starts a run on `processes` x `devices` simulated devices, programs cached in `root`; output goes to files in `root`."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    started = []
+    for process in range(processes):
+        found = [f"--distributed.coordinator_address={coordinator}", f"--distributed.process_id={process}"]
+        found = [f"--distributed.num_processes={processes}", *(found if processes > 1 else [])]
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        with open(output_file(root, run_dir, process), "a") as output:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "train.sft", *arguments(root, run_dir, *found, *more)],
+                    cwd=ROOT,
+                    env=environment(devices=devices) | cache,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    return started
+
+
+def finish(root: Path, run_dir: str | Path, started: Sequence[subprocess.Popen], *, code: int = 0) -> list[str]:
+    """Waits for the processes of a run to exit with `code`. What each of them (and earlier ones of the run) said."""
+    try:
+        codes = [process.wait(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    said = [output_file(root, run_dir, process).read_text() for process in range(len(started))]
+    assert codes == [code] * len(started), "\n".join(said)
+    return said
+
+
+def output_file(root: Path, run_dir: str | Path, process: int) -> Path:
+    """Where a process of a run says what it says."""
+    return root / f"{Path(run_dir).name}.{process}.txt"
+
+
+def losses(root: Path, run_dir: str | Path) -> dict[int, set[float]]:
+    """{step: every loss that was logged for it}."""
+    found: dict[int, set[float]] = {}
+    for step, value in read_values(root / run_dir / "log").get("train/loss", []):
+        found.setdefault(step, set()).add(value)
+    return found
+
+
+def environment(*, devices: int) -> dict[str, str]:
+    """Of a process with `devices` simulated devices."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

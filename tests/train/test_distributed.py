@@ -1,0 +1,174 @@
+"""Runs of several processes: they compute what one computes, stop together, and one alone can go on."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.train import runs
+from train.config import DistributedConfig
+from train.distributed import join
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A workplace in which one process on one device did a run `alone` to its end."""
+    root = tmp_path_factory.mktemp("distributed")
+    runs.write_workplace(root, examples=32)
+    options = "--epochs=10"
+    runs.finish(root, "alone", runs.start(root, "alone", options))
+    return root
+
+
+def relative(losses, others):
+    """The largest relative difference of the losses of steps that both have."""
+    steps = sorted(set(losses) & set(others))
+    a, b = (np.array([next(iter(values[step])) for step in steps]) for values in (losses, others))
+    return float(np.max(np.abs(a - b) / a))
+
+
+def test_two_processes_stop_together_and_one_goes_on(root):
+    """Eight devices of two processes (data 2, fsdp 2, tensor 2) against one device; SIGTERM to process 1 alone."""
+    mesh = [f"--mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    started = runs.start(root, "two", "--epochs=10", *mesh, processes=2, devices=4)
+    try:
+        while started[1].poll() is None and len(runs.losses(root, "two")) < 6:
+            time.sleep(0.2)
+        started[1].send_signal(signal.SIGTERM)
+        first, second = runs.finish(root, "two", started)
+    finally:
+        for process in started:
+            process.kill()
+    alone, two = runs.losses(root, "alone"), runs.losses(root, "two")
+    assert sorted(alone) == list(range(STEPS))
+    stopped = len(two)
+    assert 6 <= stopped < STEPS
+    assert relative(two, alone) < 1e-5
+    assert f"stopped after step {stopped}; the same command continues" in first
+    assert "8 devices in 2 processes" in first
+    assert "loss" not in second, "process 0 alone tells"
+    assert len(list((root / "two" / "log").iterdir())) == 1
+    assert (root / "two" / "steps" / str(stopped)).is_dir()
+
+    (said,) = runs.finish(root, "two", runs.start(root, "two", "--epochs=10"))
+    assert "written" in said
+    both = runs.losses(root, "two")
+    assert sorted(both) == list(range(STEPS))
+    assert all(len(values) == 1 for values in both.values()), "no step was done twice"
+    assert relative(both, alone) < 1e-4  # what differs in the last bits grows in forty steps
+    assert relative({step: both[step] for step in range(stopped + 2)}, alone) < 1e-5
+
+
+ROWS_AND_SIGNALS = """
+import os, signal, sys, time
+import jax, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, Mesh
+from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, place_rows
+from train.config import DistributedConfig
+from train.distributed import joined, stop_requests
+
+address, process = sys.argv[1], int(sys.argv[2])
+with joined(DistributedConfig(address, 2, process)):
+    devices = np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(4, 2, 1)  # as a slice's wires may have it
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    sharding, count = batch_sharding(mesh), 16
+    rows = local_rows(sharding, count)
+    whole = np.arange(2 * count).reshape(count, 2)
+    assert rows == [row for row in range(count) if row // 2 % 2 == process], rows
+    placed = place_rows({"x": whole[rows]}, sharding, count)
+    np.testing.assert_array_equal(process_allgather(placed, tiled=True)["x"], whole)
+    answers = []
+    with stop_requests(mesh) as stop_requested:
+        for step in range(6):
+            if (step, process) == (2, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            answers.append(stop_requested())
+    assert answers == [False] * 3 + [True] * 3, answers
+    if process == 1:
+        raise ValueError("process 1 alone fails")
+    print("process 0 goes on")
+"""
+
+
+def test_rows_need_not_be_neighbours_and_all_hear_of_a_signal_at_the_same_step():
+    """And a process that fails alone ends at once, without waiting for the others."""
+    address = f"127.0.0.1:{runs.free_port()}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ROWS_AND_SIGNALS, address, str(process)],
+            cwd=runs.ROOT,
+            env=runs.environment(devices=4),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        said = started[1].communicate(timeout=120)[0]
+        assert started[1].returncode == 1, said
+        assert "ValueError: process 1 alone fails" in said
+    finally:
+        for process in started:
+            process.kill()
+    assert "process 0 goes on" in started[0].communicate()[0]
+
+
+def test_who_waits_in_vain_says_for_whom(root):
+    where = [f"--distributed.coordinator_address=127.0.0.1:{runs.free_port()}", "--distributed.process_id=1"]
+    started = runs.start(root, "lonely", "--distributed.num_processes=2", "--distributed.timeout=1", *where)
+    (said,) = runs.finish(root, "lonely", started, code=1)
+    assert "process 1 of 2 waited 1 s (distributed.timeout) for the other processes at 127.0.0.1:" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_processes": 2}, "coordinator_address is missing"),
+        ({"process_id": 1}, "coordinator_address is missing"),
+        ({"coordinator_address": "10.0.0.1"}, "is host:port, got '10.0.0.1'"),
+        ({"coordinator_address": "10.0.0.1:1234", "num_processes": 2}, "needs num_processes and process_id, got 2 and None"),
+        (
+            {"coordinator_address": "10.0.0.1:1234", "num_processes": 2, "process_id": 2},
+            "counts from 0 to num_processes - 1 = 1",
+        ),
+        ({"timeout": 0}, "timeout 0 must be at least 1"),
+        ({"num_processes": 0}, "num_processes 0 and timeout 300 must be at least 1"),
+    ],
+)
+def test_what_is_missing_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        DistributedConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{"num_processes": 1}, {}])
+def test_a_process_without_a_cluster_is_alone(monkeypatch, options):
+    """Also as the only task of a SLURM job, where JAX would take one GPU of all."""
+    calls = []
+
+    def initialize(**arguments):
+        calls.append(arguments)
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    join(DistributedConfig(**options))
+    assert len(calls) == (0 if options else 1)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    join(DistributedConfig(**options))
+    assert len(calls) == (0 if options else 1)
+
+
+def test_a_cluster_that_does_not_say_enough_is_an_error(monkeypatch):
+    def initialize(**_):
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    with pytest.raises(ValueError, match=r"Number of processes must be defined.*give distributed\.coordinator_address"):
+        join(DistributedConfig())

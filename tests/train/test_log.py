@@ -1,0 +1,70 @@
+"""What a run writes for TensorBoard, and what it does about steps that are not finite."""
+
+import numpy as np
+import pytest
+
+from train.events import read_values
+from train.log import RunLog
+
+
+def metrics(loss=1.0, **more):
+    return {"loss": np.float32(loss), "grad_norm": np.float32(2), "learning_rate": np.float32(0.1), "tokens": 50} | more
+
+
+@pytest.fixture
+def open_log(tmp_path):
+    def open_log(**options):
+        return RunLog(tmp_path, **({"start": 0, "total": 100, "every": 2, "peak": None} | options))
+
+    return open_log
+
+
+def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
+    with open_log() as log:
+        for step in range(5):
+            with log.phase("data"):
+                log.add(step, metrics(step, **{"gate/1": np.float32(0.5)}))
+        log.scalars(4, {"held_out/loss": 3.0})
+        with log.phase("checkpoint", 4):
+            pass
+        log.sample(4, "sample/0", "what it says", np.zeros((4, 6, 3), np.uint8))
+    values = read_values(tmp_path)
+    assert values["train/loss"] == [(step, float(step)) for step in range(4)]  # the fifth waits for a sixth
+    assert values["gate/1"] == [(step, 0.5) for step in range(4)]
+    assert values["held_out/loss"] == [(4, 3.0)]
+    for name in ("train/tokens_per_second", "time/step", "time/data"):
+        assert [step for step, _ in values[name]] == [1, 3]
+    assert values["time/data"][0][1] <= values["time/step"][0][1]
+    assert values["time/checkpoint"][0][0] == 4
+    assert "what it says" in values["sample/0/text_summary"][0][1]
+    assert values["sample/0"][0][1].startswith(b"\x89PNG")
+    assert "train/mfu" not in values
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_names_its_examples(open_log):
+    with open_log(examples=lambda step: [["a.jsonl:3", "b.jsonl:9"], [f"c.jsonl:{step}"]]) as log:
+        log.add(6, metrics())
+        with pytest.raises(
+            FloatingPointError, match=r"step 7: loss nan.*a\.jsonl:3, b\.jsonl:9; c\.jsonl:7.*not_finite to skip"
+        ):
+            log.add(7, metrics(np.nan))
+
+
+def test_skipped_steps_are_reported_and_ten_in_a_row_end_the_run(open_log, capsys):
+    with open_log(every=1, not_finite="skip", examples=lambda step: [["a.jsonl:3"]]) as log:
+        for step in range(9):
+            log.add(step, metrics(np.inf))
+        log.add(9, metrics())
+        assert capsys.readouterr().out.count("a.jsonl:3") == 9
+        for step in range(10, 19):
+            log.add(step, metrics(np.nan))
+        with pytest.raises(FloatingPointError, match="the last 10 steps were not finite"):
+            log.add(19, metrics(np.nan))
+
+
+def test_the_console_is_quiet_when_it_is_no_terminal(open_log, capsys):
+    with open_log(every=1) as log:
+        for step in range(100):
+            log.add(step, metrics())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/100", "100/100"]

@@ -1,0 +1,89 @@
+"""`--dry-run`: everything that a run builds, two steps on its real data, and not a file written."""
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from pvm_jax.checkpoint import by_path
+from pvm_jax.sharding import make_mesh, place_rows
+from train.config import SFTConfig
+from train.loop import prepare
+
+STEPS = 2
+_LARGEST = 8
+_PLAIN_WIDTH = 140
+
+
+def dry_run(config: SFTConfig) -> None:
+    """Prints mesh, data, shapes, shardings, memory and the losses of two steps.
+
+    Raises:
+        What `train.loop.run` would raise while it builds the same.
+    """
+    console = Console(quiet=jax.process_index() != 0, highlight=False)
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    mesh = make_mesh(**asdict(config.mesh))
+    with jax.set_mesh(mesh):
+        work = prepare(config, mesh)
+        program, state = work.program, work.state
+        console.print(f"mesh: {dict(mesh.shape)} of {jax.device_count()} x {jax.devices()[0].device_kind}", markup=False)
+        console.print(work.data.report, markup=False)
+        for title, tree in (
+            ("trained", program.state.params),
+            ("optimizer", program.state.opt_state),
+            ("frozen", program.frozen),
+        ):
+            console.print(shardings_table(title, tree))
+        batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
+        compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
+        for number in range(min(STEPS, len(work.data.batches))):
+            batch = place_rows(next(batches), program.batch_sharding, config.batch_size)
+            shape = (batch.tokens.shape[1], batch.patches.shape[1])
+            if shape not in compiled:
+                console.print(shardings_table("batch", batch))
+                start = time.perf_counter()
+                compiled[shape] = program.step.lower(state, work.frozen, batch).compile()
+                console.print(f"compiled in {time.perf_counter() - start:.1f} s; {_memory(compiled[shape])}", markup=False)
+            start = time.perf_counter()
+            state, metrics = compiled[shape](state, work.frozen, batch)
+            loss = float(metrics["loss"])
+            console.print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", markup=False)
+
+
+def _memory(compiled: jax.stages.Compiled) -> str:
+    sizes = compiled.memory_analysis()
+    assert sizes is not None
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    text = f"a device holds {held / 2**30:.2f} GiB, and {sizes.temp_size_in_bytes / 2**30:.2f} GiB more within a step"
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return text if limit is None else f"{text}, of {limit / 2**30:.2f} GiB"
+
+
+def shardings_table(title: str, tree: Any) -> Table:
+    """The largest arrays of `tree`: shape, dtype, the mesh axes that split each of their axes, MiB a device; and their sum."""
+    leaves = sorted(by_path(tree).items(), key=lambda item: -_local_bytes(item[1]))
+    table = Table(title=title)
+    for column in ("array", "shape", "dtype", "split over", "MiB a device"):
+        table.add_column(column, justify="right" if column.startswith("MiB") else "left", overflow="fold")
+    for path, leaf in leaves[:_LARGEST]:
+        table.add_row(path, str(leaf.shape), str(leaf.dtype), _axes(leaf), f"{_local_bytes(leaf) / 2**20:,.2f}")
+    total = sum(_local_bytes(leaf) for _, leaf in leaves)
+    table.add_row(f"all {len(leaves)}", "", "", "", f"{total / 2**20:,.2f}")
+    return table
+
+
+def _axes(leaf: Any) -> str:
+    """ "- data+fsdp" for an array whose second axis alone is split."""
+    spec = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in leaf.sharding.spec]
+    spec += [()] * (leaf.ndim - len(spec))
+    return " ".join("+".join(axes) or "-" for axes in spec)
+
+
+def _local_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

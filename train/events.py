@@ -1,0 +1,85 @@
+"""TensorBoard's event files, written by whoever logs: what was flushed outlives the process, and a full disk is an error.
+
+(tensorboardX's own SummaryWriter writes from a thread, minutes later: a killed run loses them, a full disk blocks the run.)
+"""
+
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+_protos: Any = event_pb2  # its classes are made while it is imported
+
+
+class EventWriter:
+    """One event file of a directory; what older files say of step `start` and later is hidden by TensorBoard."""
+
+    def __init__(self, directory: Path, *, start: int):
+        """Makes `directory` where it is missing, and the file in it.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(directory / "events"))
+        self._events.write_event(
+            _protos.Event(session_log={"status": _protos.SessionLog.START}, step=start, wall_time=time.time())
+        )
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """A point of the curve `name`."""
+        self._add(summary.scalar(name, value), step)
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        """A text in Markdown."""
+        self._add(summary.text(name, text), step)
+
+    def add_image(self, name: str, image: np.ndarray, step: int) -> None:
+        """An image [H, W, 3] uint8."""
+        self._add(summary.image(name, image, rescale=1, dataformats="HWC"), step)
+
+    def flush(self) -> None:
+        """Returns when all that was added is on the disk.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._events.close()
+
+    def _add(self, content: Any, step: int) -> None:
+        self._events.write_event(_protos.Event(summary=content, step=step, wall_time=time.time()))
+
+
+def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
+    """{tag: [(step, value), ...]} of all event files in `directory`, in the order in which they were written.
+
+    A scalar's value is a float, a text's its string, an image's the bytes of its PNG.
+    """
+    values: dict[str, list[tuple[int, Any]]] = {}
+    for file in sorted(directory.glob("events.*")):
+        content, place = file.read_bytes(), 0
+        while place + 12 < len(content):
+            (length,) = struct.unpack_from("<Q", content, place)
+            if place + length + 16 > len(content):
+                break  # its writer was killed
+            event = _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
+            place += length + 16
+            for value in event.summary.value:
+                values.setdefault(value.tag, []).append((event.step, _content(value)))
+    return values
+
+
+def _content(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "tensor":
+        return value.tensor.string_val[0].decode()
+    return value.image.encoded_image_string if kind == "image" else value.simple_value
