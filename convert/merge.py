@@ -40,13 +40,8 @@ def take_branch(root: Path, config: ModelConfig, arrays: Arrays) -> tuple[ModelC
     backbone = {path: array for path, array in arrays.items() if part_of(path) == "backbone"}
     if made_for is not None:
         check_made_for(root, "backbone", made_for, stored_identity(backbone))
-<<<<<<< HEAD
     config = config.with_pvm(text.pvm_layers, text.pvm_hidden_size, text.pvm_visibility)
-    return config, backbone | _part(root, "branch", config)
-=======
-    config = config.with_pvm(text.pvm_layers, text.pvm_hidden_size)
     return config, {**backbone, **_part(root, "branch", config)}
->>>>>>> data
 
 
 def read_updates(root: Path, config: ModelConfig, arrays: Arrays) -> dict[str, Update]:

@@ -61,7 +61,6 @@ def attention(
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
 
 
-<<<<<<< HEAD
 def shared_attention(
     q: jax.Array,
     shared: tuple[jax.Array, jax.Array],
@@ -108,14 +107,9 @@ def attention_mask(
 
 
 def _platform_kernel(q: jax.Array, limited: bool) -> str:
-    backend = jax.default_backend()
-    if q.shape[1] < _LANES:  # a decoding step's queries: a product with few rows, which no tiled kernel speeds up
-=======
-def _platform_kernel(q: jax.Array) -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device  # a program may be compiled for devices that are not here
     backend = device.platform if device else jax.default_backend()
-    if q.shape[1] == 1:  # one decoding query: a matrix-vector product that no tiled kernel speeds up
->>>>>>> data
+    if q.shape[1] < _LANES:  # a decoding step's queries: a product with few rows, which no tiled kernel speeds up
         return "xla"
     if backend == "tpu" and not limited:
         return "splash"
