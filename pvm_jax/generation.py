@@ -131,7 +131,7 @@ class Chat:
         """The last token of the last answer: the model has written, but not read it."""
 
     def stream(self, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Iterator[int]:
-        """The answer's tokens as they come, the stop token included.
+        """The answer's tokens as they come, the stop token included. What is not taken to its end leaves the chat as it was.
 
         Args:
             batch: one row, the conversation's next tokens: all from `unread` on, unless that is a stop token which they
@@ -144,15 +144,13 @@ class Chat:
             raise ValueError(f"a chat is one conversation with one answer, got {batch.tokens.shape[0]} rows")
         follows = replace(batch, positions=batch.positions + self._position)
         run, state = _start(self.model, follows, max_new_tokens, self._past, **settings)
-        try:
-            for step in _steps(run, state, max_new_tokens):
-                state, self.unread = step, int(step.token[0, 0])
-                yield self.unread
-        finally:  # also of an answer that was broken off
-            length = int(state.output.lengths[0, 0])
-            slots = bucket_size(int(jnp.sum(run.cache.prompts.segment_ids > 0)) + length)
-            self._past = _fold(run.cache, state, slots)
-            self._position = int(state.position[0]) + length
+        for step in _steps(run, state, max_new_tokens):
+            state = step
+            yield int(step.token[0, 0])
+        length = int(state.output.lengths[0, 0])
+        slots = bucket_size(int(jnp.sum(run.cache.prompts.segment_ids > 0)) + length)
+        self._past, self._position = _fold(run.cache, state, slots), int(state.position[0]) + length
+        self.unread = int(state.token[0, 0])
 
 
 def _start(
@@ -194,8 +192,8 @@ def _start(
 
 def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples: int) -> jax.Array:
     """[B, num_samples]."""
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    return jax.vmap(fold, (0, None))(fold(rng, jnp.asarray(seeds)), jnp.arange(num_samples))
+    of_prompts = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.asarray(seeds))
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_prompts, jnp.arange(num_samples))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens", "slots", "chunk"))
@@ -246,13 +244,13 @@ def _advance(run: _Run, state: _State, until: int) -> _State:
         state = _loop(run.graphdef, run.params, run.cache, state, until, run.sampling)
         if state.samples.slots >= until - 1 or bool(jnp.all(state.done)):
             return state
-        state = _grow(state)
+        slots = min(2 * state.samples.slots, state.output.tokens.shape[-1])
+        state = state._replace(samples=_grow(state.samples, slots))
 
 
-@partial(jax.jit, donate_argnames="state")
-def _grow(state: _State) -> _State:
-    slots = min(2 * state.samples.slots, state.output.tokens.shape[-1])
-    return state._replace(samples=state.samples.grown(slots))
+@partial(jax.jit, static_argnames="slots")
+def _grow(samples: Samples, slots: int) -> Samples:
+    return samples.grown(slots)
 
 
 @jax.jit

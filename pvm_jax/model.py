@@ -45,8 +45,13 @@ class _Columns(NamedTuple):
             x = jnp.pad(x, more, constant_values=padding)
             return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
 
-        limits = None if self.limits is None else cut(self.limits, 0)
-        return type(self)(*(cut(x, 0) for x in self[:3]), cut(self.visual_index, -1), limits)
+        return type(self)(
+            cut(self.tokens, 0),
+            cut(self.positions, 0),
+            cut(self.segment_ids, 0),
+            cut(self.visual_index, -1),
+            None if self.limits is None else cut(self.limits, 0),
+        )
 
 
 class Trace(NamedTuple):
@@ -231,8 +236,15 @@ class Qwen3VL(nnx.Module):
         return visual, self._decode(columns, visual, self.memorize(visual, batch), attend, trace=trace)
 
     def _attend_causally(self, segment_ids: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        ids = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-        return attention(q, k, v, **ids, causal=True, kernel=self.config.attention)
+        return attention(
+            q,
+            k,
+            v,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            causal=True,
+            kernel=self.config.attention,
+        )
 
     def _decode(
         self,
@@ -278,6 +290,12 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arra
 def abstract_model(config: ModelConfig) -> Qwen3VL:
     """The model with jax.ShapeDtypeStructs for parameters: shapes, dtypes and logical axes, nothing allocated."""
     return nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+
+
+def without_pvm(model: Qwen3VL) -> Qwen3VL:
+    """The same weights without the branch."""
+    backbone = nnx.state(model, lambda path, _: path[0] != "pvm")
+    return nnx.merge(nnx.graphdef(abstract_model(model.config.without_pvm())), backbone)
 
 
 def add_lora(model: Qwen3VL, lora: LoRAConfig, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> Qwen3VL:

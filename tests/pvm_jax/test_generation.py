@@ -1,20 +1,15 @@
-"""Sampling: what may be drawn, when rows end, and that a row's sample is its own; the command line on the demo's checkpoint."""
+"""Sampling: what may be drawn, when rows end, and that a row's sample is its own; caches, chunks and chats."""
 
 import dataclasses
 import functools
 from collections import Counter
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from convert.hf_to_orbax import convert
-from demo.task import Mixture, draw, make_example
-from pvm_jax import Batch, Chat, Example, Qwen3VL, abstract_model, generate, generation, stream
-from pvm_jax.__main__ import main
-from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax import Batch, Chat, Example, Qwen3VL, abstract_model, generate, generation, stream, without_pvm
 from pvm_jax.generation import _loop, _prefill, _Sampling, _start
 from pvm_jax.vision import VisionTower
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES
@@ -149,6 +144,13 @@ def test_a_decoding_step_copies_neither_weights_nor_cache():
     assert used.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.samples))
 
 
+def test_the_branch_can_be_left_out(model, batch, greedy):  # noqa: F811
+    base = without_pvm(model)
+    got = generate(base, batch, max_new_tokens=STEPS, temperature=0.0)
+    np.testing.assert_array_equal(got.tokens, uncached(base, EXAMPLES, STEPS))
+    assert (np.asarray(got.tokens) != np.asarray(greedy.tokens)).any()
+
+
 def test_narrow_sampling_is_greedy(model, batch, greedy):  # noqa: F811
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
         got = generate(model, batch, max_new_tokens=STEPS, temperature=2.0, **narrow)
@@ -205,32 +207,3 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
 def test_settings_out_of_range_are_refused(model, batch, bad, named):  # noqa: F811
     with pytest.raises(ValueError, match=named):
         generate(model, batch, **{"max_new_tokens": 4} | bad)
-
-
-@pytest.fixture(scope="module")
-def demo_checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "checkpoint"
-    convert(Path(__file__).parents[2] / "demo" / "base", path)
-    return path
-
-
-def test_the_command_line_reads_a_real_image(demo_checkpoint, tmp_path, capsys):
-    """The shipped model lists a grid of digits that it was not trained on; most of what it says is there."""
-    scene = make_example(Mixture(sizes=(2,), digits="heldout", seed=5), 0).scene
-    draw(scene).save(tmp_path / "grid.png")
-    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "grid.png")]
-    main([*arguments, "--max-new-tokens", "48", "List ground mark ink digit"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert len(lines) >= 8
-    right = [len(words) == 3 and scene.value(words[0], words[1]) == words[2] for words in lines]
-    assert sum(right) >= 0.75 * len(lines)
-    assert read_stop_tokens(demo_checkpoint)
-
-
-def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path):
-    with pytest.raises(SystemExit, match=r"no\.png"):
-        main(["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "no.png"), "What?"])
-    with pytest.raises(SystemExit, match="nowhere"):
-        main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"])
-    with pytest.raises(SystemExit, match="is no LoRA adapter"):
-        main(["generate", "--checkpoint", str(demo_checkpoint), "--lora", str(demo_checkpoint), "What?"])
