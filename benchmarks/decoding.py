@@ -1,4 +1,4 @@
-"""A decoding step with the branch, with the branch projecting its images anew (the authors' code does, every step), and without.
+"""A decoding step with the branch, with one that projects its images anew (as the authors' code, every step), and without.
 
 Weights and cache are random; one step is timed at a time, the three in turn, so that a busy machine is busy for all of them.
 

@@ -24,8 +24,8 @@ class Prompts(NamedTuple):
     def empty(cls, config: ModelConfig, rows: int, slots: int) -> Self:
         c = config.text
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim)
-        zeros = constrain(jnp.zeros(shape, config.compute_dtype), "layers", "batch", "kv_heads", "length", "head_dim")
-        return cls(zeros, zeros, jnp.zeros((rows, slots), jnp.int32))
+        names = ("layers", "batch", "kv_heads", "length", "head_dim")
+        return cls(*_two_empty(shape, names, config), jnp.zeros((rows, slots), jnp.int32))
 
     @property
     def slots(self) -> int:
@@ -70,8 +70,7 @@ class Samples(NamedTuple):
         c = config.text
         shape = (c.num_hidden_layers, rows, samples, c.num_key_value_heads, slots, c.head_dim)
         names = ("layers", "batch", "samples", "kv_heads", "length", "head_dim")
-        zeros = constrain(jnp.zeros(shape, config.compute_dtype), *names)
-        return cls(zeros, zeros)
+        return cls(*_two_empty(shape, names, config))
 
     @property
     def slots(self) -> int:
@@ -104,6 +103,11 @@ class Cache(NamedTuple):
         if not (self.memories and memories):
             return self.memories or memories
         return jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1), self.memories, memories)
+
+
+def _two_empty(shape: tuple[int, ...], names: tuple[str, ...], config: ModelConfig) -> list[jax.Array]:
+    """For keys and for values: buffers of their own, so that both can be donated."""
+    return [constrain(jnp.zeros(shape, config.compute_dtype), *names) for _ in range(2)]
 
 
 def _put(whole: jax.Array, part: jax.Array, start: tuple) -> jax.Array:

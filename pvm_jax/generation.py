@@ -125,10 +125,12 @@ class Chat:
 
     def __init__(self, model: Qwen3VL):
         self.model = model
-        self._past: Cache | None = None
-        self._position = 0
-        self.unread: int | None = None
-        """The last token of the last answer: the model has written, but not read it."""
+        self._last: tuple[Cache, _State] | None = None
+
+    @property
+    def unread(self) -> int | None:
+        """The last token of the last answer: the model has written, but not read it. None before the first."""
+        return None if self._last is None else int(self._last[1].token[0, 0])
 
     def stream(self, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Iterator[int]:
         """The answer's tokens as they come, the stop token included. What is not taken to its end leaves the chat as it was.
@@ -142,15 +144,18 @@ class Chat:
         """
         if batch.tokens.shape[0] != 1 or settings.get("num_samples", 1) != 1:
             raise ValueError(f"a chat is one conversation with one answer, got {batch.tokens.shape[0]} rows")
-        follows = replace(batch, positions=batch.positions + self._position)
-        run, state = _start(self.model, follows, max_new_tokens, self._past, **settings)
+        past = None
+        if self._last is not None:
+            cache, state = self._last
+            length = int(state.output.lengths[0, 0])
+            slots = bucket_size(int(jnp.sum(cache.prompts.segment_ids > 0)) + length)
+            past = _fold(cache, state, slots)
+            batch = replace(batch, positions=batch.positions + int(state.position[0]) + length)
+        run, state = _start(self.model, batch, max_new_tokens, past, **settings)
         for step in _steps(run, state, max_new_tokens):
             state = step
             yield int(step.token[0, 0])
-        length = int(state.output.lengths[0, 0])
-        slots = bucket_size(int(jnp.sum(run.cache.prompts.segment_ids > 0)) + length)
-        self._past, self._position = _fold(run.cache, state, slots), int(state.position[0]) + length
-        self.unread = int(state.token[0, 0])
+        self._last = run.cache, state
 
 
 def _start(
