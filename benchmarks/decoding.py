@@ -167,6 +167,7 @@ def decoding_step(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bo
         token.block_until_ready()
 
     memory = compiled.memory_analysis()
+    assert memory is not None
     read = (nnx.state(model.language_model.layers), nnx.state(model.pvm), model.head_weight(), cache, samples)
     return Step(
         run,

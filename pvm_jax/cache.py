@@ -25,7 +25,8 @@ class Prompts(NamedTuple):
         c = config.text
         shape = (c.num_hidden_layers, rows, c.num_key_value_heads, slots, c.head_dim)
         names = ("layers", "batch", "kv_heads", "length", "head_dim")
-        return cls(*_two_empty(shape, names, config), jnp.zeros((rows, slots), jnp.int32))
+        keys, values = _two_empty(shape, names, config)
+        return cls(keys, values, jnp.zeros((rows, slots), jnp.int32))
 
     @property
     def slots(self) -> int:

@@ -197,8 +197,11 @@ def _start(
 
 def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples: int) -> jax.Array:
     """[B, num_samples]."""
-    of_prompts = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.asarray(seeds))
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(of_prompts, jnp.arange(num_samples))
+
+    def key(seed: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(rng, seed), number)
+
+    return jax.vmap(lambda seed: jax.vmap(lambda number: key(seed, number))(jnp.arange(num_samples)))(jnp.asarray(seeds))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens", "slots", "chunk"))
