@@ -220,7 +220,7 @@ def _prefill(
     model: Qwen3VL = nnx.merge(graphdef, params)
     hidden, cache = model.prefill(batch, chunk=chunk, past=past)
     state = _State(
-        samples=Samples.empty(model.config, *keys.shape, slots),
+        samples=Samples.empty(model.config, keys.shape[0], keys.shape[1], slots),
         token=jnp.zeros(keys.shape, jnp.int32),
         position=jnp.max(jnp.where(batch.segment_ids[:, None] > 0, batch.positions, 0), axis=(1, 2)),
         segment_ids=jnp.max(batch.segment_ids, axis=1),
