@@ -20,7 +20,7 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.conversations import Conversations, open_conversations, size_of
 from pvm_jax.messages import Messages
 from pvm_jax.processing import Processor
-from train.config import DataConfig, Source
+from train.config import Bucket, DataConfig, Source
 from train.packing import Plan, bucket_of_examples, make_plan, padding, padding_of_single_examples
 
 
@@ -116,10 +116,10 @@ def load_training_data(
         return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
 
     batches = grain.MapDataset.range(len(plan)).map(read)
-    report = _report(plan, sizes, buckets, epochs, len(too_long))
+    report = _report(plan, sizes, buckets, epochs, too_long)
     if stale:
         report += (
-            f"; measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
+            f". Measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
         )
     return TrainingData(batches, report, plan, sources)
 
@@ -214,12 +214,13 @@ def _place(sources: Sequence[Conversations], example: int) -> tuple[Conversation
     raise IndexError(f"the sources hold no example {example} more")
 
 
-def _report(plan: Plan, sizes: np.ndarray, buckets: Sequence, epochs: int, too_long: int) -> str:
+def _report(plan: Plan, sizes: np.ndarray, buckets: Sequence[Bucket], epochs: int, too_long: np.ndarray) -> str:
     rows = len(plan.row_starts) - 1
     now, single = padding(plan, sizes, buckets), padding_of_single_examples(sizes, buckets)
+    held = np.delete(sizes, too_long, axis=0).sum(0)
     return (
-        f"{len(sizes):,} examples x {epochs} epochs: {len(plan):,} steps of {plan.batch_size} rows with "
-        f"{len(plan.examples) / rows:.1f} examples each; padding {now.tokens:.1%} of tokens and {now.patches:.1%} of patches "
-        f"({single.tokens:.1%} and {single.patches:.1%} with one example a row); {too_long:,} examples too long for every "
-        f"bucket, {plan.left_over:,} readings fill no batch"
+        f"{len(sizes):,} examples, {epochs} epochs, {len(plan):,} steps of {plan.batch_size} rows with "
+        f"{len(plan.examples) / rows:.1f} examples each. Padding: {now.tokens:.1%} of tokens, {now.patches:.1%} of patches "
+        f"({single.tokens:.1%}, {single.patches:.1%} with one example a row); the data have {held[1] / held[0]:.2f} patches a "
+        f"token. {len(too_long):,} examples are too long for every bucket, {plan.left_over:,} readings fill no batch"
     )

@@ -1,6 +1,5 @@
 """`--dry-run`: everything that a run builds, two steps on its real data, and not a file written."""
 
-import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from pvm_jax.checkpoint import by_path
 from pvm_jax.sharding import make_mesh, place_rows
+from train.ahead import device_bytes
 from train.config import SFTConfig
 from train.loop import prepare
 
@@ -67,13 +67,13 @@ def _memory(compiled: jax.stages.Compiled) -> str:
 
 def shardings_table(title: str, tree: Any) -> Table:
     """The largest arrays of `tree`: shape, dtype, the mesh axes that split each of their axes, MiB a device; and their sum."""
-    leaves = sorted(by_path(tree).items(), key=lambda item: -_local_bytes(item[1]))
+    leaves = sorted(by_path(tree).items(), key=lambda item: -device_bytes(item[1]))
     table = Table(title=title)
     for column in ("array", "shape", "dtype", "split over", "MiB a device"):
         table.add_column(column, justify="right" if column.startswith("MiB") else "left", overflow="fold")
     for path, leaf in leaves[:_LARGEST]:
-        table.add_row(path, str(leaf.shape), str(leaf.dtype), _axes(leaf), f"{_local_bytes(leaf) / 2**20:,.2f}")
-    total = sum(_local_bytes(leaf) for _, leaf in leaves)
+        table.add_row(path, str(leaf.shape), str(leaf.dtype), _axes(leaf), f"{device_bytes(leaf) / 2**20:,.2f}")
+    total = sum(device_bytes(leaf) for _, leaf in leaves)
     table.add_row(f"all {len(leaves)}", "", "", "", f"{total / 2**20:,.2f}")
     return table
 
@@ -83,7 +83,3 @@ def _axes(leaf: Any) -> str:
     spec = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in leaf.sharding.spec]
     spec += [()] * (leaf.ndim - len(spec))
     return " ".join("+".join(axes) or "-" for axes in spec)
-
-
-def _local_bytes(leaf: Any) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

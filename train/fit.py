@@ -247,7 +247,7 @@ def measure(config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: 
         usable=usable,
         refusal=compiled.refusal,
         seconds=compiled.seconds,
-        flops=work.flops(step_costs(config, model_config)),
+        flops=work.flops(step_costs(config, program.model_config)),
     )
 
 

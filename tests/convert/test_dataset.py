@@ -66,8 +66,9 @@ def shown(conversations):
 
 def test_shards_give_the_conversations_of_their_source(good, tmp_path, processor, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(dataset, "_CHUNK", 1)
     before = shown(open_conversations(good))
-    convert(good, tmp_path / "shards", processor, threads=4)
+    convert(good, tmp_path / "shards", processor, threads=2)
     for image in tmp_path.glob("*.png"):
         image.unlink()
     shards = open_conversations(tmp_path / "shards")
@@ -96,7 +97,7 @@ def test_training_measures_shards_only_if_another_processor_did(good, tmp_path, 
 
     measured = []
     monkeypatch.setattr(train_data, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes)
-    assert "measured here" not in report(tmp_path / "shards", processor)
+    assert "Measured here" not in report(tmp_path / "shards", processor)
     assert measured == []
     assert f"another tokenizer or image settings: {tmp_path / 'shards'}" in report(tmp_path / "shards", other)
     assert measured == ["shards"]

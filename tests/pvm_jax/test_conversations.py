@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import datasets
 import numpy as np
@@ -145,6 +146,14 @@ def test_a_single_image_column_and_messages_as_json_are_read(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
     user, _ = open_conversations(tmp_path / "data.parquet")[0]
     assert shown([user]) == [("user", [9, "?"])]
+
+
+def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "data.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    module._pyarrow.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'pvm-jax\[data\]'"):
+        open_conversations(tmp_path / "data.parquet")
 
 
 def write_line(folder, record):

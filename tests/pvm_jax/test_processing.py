@@ -3,6 +3,7 @@
 import json
 import pickle
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,6 +233,7 @@ def test_template_that_rewrites_turns_is_refused(tmp_path):
     assert processor([one * 2])["input_ids"].shape[0] == 1
 
 
+@pytest.mark.parametrize("method", ["encode", "count"])
 @pytest.mark.parametrize(
     "template",
     [
@@ -240,16 +242,17 @@ def test_template_that_rewrites_turns_is_refused(tmp_path):
     ],
     ids=["no prompt", "no end"],
 )
-def test_template_without_borders_is_refused(tmp_path, template):
+def test_template_without_borders_is_refused(tmp_path, template, method):
     processor = Processor.from_pretrained(write_checkpoint(tmp_path, template))
     with pytest.raises(ValueError, match=r"messages\[1\]: what is learned has no exact place"):
-        processor.encode([*SHORT, {"role": "assistant", "content": "Hi."}])
+        getattr(processor, method)([*SHORT, {"role": "assistant", "content": "Hi."}])
 
 
-def test_turn_whose_first_token_is_shared_with_the_header_is_refused(processor):
+@pytest.mark.parametrize("method", ["encode", "count"])
+def test_turn_whose_first_token_is_shared_with_the_header_is_refused(processor, method):
     assert processor.tokenizer.tokenize("assistant\n\n")[-1] == "ĊĊ"
     with pytest.raises(ValueError, match="merges characters across the border of an assistant turn"):
-        processor.encode([*SHORT, {"role": "assistant", "content": "\nHi."}])
+        getattr(processor, method)([*SHORT, {"role": "assistant", "content": "\nHi."}])
 
 
 FRAMES = [Image.fromarray(np.roll(data.astronaut()[:64, :96], 10 * i, axis=1)) for i in range(5)]
@@ -318,6 +321,15 @@ def test_images_and_videos_keep_their_order(processor):
 def test_count_is_what_encode_gives(processor, messages):
     example = processor.encode(messages)
     assert processor.count(messages) == (len(example.input_ids), example.num_patches)
+
+
+def test_fingerprints_differ_where_sizes_could(tmp_path):
+    same = Processor.from_pretrained(write_checkpoint(tmp_path))
+    assert same.fingerprint == Processor.from_pretrained(tmp_path).fingerprint
+    other = Processor.from_pretrained(write_checkpoint(tmp_path, THINKING_TEMPLATE))
+    smaller = replace(same.image_settings, max_pixels=same.image_settings.max_pixels // 2)
+    resized = Processor(same.tokenizer, same.chat_template, smaller, same.video_settings)
+    assert len({same.fingerprint, other.fingerprint, resized.fingerprint}) == 3
 
 
 def test_count_decodes_no_pixels(processor, tmp_path):

@@ -130,7 +130,7 @@ def test_too_long_examples_are_counted_or_refused(open_data):
     sizes = [(5, 4), (99, 4), (5, 99), (5, 4)]
     data = open_data(sizes, batch_size=2)
     assert sorted(data.batches[0].ids) == [0, 3]
-    assert "2 examples too long" in data.report
+    assert "2 examples are too long" in data.report
     with pytest.raises(ValueError, match=r"2 examples fit no bucket, the first is .*data.jsonl:2 with 99 tokens"):
         open_data(sizes, batch_size=2, too_long="error")
 

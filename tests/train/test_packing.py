@@ -147,6 +147,7 @@ def assert_equal_within(tolerance, actual, expected):
 def test_packed_rows_have_the_loss_and_gradients_of_single_examples(world, packed, loss_and_branch_gradient):
     single = batch_of(world, Bucket(TOKENS, PATCHES), packing=False, batch_size=10)
     assert packed.segment_ids.max() > 2
+    assert not packed.segment_ids.any(1).all()  # a row is all padding
     assert len({(frames > 0).sum() for frames in single.patch_segment_ids}) > 5  # images of many sizes
     assert len(set(single.loss_weights.sum(1))) > 5
     expected = loss_and_branch_gradient(single)
