@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo compare base test lint format clean
+.PHONY: help demo compare base test faults docs-check lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,12 @@ base: .venv/ready  ## train the tiny checkpoint that the demo starts from, about
 
 test: .venv/ready  ## the tests, on the CPU
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+faults: .venv/ready  ## kill a training run twenty times, which must change nothing (minutes)
+	$(BIN)/python -m pytest -m slow tests/train/test_faults.py
+
+docs-check: .venv/ready  ## run every command in docs/ that needs neither accelerator nor cloud
+	$(BIN)/python -m tests.check_docs
 
 lint: .venv/ready  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -54,9 +54,12 @@ class TrainCheckpoints:
         self.directory = Path(directory).absolute()
         if self.directory.exists() and not (self.directory.is_dir() and os.access(self.directory, os.W_OK)):
             raise OSError(f"{self.directory} is no directory that can be written: a run's steps go there")
+        context = orbax_context()
+        # Otherwise a directory that cannot be made leaves threads that keep the process for five minutes.
+        context.asynchronous.create_directories_asynchronously = False
         self._steps = ocp.training.Checkpointer(
             str(self.directory),
-            context=orbax_context(),
+            context=context,
             preservation_policy=preservation,
             cleanup_tmp_directories=True,
         )

@@ -5,6 +5,8 @@
 
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,13 @@ class EventWriter:
         """Makes `directory` where it is missing, and the file in it.
 
         Raises:
-            OSError: if they cannot be written.
+            OSError: if they cannot be written, here as in all methods.
         """
+        self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(directory / "events"))
-        self._events.write_event(
-            _protos.Event(session_log={"status": _protos.SessionLog.START}, step=start, wall_time=time.time())
-        )
+        self._write(session_log={"status": _protos.SessionLog.START}, step=start)
+        self.flush()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """A point of the curve `name`."""
@@ -44,19 +46,31 @@ class EventWriter:
         self._add(summary.image(name, image, rescale=1, dataformats="HWC"), step)
 
     def flush(self) -> None:
-        """Returns when all that was added is on the disk.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-        self._events.flush()
+        """Returns when all that was added is on the disk."""
+        with self._explaining():
+            self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        self._events.close()
+        with self._explaining():
+            self._events.close()
 
     def _add(self, content: Any, step: int) -> None:
-        self._events.write_event(_protos.Event(summary=content, step=step, wall_time=time.time()))
+        self._write(summary=content, step=step)
+
+    def _write(self, **fields: Any) -> None:
+        with self._explaining():
+            self._events.write_event(_protos.Event(**fields, wall_time=time.time()))
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self._directory} cannot be written ({error}): free space there; the same command then continues from the "
+                "last step checkpoint"
+            ) from error
 
 
 def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
@@ -65,17 +79,26 @@ def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
     A scalar's value is a float, a text's its string, an image's the bytes of its PNG.
     """
     values: dict[str, list[tuple[int, Any]]] = {}
+    for event in _events(directory):
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append((event.step, _content(value)))
+    return values
+
+
+def read_starts(directory: Path) -> list[int]:
+    """The steps at which the processes that wrote into `directory` began or went on, in their order."""
+    return [event.step for event in _events(directory) if event.HasField("session_log")]
+
+
+def _events(directory: Path) -> Iterator[Any]:
     for file in sorted(directory.glob("events.*")):
         content, place = file.read_bytes(), 0
         while place + 12 < len(content):
             (length,) = struct.unpack_from("<Q", content, place)
             if place + length + 16 > len(content):
                 break  # its writer was killed
-            event = _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
+            yield _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
             place += length + 16
-            for value in event.summary.value:
-                values.setdefault(value.tag, []).append((event.step, _content(value)))
-    return values
 
 
 def _content(value: Any) -> Any:

@@ -6,12 +6,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 from flax import nnx
 from safetensors.numpy import load_file
 
 from pvm_jax.batch import Batch, Example
 from pvm_jax.config import ModelConfig
 from pvm_jax.model import Qwen3VL
+from tests.train import runs
 
 
 @pytest.fixture
@@ -54,3 +56,16 @@ def eight_rows(model) -> Batch:
     grids = [[(2, 2)], [(4, 4)], [(2, 4), (4, 2)], [], [(2, 8)], [(4, 2)], [(2, 2), (2, 2)], [(4, 4)]]
     rows = [[example(grid, learned)] for grid, learned in zip(grids, np.linspace(0.1, 1, 8), strict=True)]
     return Batch.from_rows(rows, config, length=48, patches=16)
+
+
+@pytest.fixture(scope="session")
+def workplace_with_a_run(tmp_path_factory, worker_id) -> Path:
+    """A workplace (tests/train/runs.py) in which one process did the run `whole`, 40 steps; all test workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "runs"
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            root.mkdir()
+            runs.write_workplace(root, examples=32)
+            runs.finish(root, "whole", runs.start(root, "whole", runs.LONG))
+    return root

@@ -19,6 +19,7 @@ from pvm_jax.model import Qwen3VL
 from train.events import read_values
 
 ROOT = Path(__file__).parents[2]
+LONG, STEPS = "--epochs=10", 40  # of 32 examples in batches of 8
 
 
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
@@ -75,7 +76,7 @@ def start(root: Path, run_dir: str | Path, *more: str, processes: int = 1, devic
 def finish(root: Path, run_dir: str | Path, started: Sequence[subprocess.Popen], *, code: int = 0) -> list[str]:
     """Waits for the processes of a run to exit with `code`. What each of them (and earlier ones of the run) said."""
     try:
-        codes = [process.wait(timeout=300) for process in started]
+        codes = [process.wait(timeout=900) for process in started]
     finally:
         for process in started:
             process.kill()

@@ -12,17 +12,10 @@ from tests.train import runs
 from train.config import DistributedConfig
 from train.distributed import join
 
-STEPS = 40
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A workplace in which one process on one device did a run `alone` to its end."""
-    root = tmp_path_factory.mktemp("distributed")
-    runs.write_workplace(root, examples=32)
-    options = "--epochs=10"
-    runs.finish(root, "alone", runs.start(root, "alone", options))
-    return root
+@pytest.fixture
+def root(workplace_with_a_run):
+    return workplace_with_a_run
 
 
 def relative(losses, others):
@@ -35,7 +28,7 @@ def relative(losses, others):
 def test_two_processes_stop_together_and_one_goes_on(root):
     """Eight devices of two processes (data 2, fsdp 2, tensor 2) against one device; SIGTERM to process 1 alone."""
     mesh = [f"--mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
-    started = runs.start(root, "two", "--epochs=10", *mesh, processes=2, devices=4)
+    started = runs.start(root, "two", runs.LONG, *mesh, processes=2, devices=4)
     try:
         while started[1].poll() is None and len(runs.losses(root, "two")) < 6:
             time.sleep(0.2)
@@ -44,10 +37,10 @@ def test_two_processes_stop_together_and_one_goes_on(root):
     finally:
         for process in started:
             process.kill()
-    alone, two = runs.losses(root, "alone"), runs.losses(root, "two")
-    assert sorted(alone) == list(range(STEPS))
+    alone, two = runs.losses(root, "whole"), runs.losses(root, "two")
+    assert sorted(alone) == list(range(runs.STEPS))
     stopped = len(two)
-    assert 6 <= stopped < STEPS
+    assert 6 <= stopped < runs.STEPS
     assert relative(two, alone) < 1e-5
     assert f"stopped after step {stopped}; the same command continues" in first
     assert "8 devices in 2 processes" in first
@@ -55,10 +48,10 @@ def test_two_processes_stop_together_and_one_goes_on(root):
     assert len(list((root / "two" / "log").iterdir())) == 1
     assert (root / "two" / "steps" / str(stopped)).is_dir()
 
-    (said,) = runs.finish(root, "two", runs.start(root, "two", "--epochs=10"))
+    (said,) = runs.finish(root, "two", runs.start(root, "two", runs.LONG))
     assert "written" in said
     both = runs.losses(root, "two")
-    assert sorted(both) == list(range(STEPS))
+    assert sorted(both) == list(range(runs.STEPS))
     assert all(len(values) == 1 for values in both.values()), "no step was done twice"
     assert relative(both, alone) < 1e-4  # what differs in the last bits grows in forty steps
     assert relative({step: both[step] for step in range(stopped + 2)}, alone) < 1e-5

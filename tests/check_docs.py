@@ -1,0 +1,57 @@
+"""Runs the commands in docs/*.md: `make docs-check`, or `python -m tests.check_docs docs/data.md`.
+
+A fence that begins with ```sh is run, with bash, from the root of the repository; in ```console, ```text and others nothing is.
+The fences of a file run in their order in one place: a folder with links to what the repository holds, where everything that
+they write stays apart from it and is removed. They have no network (Hugging Face is offline) and no accelerator.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parents[1]
+_FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def main(files: Sequence[str]) -> None:
+    """Checks `files` (none: all of docs/); ends with an error that names file and line of the first fence that fails."""
+    for file in map(Path, files or sorted((ROOT / "docs").glob("*.md"))):
+        with TemporaryDirectory() as place:
+            for entry in ROOT.iterdir():
+                if entry.name not in ("out", ".git"):
+                    (Path(place) / entry.name).symlink_to(entry)
+            for line, commands in fences(file.read_text()):
+                start = time.perf_counter()
+                done = run(commands, Path(place))
+                if done.returncode:
+                    sys.exit(f"{file}:{line}: exit status {done.returncode}\n{commands}\n{done.stdout}")
+                print(f"{file}:{line}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def fences(text: str) -> Iterator[tuple[int, str]]:
+    """(line, commands) of the fences to run."""
+    for match in _FENCE.finditer(text):
+        yield text.count("\n", 0, match.start()) + 1, match.group(1)
+
+
+def run(commands: str, place: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `commands` in `place`, where `python` is the one that runs this."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=place,
+        env=os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,235 @@
+"""What a run survives, by doing it to real processes: signals, kills, a full disk, damaged files.
+
+`make faults` kills a run twenty times; the default suite three times.
+"""
+
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pvm_jax.checkpoint import by_path, load
+from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.config import ModelConfig
+from pvm_jax.train_checkpoints import TrainCheckpoints
+from tests.train import runs
+from train.events import EventWriter, read_starts
+
+
+@pytest.fixture
+def root(workplace_with_a_run):
+    return workplace_with_a_run
+
+
+def kill_until_it_ends(root: Path, run_dir: str, epochs: str, kills: int) -> int:
+    """Starts a run again and again, ends it `kills` times with SIGKILL at random moments and lets it finish then.
+
+    A third of the moments are in the start of a process, a third some steps after it goes on, a third while a checkpoint is
+    written. Checks after each that the next life goes on at the newest step that was complete. Returns how many kills left a
+    half-written checkpoint.
+    """
+    rng, half_written, expected = random.Random(kills), 0, [0]
+    for kill in range(kills):
+        (process,) = runs.start(root, run_dir, epochs)
+        try:
+            _await_moment(root, run_dir, process, ("writing", "stepping", "starting")[kill % 3], rng)
+            assert process.poll() is None, f"it ended before kill {kill}: {runs.output_file(root, run_dir, 0).read_text()}"
+        finally:
+            process.kill()
+            process.wait()
+        complete, torn = steps_on_disk(root / run_dir / "steps")
+        half_written += bool(torn)
+        started = read_starts(root / run_dir / "log")
+        assert started == expected[: len(started)], "a life went on from a step that was not the newest complete one"
+        expected = [*started, max(complete, default=0)]
+        print(f"kill {kill + 1}: complete steps {complete}, half-written {torn}")
+    runs.finish(root, run_dir, runs.start(root, run_dir, epochs))
+    assert read_starts(root / run_dir / "log") == expected
+    return half_written
+
+
+def _await_moment(root, run_dir, process, moment, rng):
+    """Returns at a random time of the kind `moment` in the life of `process`, or when it ended."""
+    if moment == "starting":
+        time.sleep(rng.uniform(0, 4))
+        return
+    done, logged = len(runs.losses(root, run_dir)), rng.randint(1, 4)
+    steps = root / run_dir / "steps"
+    torn = set(steps_on_disk(steps)[1])
+    while process.poll() is None:
+        if moment == "stepping" and len(runs.losses(root, run_dir)) >= done + logged:
+            break
+        if moment == "writing" and set(steps_on_disk(steps)[1]) - torn:
+            break
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.03))
+
+
+def steps_on_disk(directory: Path) -> tuple[list[int], list[str]]:
+    """The complete steps, ascending, and the names of what else is there."""
+    names = os.listdir(directory) if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit()), [name for name in names if not name.isdigit()]
+
+
+def assert_equal_endings(root, run_dir, undisturbed="whole", count=runs.STEPS):
+    """Every loss that any life logged, and the final parameters, are bit for bit those of the undisturbed run."""
+    whole, other = (runs.losses(root, name) for name in (undisturbed, run_dir))
+    assert sorted(whole) == list(range(count))
+    assert all(len(values) == 1 for values in whole.values())
+    assert other == whole
+    trained = [by_path(nnx.state(load(root / "base", branch=root / name / "branch"))) for name in (undisturbed, run_dir)]
+    for path, leaf in trained[0].items():
+        np.testing.assert_array_equal(leaf, trained[1][path], err_msg=path)
+    complete, torn = steps_on_disk(root / run_dir / "steps")
+    assert complete == [count - 2, count]
+    assert not torn
+
+
+def test_a_run_killed_at_random_ends_bit_for_bit_like_an_undisturbed_one(root):
+    half_written = kill_until_it_ends(root, "killed", runs.LONG, kills=3)
+    assert half_written > 0, "no kill came while a checkpoint was written"
+    assert_equal_endings(root, "killed")
+
+
+@pytest.mark.slow
+def test_twenty_kills(root):
+    epochs, steps = "--epochs=40", 160
+    runs.finish(root, "longer", runs.start(root, "longer", epochs))
+    half_written = kill_until_it_ends(root, "killed_longer", epochs, kills=20)
+    print(f"{half_written} of 20 kills left a half-written checkpoint")
+    assert half_written >= 5
+    assert_equal_endings(root, "killed_longer", "longer", steps)
+
+
+def test_sigterm_saves_and_exits_clean_and_a_full_disk_is_named(root):
+    """Both to one run, which ends like an undisturbed one all the same."""
+    (process,) = runs.start(root, "troubled", runs.LONG)
+    _await_moment(root, "troubled", process, "stepping", random.Random(0))
+    process.send_signal(signal.SIGTERM)
+    (said,) = runs.finish(root, "troubled", [process])
+    stopped = len(runs.losses(root, "troubled"))
+    assert f"stopped after step {stopped}; the same command continues" in said
+    assert steps_on_disk(root / "troubled" / "steps")[0][-1] == stopped < runs.STEPS
+
+    (process,) = runs.start(root, "troubled", runs.LONG)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file grows beyond, as on a full disk
+    (said,) = runs.finish(root, "troubled", [process], code=1)
+    steps = root / "troubled" / "steps"
+    assert f"{steps}: step " in said
+    assert "could not be written" in said
+    assert "File too large" in said
+    assert f"the same command then continues from step {stopped}, which is whole" in said
+    complete, torn = steps_on_disk(steps)
+    assert complete[-1] == stopped
+    assert torn
+
+    runs.finish(root, "troubled", runs.start(root, "troubled", runs.LONG))
+    assert_equal_endings(root, "troubled")
+
+
+class TestSteps:
+    """Of a tiny state, in this process."""
+
+    state = {"weight": np.arange(60_000, dtype=np.float32).reshape(200, 300), "step": np.int32(7)}  # noqa: RUF012
+
+    @pytest.fixture
+    def directory(self, tmp_path):
+        """With the complete steps 1 and 2."""
+        with self.open(tmp_path / "steps") as steps:
+            steps.save(1, self.arrays())
+            steps.save(2, self.arrays())
+        return tmp_path / "steps"
+
+    def arrays(self):
+        return jax.tree.map(jnp.asarray, self.state)
+
+    def open(self, directory, **options):
+        return TrainCheckpoints(directory, ModelConfig.preset("2b"), "abc", **options)
+
+    def assert_restores(self, directory, step):
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.arrays())
+        with self.open(directory) as steps:
+            assert steps.latest == step
+            restored = steps.restore(abstract)
+        jax.tree.map(np.testing.assert_array_equal, restored, self.state)
+
+    @pytest.fixture
+    def full_disk(self):
+        """A context in which no file can grow."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    @pytest.mark.parametrize("notices", ["the next save", "the end"])
+    def test_a_save_that_failed_in_the_background_is_told(self, tmp_path, full_disk, notices):
+        steps = self.open(tmp_path, keep=1)
+        steps.save(1, self.arrays())
+        steps._steps.wait()
+        full_disk()
+        steps.save(2, self.arrays())
+        message = f"{tmp_path}: step 2 could not be written: .*Make room there.* continues from step 1, which is whole"
+        with pytest.raises(CheckpointError, match=message):
+            steps.save(3, self.arrays()) if notices == "the next save" else steps.close()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+        self.assert_restores(tmp_path, 1)
+
+    def test_a_directory_that_goes_away(self, directory):
+        steps = self.open(directory)
+        directory.rename(directory.with_name("elsewhere"))
+        directory.write_text("in the way")
+        with pytest.raises(CheckpointError, match=f"{directory}: step 3 could not be written"):
+            steps.save(3, self.arrays())
+        self.assert_restores(directory.with_name("elsewhere"), 2)
+
+    @pytest.mark.parametrize("name", ["run.json", "run.json/steps"])
+    def test_a_file_in_the_way(self, tmp_path, name):
+        (tmp_path / "run.json").write_text("{}")
+        with pytest.raises(OSError, match=str(tmp_path / name)):
+            self.open(tmp_path / name)
+
+    def test_a_directory_that_cannot_be_written(self, directory, monkeypatch):
+        """Root may write everywhere but on a file system mounted read-only: what os.access says then is played here."""
+        monkeypatch.setattr("os.access", lambda *_: False)
+        with pytest.raises(OSError, match=f"{directory} is no directory that can be written"):
+            self.open(directory)
+
+    @pytest.mark.parametrize("harm", [lambda file: os.truncate(file, file.stat().st_size // 2), Path.unlink])
+    def test_damaged_files(self, directory, harm):
+        """Whatever file of a complete step is hurt, it is restored equal or not at all."""
+        pristine = {file: file.read_bytes() for file in directory.glob("2/**/*") if file.is_file()}
+        told = 0
+        for file, content in pristine.items():
+            harm(file)
+            try:
+                self.assert_restores(directory, 2)
+            except CheckpointError as error:
+                told += 1
+                assert f"{directory / '2'} cannot be restored: " in str(error)  # noqa: PT017
+                assert "remove this directory: the same command then continues from step 1" in str(error)  # noqa: PT017
+            file.write_bytes(content)
+        assert told >= len(pristine) // 2
+        (directory / "2").rename(directory.with_name("2"))
+        self.assert_restores(directory, 1)
+
+
+def test_events_that_cannot_be_written_name_their_directory(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        EventWriter(tmp_path / "file", start=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = EventWriter(tmp_path / "log", start=0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path / 'log'}.*cannot be written.*free space there"):  # noqa: PT012
+            writer.add_scalar("train/loss", 1.0, 0)
+            writer.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
