@@ -1,7 +1,7 @@
-"""The SFT step and decoding at a published size on the accelerator at hand: random weights, bfloat16, MFU and memory bandwidth.
+"""The SFT step at a published size on the accelerator at hand: random weights, bfloat16, MFU (benchmarks.decoding decodes).
 
 python -m benchmarks.device 4b
-python -m benchmarks.device 8b --rows 4 --batches [1,8,32]
+python -m benchmarks.device 8b --rows 4
 """
 
 import time
@@ -17,40 +17,25 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, abstract_model, generate
+from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, abstract_model
 from train.config import OptimizerConfig
 from train.flops import count_flops, peak_flops
 from train.optimizer import make_optimizer, make_schedule
 from train.step import TrainState, make_loss, make_step, split_model
 
-# Bytes a second that one device reads from its memory; from the vendors' data sheets.
-PEAK_BANDWIDTH = {
-    "NVIDIA A100": 2.0e12,
-    "NVIDIA H100": 3.35e12,
-    "NVIDIA H200": 4.8e12,
-    "TPU v5 lite": 0.82e12,
-    "TPU v5": 2.77e12,
-}
 
-
-def main(
-    preset: str, rows: int = 2, text: int = 3072, side: int = 64, batches: tuple[int, ...] = (1, 32), new_tokens: int = 256
-) -> None:
-    """Prints both tables for one device.
+def main(preset: str, rows: int = 2, text: int = 3072, side: int = 64) -> None:
+    """Prints a table for one device.
 
     Args:
         preset: model size: 2b, 4b, 8b, 32b.
         rows: rows of the SFT step.
         text: text tokens of a row.
         side: rows and columns of patches of its image.
-        batches: batch sizes to decode at.
-        new_tokens: tokens to decode.
     """
     device, console = jax.devices()[0], Console(width=120)
     model = random_model(ModelConfig.preset(preset, dtype="bfloat16", param_dtype="bfloat16"))
     peak = peak_flops(device.device_kind)
-    bandwidth = next((rate for kind, rate in PEAK_BANDWIDTH.items() if device.device_kind.startswith(kind)), None)
-
     seconds, flops = sft_step(model, batch_of(model.config, rows, text, side))
     step = Table(title=f"{preset} SFT step (pvm), {rows} rows of {text + side * side // 4 + 2:,} tokens, {device.device_kind}")
     for column in ("seconds", "TFLOP", "TFLOP/s", "MFU"):
@@ -58,15 +43,6 @@ def main(
     rate = flops / seconds
     step.add_row(f"{seconds:.3f}", f"{flops / 1e12:.1f}", f"{rate / 1e12:.1f}", f"{rate / peak:.1%}" if peak else "unknown")
     console.print(step)
-
-    decode = Table(title=f"{preset} decoding, {new_tokens} tokens after one image, {device.device_kind}")
-    for column in ("batch", "ms a token", "GB read a token (weights + cache)", "GB/s", "of the bandwidth"):
-        decode.add_column(column)
-    for count in batches:
-        seconds, size = decode_step(model, batch_of(model.config, count, 64, side // 2), new_tokens)
-        share = f"{size / seconds / bandwidth:.1%}" if bandwidth else "unknown"
-        decode.add_row(str(count), f"{seconds * 1e3:.2f}", f"{size / 1e9:.2f}", f"{size / seconds / 1e9:.0f}", share)
-    console.print(decode)
 
 
 def random_model(config: ModelConfig) -> Qwen3VL:
@@ -110,21 +86,6 @@ def sft_step(model: Qwen3VL, batch: Batch) -> tuple[float, int]:
         jax.block_until_ready(metrics)
 
     return best(run), flops
-
-
-def decode_step(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[float, int]:
-    """Seconds of one decoding step, and the bytes that it must read: the decoder's weights and the cache, once."""
-
-    def run(count: int) -> float:
-        return best(lambda: jax.block_until_ready(generate(model, batch, max_new_tokens=count, temperature=0.0)))
-
-    seconds = (run(new_tokens) - run(1)) / (new_tokens - 1)
-    c, rows = model.config.text, batch.tokens.shape[0]
-    weights = sum(x.nbytes for x in jax.tree.leaves((nnx.state(model.language_model.layers), nnx.state(model.pvm))))
-    weights += model.head_weight().nbytes
-    slots = batch.tokens.shape[1] + new_tokens
-    cache = 2 * 2 * c.num_hidden_layers * rows * slots * c.num_key_value_heads * c.head_dim
-    return seconds, weights + cache
 
 
 def best(run: Callable[[], Any], repeats: int = 3) -> float:

@@ -5,18 +5,20 @@ own fresh branch or adapter. All are measured on the same held-out scenes, far b
 """
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import yaml
 from jsonargparse import auto_cli
 
-from demo.attention import attention_on_cell
 from demo.compare_report import UNTRAINED, Measured, write_report
 from demo.evaluate import Settings, encode, exchange, sees
+from demo.recall import attention_on_cell, mislead
 from demo.run import BASE, BRANCH, Step, run_steps
 from pvm_jax.checkpoint import load
 from pvm_jax.model import Qwen3VL
@@ -29,7 +31,7 @@ from train.step import split_model
 EXAMPLES = "demo/branch_data.yaml"
 SEED_OF_DATA = 100  # examples of seed s are those of 100 + s: apart from what the base model was trained on
 
-FAR = Settings(distances=(0, 100, 200, 400, 800, 1600))
+FAR = Settings(distances=(0, 100, 200, 400, 800, 1600), scenes=24)
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,18 @@ METHODS = {
 }
 
 
-def main(
-    out: Path = Path("out/compare"),
-    seeds: int = 3,
-    steps: int = 240,
-    settings: Settings = FAR,
-) -> None:
+def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 400, settings: Settings = FAR) -> None:
     """Trains every method on every seed, measures all of them and the base, writes results.json, results.md, results.png.
 
     Args:
         out: folder for everything that is written.
         seeds: how many seeds.
-        steps: of every training; another number wants another folder.
+        steps: of every training.
         settings: what is measured (what the models write themselves is not).
     """
+    if settings.scenes % settings.batch_size == 1:
+        sys.exit("error: settings.scenes: a last batch of one scene has no other image to show; take one more")
+    claim(out, {"steps": steps, "methods": {n: asdict(m) for n, m in METHODS.items()}, "settings": asdict(settings)})
     plain = out / "plain"
     run_steps([(plain, ["convert.hf_to_orbax", BASE, plain, "--plain"])])
     for seed in range(seeds):
@@ -80,6 +80,15 @@ def main(
             measured.append(once(folder / f"{name}.json", make))
     distances = yaml.safe_load(Path(EXAMPLES).read_text())["mixture"]["filler"]
     write_report(measured, settings, distances, steps, out)
+
+
+def claim(out: Path, terms: Mapping[str, Any]) -> None:
+    """Notes in `out` on what terms the comparison is; ends the program if others were noted there, whose results it holds."""
+    note, mine = out / "terms.json", json.dumps(terms, indent=2) + "\n"
+    if note.exists() and note.read_text() != mine:
+        sys.exit(f"error: {out} holds a comparison on other terms (see {note}): give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(mine)
 
 
 def training_steps(out: Path, seed: int, steps: int) -> list[Step]:
@@ -130,17 +139,19 @@ def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measu
 
 
 def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: Processor, settings: Settings) -> Measured:
-    """One training's result; of the branch also where it looks, and its gates."""
+    """One training's result; of the branch also its gates, where it looks, and whether it matters which image it looks at."""
     method, run = METHODS[name], folder / name
     model = load_result(method.trainable, run, folder / "fresh", plain)
-    accuracy, attention = {}, {}
+    accuracy, misled, attention = {}, {}, {}
     for distance in settings.distances:
         examples = settings.examples(distance, settings.scenes)
-        accuracy[str(distance)] = float(sees(model, encode(examples, processor), settings).mean())
+        encoded = encode(examples, processor)
+        accuracy[str(distance)] = float(sees(model, encoded, settings).mean())
         if method.trainable == "pvm":
+            misled[str(distance)] = float(sees(mislead(model), encoded, settings).mean())
             attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
     trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, method.trainable)[1]))
-    return Measured(name, seed, trained, accuracy, attention=attention, gates=read_gates(run / "log"))
+    return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=read_gates(run / "log"))
 
 
 def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qwen3VL:

@@ -28,6 +28,7 @@ class Measured:
         trained: parameters that were trained.
         accuracy: of the values, teacher-forced, by distance.
         shuffled: the same with the scenes' images exchanged, of the base: what guessing gives.
+        misled: the accuracy where the branch, and nothing else, reads another scene's image (`demo.recall`).
         attention: of the branch on the asked cell, by distance, layer and head.
         gates: of the branch, by layer, at every step of the training.
     """
@@ -37,6 +38,7 @@ class Measured:
     trained: int
     accuracy: dict[str, float]
     shuffled: dict[str, float] = field(default_factory=dict)
+    misled: dict[str, float] = field(default_factory=dict)
     attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     gates: dict[str, list[float]] = field(default_factory=dict)
 
@@ -63,7 +65,6 @@ def accuracies(by_method: Mapping[str, Sequence[Measured]], settings: Settings) 
 
 def markdown(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], steps: int) -> str:
     """The tables."""
-    cells = settings.size**2
     seeds = max(len(ones) for ones in by_method.values())
     rows = accuracies(by_method, settings)
     parts = [
@@ -83,26 +84,33 @@ def markdown(by_method: Mapping[str, Sequence[Measured]], settings: Settings, tr
     ]
     for name, ones in by_method.items():
         if ones[0].attention:
-            shares = _attention(ones, settings)
-            parts += [
-                f"Share of the attention of {name} on the cell that is asked for (chance: 1/{cells} = {1 / cells:.3f}), where "
-                "its value is to be said; mean over heads, and the head with the largest share:",
-                table(
-                    [
-                        "tokens between image and question",
-                        *(f"layer {layer}{x}" for layer in shares for x in ("", ", best head")),
-                    ],
-                    [
-                        [d, *(_mean_and_spread(x[:, i]) for by in shares.values() for x in (by.mean(-1), by.max(-1)))]
-                        for i, d in enumerate(settings.distances)
-                    ],
-                ),
-                "Gates at the end: "
-                + "; ".join(
-                    f"layer {layer} {', '.join(f'{one.gates[layer][-1]:+.3f}' for one in ones)}" for layer in ones[0].gates
-                ),
-            ]
+            parts += _recall(name, ones, settings)
     return "\n\n".join(parts) + "\n"
+
+
+def _recall(name: str, ones: Sequence[Measured], settings: Settings) -> list[str]:
+    """Whether the branch recalls the image."""
+    cells, shares = settings.size**2, _attention(ones, settings)
+    misled = np.array([[one.misled[str(distance)] for distance in settings.distances] for one in ones])
+    heads = [which for by in shares.values() for which in (by.mean(-1), by.max(-1))]
+    return [
+        f"Does the branch of {name} recall? Its accuracy when the branch alone reads another scene's image, and the share of "
+        f"its attention on the cell that is asked for (chance: 1/{cells} = {1 / cells:.3f}) where the value is to be said, as "
+        "the mean over heads and of the head with the largest share:",
+        table(
+            [
+                "tokens between image and question",
+                "accuracy, branch on another image",
+                *(f"layer {layer}{which}" for layer in shares for which in ("", ", best head")),
+            ],
+            [
+                [distance, *(_mean_and_spread(values[:, i]) for values in (misled, *heads))]
+                for i, distance in enumerate(settings.distances)
+            ],
+        ),
+        "Gates at the end: "
+        + "; ".join(f"layer {layer} {', '.join(f'{one.gates[layer][-1]:+.3f}' for one in ones)}" for layer in ones[0].gates),
+    ]
 
 
 def _attention(ones: Sequence[Measured], settings: Settings) -> dict[str, np.ndarray]:
@@ -122,6 +130,10 @@ def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, traine
     for name, rows in accuracies(by_method, settings).items():
         spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else None
         left.errorbar(places, rows.mean(0), spread, label=name, color=COLOURS[name], marker="o", capsize=3)
+    for name, ones in by_method.items():
+        if ones[0].misled:
+            misled = np.mean([[one.misled[str(distance)] for distance in settings.distances] for one in ones], axis=0)
+            left.plot(places, misled, "x:", color="black", label=f"{name}, its branch on another image")
     left.axvspan(*np.interp(trained_on, settings.distances, places), color="#f3e9c8", label="trained distances", zorder=0)
     left.set(ylim=(0, 1), xlabel="tokens between the image and the question", ylabel="values read correctly (teacher-forced)")
     for one in (one for ones in by_method.values() for one in ones if one.gates):

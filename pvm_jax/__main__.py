@@ -1,17 +1,18 @@
 """`python -m pvm_jax generate`: asks a checkpoint about images."""
 
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from pvm_jax.batch import Batch
+from pvm_jax.answer import Answerer, Conversation, answer_file, chat, question
 from pvm_jax.checkpoint import load
 from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.command_line import command_parser
-from pvm_jax.generation import stream
+from pvm_jax.generation import Settings
+from pvm_jax.model import without_pvm
 from pvm_jax.processing import Processor
 
 EXAMPLES = """
@@ -20,17 +21,26 @@ examples:
   python -m pvm_jax generate --checkpoint checkpoints/8b --branch runs/sft/branch --image a.png --image b.png "What differs?"
   python -m pvm_jax generate --checkpoint checkpoints/8b --lora runs/sft_lora/lora --image photo.jpg "What is on the table?"
   python -m pvm_jax generate --checkpoint checkpoints/8b --temperature 0.7 --top-p 0.8 --max-new-tokens 2048 "Tell me a story."
+  python -m pvm_jax generate --checkpoint checkpoints/8b --image photo.jpg --chat
+  python -m pvm_jax generate --checkpoint checkpoints/8b --pvm off --image photo.jpg "What does it say without the branch?"
+  python -m pvm_jax generate --checkpoint checkpoints/8b --input questions.jsonl --output answers.jsonl --num-samples 4
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the command."""
-    generate = command_parser(None, "Answers one question, printing as it writes.", EXAMPLES)
-    generate.add_argument("question", type=str)
+    generate = command_parser(None, "Answers a question, a chat's, or a file's, printing as it writes.", EXAMPLES)
+    generate.add_argument("question", type=str, nargs="?", help="what to ask; not with --chat or --input")
     generate.add_argument("--checkpoint", type=str, required=True, help="directory that convert.hf_to_orbax or training wrote")
     generate.add_argument("--branch", type=str, help="take the PVM branch from this checkpoint")
     generate.add_argument("--lora", type=str, help="put this LoRA adapter beside the weights")
+    generate.add_argument("--pvm", choices=["on", "off"], default="on", help="off: the same weights without the branch")
     generate.add_argument("--image", type=str, action="append", default=[], help="image file; may be given several times")
+    generate.add_argument("--chat", action="store_true", help="ask line after line; the line '/image FILE' adds an image")
+    generate.add_argument("--input", type=Path, help="answer these conversations: JSONL or another format of the training data")
+    generate.add_argument("--output", type=Path, help="JSONL file for the answers; what is there already is not asked again")
+    generate.add_argument("--batch-size", type=int, default=8, help="conversations of --input at a time")
+    generate.add_argument("--num-samples", type=int, default=1, help="answers to each conversation of --input")
     generate.add_argument("--max-new-tokens", type=int, default=1024)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     generate.add_argument("--top-k", type=int)
@@ -38,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     parser = command_parser("python -m pvm_jax", __doc__, EXAMPLES)
-    parser.add_subcommands().add_subcommand("generate", generate, help="answer a question about images")
+    parser.add_subcommands().add_subcommand("generate", generate, help="answer questions about images")
     try:
         _generate(parser.parse_args(argv).generate)
     except (OSError, ValueError) as error:
@@ -46,35 +56,48 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _generate(args: Any) -> None:
+    _check(args)
     processor = Processor.from_pretrained(args.checkpoint)
-    content = [{"type": "image", "image": path} for path in args.image] + [{"type": "text", "text": args.question}]
-    arrays = processor([[{"role": "user", "content": content}]])
     model = load(args.checkpoint, branch=args.branch, lora=args.lora, dtype=args.dtype)
-    batch = Batch.from_hf(arrays, model.config)
-    stop_tokens = read_stop_tokens(args.checkpoint)
-    start, first, tokens, shown = time.perf_counter(), 0.0, [], ""
-    for token in stream(
-        model,
-        batch,
-        max_new_tokens=args.max_new_tokens,
+    settings = Settings(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        stop_tokens=stop_tokens,
+        stop_tokens=read_stop_tokens(args.checkpoint),
+        num_samples=args.num_samples,
         rng=jax.random.key(args.seed),
-    ):
-        first = first or time.perf_counter() - start
-        if int(token[0]) in stop_tokens:
-            break
-        tokens.append(int(token[0]))
-        text = processor.decode(tokens)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    rate = (len(tokens) - 1) / max(time.perf_counter() - start - first, 1e-9)
-    print(
-        f"\n[{len(tokens)} tokens, first after {first:.2f} s (compilation included), then {rate:.1f} a second]", file=sys.stderr
     )
+    answerer = Answerer(model if args.pvm == "on" else without_pvm(model), processor, args.max_new_tokens, settings)
+    if args.input:
+        answer_file(answerer, args.input, args.output, args.batch_size)
+    elif args.chat:
+        chat(answerer, args.image, _lines(), sys.stdout)
+    else:
+        Conversation(answerer, sys.stdout).ask(question(args.question, args.image))
+
+
+def _check(args: Any) -> None:
+    """Raises ValueError for arguments that do not go together."""
+    given = [name for name in ("question", "chat", "input") if getattr(args, name)]
+    if len(given) != 1:
+        raise ValueError(f"give one of a question, --chat and --input, got {' and '.join(given) or 'none'}")
+    if bool(args.input) != bool(args.output):
+        raise ValueError("--input and --output go together")
+    if args.input and args.image:
+        raise ValueError("--image goes with a question or --chat: the conversations of --input bring their own images")
+    if not args.input and args.num_samples != 1:
+        raise ValueError("--num-samples goes with --input")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+
+
+def _lines() -> Iterator[str]:
+    """The lines of stdin; a person gets a prompt for each."""
+    while True:
+        try:
+            yield input("> ") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def attention(
     q_segment_ids: jax.Array,
     kv_segment_ids: jax.Array,
     causal: bool,
+    limits: jax.Array | None = None,
     kernel: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -33,50 +34,99 @@ def attention(
         k, v: [B, T, K, H] with N a multiple of K (grouped queries).
         q_segment_ids, kv_segment_ids: [B, S] and [B, T]; a query sees the keys that carry its own id.
         causal: a query at column s sees keys at columns <= s only.
-        kernel: "splash" (TPU), "cudnn" (GPU, H <= 128), "xla" (everywhere: the reference) or None: by platform.
+        limits: [B, S]: a query sees keys at columns below its limit only.
+        kernel: "splash" (TPU, no limits), "cudnn" (GPU, H <= 128), "xla" (everywhere: the reference) or None: by platform.
         interpret: runs the TPU kernel in its interpreter, for tests.
 
     Returns:
         [B, S, N, H]. For a query that sees no key at all the result is finite and means nothing: mask it.
+
+    Raises:
+        ValueError: for an unknown kernel, and for limits with "splash".
     """
     if kernel is None:
-        kernel = _platform_kernel(q)
+        kernel = _platform_kernel(q, limits is not None)
     if kernel == "xla":
-        return _xla(q, k, v, _mask(q_segment_ids, kv_segment_ids, causal))
+        return _xla(q, k, v, attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits))
     if kernel == "cudnn":
-        mask = _mask(q_segment_ids, kv_segment_ids, causal)[:, None]
+        mask = attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if kernel == "splash":
+        if limits is not None:
+            raise ValueError(
+                "the splash kernel cannot end each query's keys at a limit of its own, which chunked prefill and "
+                "pvm_visibility 'preceding' ask for: leave attention at None (by platform), or set it to 'xla'"
+            )
         return _splash(q, k, v, q_segment_ids, kv_segment_ids, causal, interpret)
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
 
 
-def _platform_kernel(q: jax.Array) -> str:
+def shared_attention(
+    q: jax.Array,
+    shared: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    *,
+    shared_mask: jax.Array,
+    own_mask: jax.Array,
+) -> jax.Array:
+    """One softmax over keys that a row's N queries share and keys that each of them has for itself: a decoding step.
+
+    Args:
+        q: [B, N, heads, H], N queries that do not see each other.
+        shared: keys and values [B, K, T, H].
+        own: keys and values [B, N, K, U, H].
+        shared_mask: [B, N, T], own_mask: broadcastable to [B, N, U], True where the query may look.
+
+    Returns:
+        [B, N, heads, H].
+    """
+    grouped = q.reshape(*q.shape[:2], shared[0].shape[1], -1, q.shape[-1])
+    scores = [
+        jnp.einsum("bnkgh,bkth->bnkgt", grouped, shared[0], preferred_element_type=jnp.float32),
+        jnp.einsum("bnkgh,bnkth->bnkgt", grouped, own[0], preferred_element_type=jnp.float32),
+    ]
+    masks = [jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1])) for mask in (shared_mask, own_mask)]
+    mask = jnp.concatenate(masks, -1)[:, :, None, None]
+    weights = jax.nn.softmax(_masked(jnp.concatenate(scores, -1) * q.shape[-1] ** -0.5, mask), -1).astype(q.dtype)
+    of_shared, of_own = jnp.split(weights, [shared_mask.shape[-1]], -1)
+    attended = jnp.einsum("bnkgt,bkth->bnkgh", of_shared, shared[1], preferred_element_type=jnp.float32)
+    attended += jnp.einsum("bnkgt,bnkth->bnkgh", of_own, own[1], preferred_element_type=jnp.float32)
+    return attended.astype(q.dtype).reshape(q.shape)
+
+
+def attention_mask(
+    q_segment_ids: jax.Array, kv_segment_ids: jax.Array, *, causal: bool = False, limits: jax.Array | None = None
+) -> jax.Array:
+    """[B, S, T], True where the query may look; arguments as of `attention`."""
+    mask = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+    if causal:
+        mask &= jnp.tri(*mask.shape[1:], dtype=bool)
+    if limits is not None:
+        mask &= jnp.arange(mask.shape[-1]) < limits[..., None]
+    return mask
+
+
+def _platform_kernel(q: jax.Array, limited: bool) -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device  # a program may be compiled for devices that are not here
     backend = device.platform if device else jax.default_backend()
-    if q.shape[1] == 1:  # one decoding query: a matrix-vector product that no tiled kernel speeds up
+    if q.shape[1] < _LANES:  # a decoding step's queries: a product with few rows, which no tiled kernel speeds up
         return "xla"
-    if backend == "tpu":
+    if backend == "tpu" and not limited:
         return "splash"
     if backend == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
         return "cudnn"
     return "xla"
 
 
-def _mask(q_segment_ids: jax.Array, kv_segment_ids: jax.Array, causal: bool) -> jax.Array:
-    """[B, S, T], True where the query may look."""
-    mask = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-    if causal:
-        mask &= jnp.tri(*mask.shape[1:], dtype=bool)
-    return mask
-
-
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(_masked(scores * q.shape[-1] ** -0.5, mask[:, None, None]), axis=-1).astype(v.dtype)
     return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(q.shape)
+
+
+def _masked(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
 
 
 def _splash(q, k, v, q_segment_ids, kv_segment_ids, causal: bool, interpret: bool) -> jax.Array:

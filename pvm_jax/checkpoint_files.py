@@ -78,9 +78,9 @@ def write_config(directory: Path, config: ModelConfig, original: Mapping[str, An
     if text.get("rope_parameters"):
         rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
         text["rope_parameters"] = text["rope_parameters"] | rope
-    if not config.text.pvm_layers:
-        text.pop("pvm_layers", None)
-        text.pop("pvm_hidden_size", None)
+    for key in ("pvm_layers", "pvm_hidden_size", "pvm_visibility"):  # of the original's branch, if this is without one
+        if key not in ours["text_config"]:
+            text.pop(key, None)
     for part in (merged, merged["text_config"], merged["vision_config"]):
         part.pop("torch_dtype", None)
         if "dtype" in part:

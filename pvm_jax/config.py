@@ -66,7 +66,12 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder (`Qwen3VLTextConfig`) and, where `pvm_layers` is not empty, the paper's branch."""
+    """The decoder (`Qwen3VLTextConfig`) and, where `pvm_layers` is not empty, the paper's branch.
+
+    Attributes:
+        pvm_visibility: which of its conversation's images a text token recalls: "all", as published, or "preceding": those
+            before it alone, as the decoder's own attention, for conversations whose later turns bring images.
+    """
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -81,6 +86,7 @@ class TextConfig:
     max_position_embeddings: int = 262144
     pvm_layers: tuple[int, ...] = ()
     pvm_hidden_size: int = 512
+    pvm_visibility: str = "all"
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -97,6 +103,8 @@ class TextConfig:
             raise ValueError(
                 f"pvm_hidden_size {self.pvm_hidden_size} must be a multiple of the decoder's head_dim {self.head_dim}"
             )
+        if self.pvm_visibility not in ("all", "preceding"):
+            raise ValueError(f"pvm_visibility must be 'all' or 'preceding', got {self.pvm_visibility!r}")
 
     @property
     def pvm_num_heads(self) -> int:
@@ -200,7 +208,7 @@ class ModelConfig:
         config = cls(text=text, vision=vision, tie_word_embeddings=tied).with_pvm()
         return replace(config, **overrides)
 
-    def with_pvm(self, layers: tuple[int, ...] | None = None, hidden_size: int | None = None) -> Self:
+    def with_pvm(self, layers: tuple[int, ...] | None = None, hidden_size: int | None = None, visibility: str = "all") -> Self:
         """This config with the branch at `layers` (0-based) and of width `hidden_size`; None takes the default by size.
 
         Defaults for n decoder layers: three layers, evenly spaced. With more hidden units than 2560 they sit at 2/9, 4/9 and
@@ -212,7 +220,8 @@ class ModelConfig:
             layers = _default_pvm_layers(self.text.num_hidden_layers, self.text.hidden_size)
         if hidden_size is None:
             hidden_size = 4 * self.text.head_dim
-        return replace(self, text=replace(self.text, pvm_layers=tuple(layers), pvm_hidden_size=hidden_size))
+        branch = {"pvm_layers": tuple(layers), "pvm_hidden_size": hidden_size, "pvm_visibility": visibility}
+        return replace(self, text=replace(self.text, **branch))
 
     def without_pvm(self) -> Self:
         """The base model's config."""
@@ -272,6 +281,8 @@ class ModelConfig:
         }
         if not self.text.pvm_layers:
             del text["pvm_layers"], text["pvm_hidden_size"]
+        if not self.text.pvm_layers or self.text.pvm_visibility == TextConfig.pvm_visibility:
+            del text["pvm_visibility"]  # not one of the authors' keys
         vision = {f.name: getattr(self.vision, f.name) for f in fields(VisionConfig)}
         vision |= {
             "model_type": MODEL_TYPE,

@@ -2,41 +2,27 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.attention import attention
 from pvm_jax.config import ModelConfig, TextConfig
 from pvm_jax.layers import Embedding, Linear, RMSNorm, SwiGLU, merge_heads, remat, split_heads, stack
 from pvm_jax.rope import mrope_angles, rotate
 from pvm_jax.sharding import constrain
 
-
-class KeyValues(NamedTuple):
-    """The keys and values of all layers, [L, B, T, K, H] each, and the segment of every slot, [B, T] (0: empty)."""
-
-    keys: jax.Array
-    values: jax.Array
-    segment_ids: jax.Array
-
-    def write(self, layer: jax.Array, slot: jax.Array, keys: jax.Array, values: jax.Array) -> "KeyValues":
-        """With `keys`, `values` [B, S, K, H] in the slots from `slot` on of one layer."""
-        start = (layer, 0, slot, 0, 0)
-        return self._replace(
-            keys=jax.lax.dynamic_update_slice(self.keys, keys[None].astype(self.keys.dtype), start),
-            values=jax.lax.dynamic_update_slice(self.values, values[None].astype(self.values.dtype), start),
-        )
+Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""(cache, layer, q, k, v) -> what the queries attended to, [B, S, N, H], and the cache with k and v [B, S, K, H] in it."""
 
 
 class Decoded(NamedTuple):
-    """`hidden` [B, S, D] after the final norm; the cache, if there was one; with `trace`, the residual stream that leaves
+    """`hidden` [B, S, D] after the final norm; the cache as `attend` left it; with `trace`, the residual stream that leaves
     every layer [L, B, S, D] and each branch's update, by layer, [B, S, D]."""
 
     hidden: jax.Array
-    cache: KeyValues | None
+    cache: Any
     streams: jax.Array | None
     updates: dict[int, jax.Array]
 
@@ -83,9 +69,8 @@ class _Run(NamedTuple):
     pvm: bool
 
 
-def _runs(config: ModelConfig) -> list[_Run]:
-    layers, taps = config.text.num_hidden_layers, len(config.vision.deepstack_visual_indexes)
-    special = config.text.pvm_layers
+def _runs(config: ModelConfig, taps: int) -> list[_Run]:
+    layers, special = config.text.num_hidden_layers, config.text.pvm_layers
     edges = sorted({0, taps, layers, *special, *(layer + 1 for layer in special)})
     return [_Run(a, b, a < taps, a in special) for a, b in pairwise(edges)]
 
@@ -104,13 +89,12 @@ class Decoder(nnx.Module):
         self,
         hidden: jax.Array,
         positions: jax.Array,
-        segment_ids: jax.Array,
         *,
+        attend: Attend,
+        cache: Any = None,
         recall: Callable[[int, jax.Array], jax.Array] | None = None,
         deepstack: jax.Array | None = None,
         place: Callable[[jax.Array], jax.Array] | None = None,
-        cache: KeyValues | None = None,
-        slot: jax.Array | int = 0,
         trace: bool = False,
     ) -> Decoded:
         """Runs all layers.
@@ -118,39 +102,25 @@ class Decoder(nnx.Module):
         Args:
             hidden: [B, S, D], embeddings with the visual tokens in place.
             positions: [B, 3, S].
-            segment_ids: [B, S]; 0 is padding.
+            attend: self-attention, with what each layer keeps of it in `cache`, a pytree.
             recall: (layer, stream [B, S, D]) -> the PVM update [B, S, D]; None: no images, the update is 0.
             deepstack: [taps, B, V, D]; `place` puts one of them at its row's visual tokens: [B, V, D] -> [B, S, D].
-            cache: written from `slot` on. Its `segment_ids` already cover the new tokens. One new token attends to the
-                whole cache; several are a prefill, attend to each other and want the cache empty.
             trace: also return every layer's stream and update.
         """
         c = self.config.text
         angles = mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
         graphdef, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
-        decoding = cache is not None and hidden.shape[1] == 1
 
         def make_layer(run: _Run):
             def layer(carry, xs):
                 hidden, cache = carry
-                index, params, features = xs
-                block: DecoderLayer = nnx.merge(graphdef, params)
+                index, layer_params, features = xs
+                if cache is not None:  # taken out a layer at a time: a slice for each run would be a copy of all weights
+                    layer_params = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params)
+                block: DecoderLayer = nnx.merge(graphdef, layer_params)
                 q, k, v = block.self_attn.heads(block.input_layernorm(hidden), angles)
-                kv_segment_ids = segment_ids
-                if cache is not None:
-                    cache = cache.write(index, slot, k, v)
-                    if decoding:
-                        k, v, kv_segment_ids = cache.keys[index], cache.values[index], cache.segment_ids
-                attended = attention(
-                    q,
-                    k,
-                    v,
-                    q_segment_ids=segment_ids,
-                    kv_segment_ids=kv_segment_ids,
-                    causal=not decoding,
-                    kernel=self.config.attention,
-                )
+                attended, cache = attend(cache, index, q, k, v)
                 hidden = hidden + block.self_attn.o_proj(merge_heads(attended))
                 update = recall(run.start, hidden) if run.pvm and recall is not None else None
                 hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
@@ -164,12 +134,12 @@ class Decoder(nnx.Module):
             return remat(layer, self.config.remat)
 
         carry, streams, updates = (hidden, cache), [], {}
-        for run in _runs(self.config):
+        for run in _runs(self.config, 0 if deepstack is None else len(deepstack)):
             layers = slice(run.start, run.stop)
             xs = (
                 jnp.arange(run.start, run.stop),
-                jax.tree.map(lambda p, layers=layers: p[layers], params),
-                deepstack[layers] if run.deepstack and deepstack is not None else None,
+                jax.tree.map(lambda p, layers=layers: p[layers], params) if cache is None else None,
+                deepstack[layers] if deepstack is not None and run.deepstack else None,
             )
             carry, traced = jax.lax.scan(make_layer(run), carry, xs)
             if trace:

@@ -1,26 +1,31 @@
-"""Generation: one prefill, then one jitted loop over a cache that holds the decoder's keys and values and the PVM memory."""
+"""Generation: one prefill a prompt, then one compiled loop over a cache that grows by buckets."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pvm_jax.batch import Batch
-from pvm_jax.model import Cache, Qwen3VL
+from pvm_jax.batch import Batch, bucket_size
+from pvm_jax.cache import Cache, Prompts, Samples
+from pvm_jax.model import Qwen3VL
+
+FIRST_SLOTS = 256
+"""Generated tokens that the first cache has slots for; a full one is doubled. One compilation of the loop for each size."""
 
 
 class Generation(NamedTuple):
-    """What was generated.
+    """What was generated; row p * num_samples + n is sample n of prompt p.
 
     Attributes:
-        tokens: [B, max_new_tokens] int32; 0 after a row's end.
-        logprobs: [B, max_new_tokens] float32: log-probability of each token under softmax(logits / temperature) over the
-            whole vocabulary (temperature 1 for greedy), before top-k and top-p; 0 after a row's end.
-        lengths: [B] int32: tokens of each row, its stop token included.
+        tokens: [B * num_samples, max_new_tokens] int32; 0 after a row's end.
+        logprobs: [B * num_samples, max_new_tokens] float32: log-probability of each token under softmax(logits /
+            temperature) over the whole vocabulary (temperature 1 for greedy), before top-k and top-p; 0 after a row's end.
+        lengths: [B * num_samples] int32: tokens of each row, its stop token included.
     """
 
     tokens: jax.Array
@@ -35,143 +40,271 @@ class _Sampling(NamedTuple):
     top_k: int | None
     top_p: float | None
     stop_tokens: tuple[int, ...]
-    max_new_tokens: int
 
 
 class _State(NamedTuple):
-    """The loop's carry. `token` [B] is emitted but not yet read by the decoder."""
+    """The loop's carry, for N samples of each of B prompts.
 
-    cache: Cache
+    `token` [B, N] is emitted but not yet read by the decoder; `position` and `segment_ids` [B] are its; `output` is a
+    Generation with [B, N] in front; `keys` [B, N] are the samples' own.
+    """
+
+    samples: Samples
     token: jax.Array
     position: jax.Array
     segment_ids: jax.Array
-    slot: jax.Array
     emitted: jax.Array
     done: jax.Array
     output: Generation
     keys: jax.Array
 
 
-def generate(
-    model: Qwen3VL,
-    batch: Batch,
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
-    rng: jax.Array | None = None,
-) -> Generation:
+class _Run(NamedTuple):
+    """What a generation reads and does not change."""
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    cache: Cache
+    sampling: _Sampling
+
+
+class Settings(TypedDict, total=False):
+    """How `generate`, `stream` and `Chat` sample.
+
+    temperature: 0 is greedy; the default is 1.
+    top_k, top_p: sample among the k likeliest tokens / the smallest set of tokens with this probability.
+    stop_tokens: ids that end a row.
+    num_samples: of each prompt. They share its prefill, its keys and values and its memory; the default is 1.
+    seeds: [B] integers, one a prompt; the default is its row. A row's sample depends on `rng`, this seed, the sample's
+        number and the prompt alone: not on what else is in the batch, nor on padding.
+    rng: a key; the default is `jax.random.key(0)`.
+    prefill_chunk: columns of the prompts that are read at a time, at most. Longer prompts are read in pieces, which bounds
+        prefill's memory.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop_tokens: Sequence[int]
+    num_samples: int
+    seeds: Sequence[int] | None
+    rng: jax.Array | None
+    prefill_chunk: int
+
+
+def generate(model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Generation:
     """Continues every row of `batch` (one prompt a row, of any length, padded on any side).
 
     Args:
         max_new_tokens: tokens at most; every row ends there or at its stop token.
-        temperature: 0 is greedy.
-        top_k, top_p: sample among the k likeliest tokens / the smallest set of tokens with this probability.
-        stop_tokens: ids that end a row.
-        rng: a key; None is `jax.random.key(0)`. A row's sample depends on the key, its index and its prompt alone.
+        settings: see Settings.
 
     Image and video placeholders are never generated.
 
     Raises:
         ValueError: for a setting out of its range.
     """
-    sampling = _Sampling(temperature, top_k, top_p, tuple(stop_tokens), max_new_tokens)
-    graphdef, params, state = _start(model, batch, sampling, rng)
-    return _loop(graphdef, params, state, max_new_tokens, sampling).output
+    run, state = _start(model, batch, max_new_tokens, **settings)
+    output = _advance(run, state, max_new_tokens).output
+    return _flat(output)
 
 
-def stream(
+def stream(model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, [B * num_samples] at a time, as they come. A row that has ended gives 0."""
+    run, state = _start(model, batch, max_new_tokens, **settings)
+    for step in _steps(run, state, max_new_tokens):
+        yield np.asarray(step.token).reshape(-1)
+
+
+class Chat:
+    """One conversation whose cache lives on between turns: a new turn is read once, its images join those in memory.
+
+    What was read before is not read again, so that earlier turns do not recall the later ones' images. For a model with
+    pvm_visibility "preceding" the answers are those of a forward pass over the whole conversation.
+    """
+
+    def __init__(self, model: Qwen3VL):
+        self.model = model
+        self._last: tuple[Cache, _State] | None = None
+
+    @property
+    def unread(self) -> int | None:
+        """The last token of the last answer: the model has written, but not read it. None before the first."""
+        return None if self._last is None else int(self._last[1].token[0, 0])
+
+    def stream(self, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Iterator[int]:
+        """The answer's tokens as they come, the stop token included. What is not taken to its end leaves the chat as it was.
+
+        Args:
+            batch: one row, the conversation's next tokens: all from `unread` on, unless that is a stop token which they
+                bring themselves.
+
+        Raises:
+            ValueError: if the batch has more than one row, or `num_samples` is not 1; for a setting out of its range.
+        """
+        if batch.tokens.shape[0] != 1 or settings.get("num_samples", 1) != 1:
+            raise ValueError(f"a chat is one conversation with one answer, got {batch.tokens.shape[0]} rows")
+        past = None
+        if self._last is not None:
+            cache, state = self._last
+            length = int(state.output.lengths[0, 0])
+            slots = bucket_size(int(jnp.sum(cache.prompts.segment_ids > 0)) + length)
+            past = _fold(cache, state, slots)
+            batch = replace(batch, positions=batch.positions + int(state.position[0]) + length)
+        run, state = _start(self.model, batch, max_new_tokens, past, **settings)
+        for step in _steps(run, state, max_new_tokens):
+            state = step
+            yield int(step.token[0, 0])
+        self._last = run.cache, state
+
+
+def _start(
     model: Qwen3VL,
     batch: Batch,
-    *,
     max_new_tokens: int,
+    past: Cache | None = None,
+    *,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     stop_tokens: Sequence[int] = (),
+    num_samples: int = 1,
+    seeds: Sequence[int] | None = None,
     rng: jax.Array | None = None,
-) -> Iterator[np.ndarray]:
-    """The tokens of `generate`, [B] at a time, as they come. A row that has ended gives 0."""
-    sampling = _Sampling(temperature, top_k, top_p, tuple(stop_tokens), max_new_tokens)
-    graphdef, params, state = _start(model, batch, sampling, rng)
-    for step in range(max_new_tokens):
-        state = _loop(graphdef, params, state, step + 1, sampling)
-        if step >= int(state.emitted):
-            return
-        yield np.asarray(state.output.tokens[:, step])
-
-
-def _start(model: Qwen3VL, batch: Batch, sampling: _Sampling, rng: jax.Array | None) -> tuple[nnx.GraphDef, nnx.State, _State]:
-    """Checks the settings and prefills: the model's structure, its parameters and the loop's first state."""
-    _check(sampling, model)
+    prefill_chunk: int = 1024,
+) -> tuple[_Run, _State]:
+    """Checks the settings and prefills."""
+    rows, vocab_size = batch.tokens.shape[0], model.config.text.vocab_size
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be in [1, {vocab_size}], got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if seeds is not None and len(seeds) != rows:
+        raise ValueError(f"seeds must be one for each of the {rows} prompts, got {len(seeds)}")
+    sampling = _Sampling(temperature, top_k, top_p, tuple(stop_tokens))
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
-    return graphdef, params, _prefill(graphdef, params, batch, jax.random.key(0) if rng is None else rng, sampling)
+    keys = _sample_keys(jax.random.key(0) if rng is None else rng, np.arange(rows) if seeds is None else seeds, num_samples)
+    slots = min(FIRST_SLOTS, max_new_tokens)
+    cache, state = _prefill(graphdef, params, batch, keys, past, sampling, max_new_tokens, slots, prefill_chunk)
+    return _Run(graphdef, params, cache, sampling), state
 
 
-def _check(sampling: _Sampling, model: Qwen3VL) -> None:
-    if sampling.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
-    if sampling.temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {sampling.temperature}")
-    if sampling.top_k is not None and not 1 <= sampling.top_k <= model.config.text.vocab_size:
-        raise ValueError(f"top_k must be in [1, {model.config.text.vocab_size}], got {sampling.top_k}")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {sampling.top_p}")
+def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples: int) -> jax.Array:
+    """[B, num_samples]."""
+
+    def key(seed: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(rng, seed), number)
+
+    return jax.vmap(lambda seed: jax.vmap(lambda number: key(seed, number))(jnp.arange(num_samples)))(jnp.asarray(seeds))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling"))
-def _prefill(graphdef, params, batch: Batch, rng: jax.Array, sampling: _Sampling) -> _State:
-    """Reads the prompts and emits the first token."""
+@partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens", "slots", "chunk"))
+def _prefill(
+    graphdef,
+    params,
+    batch: Batch,
+    keys: jax.Array,
+    past: Cache | None,
+    sampling: _Sampling,
+    max_new_tokens: int,
+    slots: int,
+    chunk: int,
+) -> tuple[Cache, _State]:
+    """Reads the prompts and emits every sample's first token."""
     model: Qwen3VL = nnx.merge(graphdef, params)
-    rows, length = batch.tokens.shape
-    hidden, cache = model.prefill(batch, slots=length + sampling.max_new_tokens)
-    valid = batch.segment_ids > 0
-    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    hidden, cache = model.prefill(batch, chunk=chunk, past=past)
     state = _State(
-        cache=cache,
-        token=jnp.zeros(rows, jnp.int32),
-        position=jnp.max(jnp.where(valid[:, None], batch.positions, 0), axis=(1, 2)) + 1,
-        segment_ids=jnp.take_along_axis(batch.segment_ids, last[:, None], 1)[:, 0],
-        slot=jnp.asarray(length),
+        samples=Samples.empty(model.config, keys.shape[0], keys.shape[1], slots),
+        token=jnp.zeros(keys.shape, jnp.int32),
+        position=jnp.max(jnp.where(batch.segment_ids[:, None] > 0, batch.positions, 0), axis=(1, 2)),
+        segment_ids=jnp.max(batch.segment_ids, axis=1),
         emitted=jnp.asarray(0),
-        done=jnp.zeros(rows, bool),
+        done=jnp.zeros(keys.shape, bool),
         output=Generation(
-            tokens=jnp.zeros((rows, sampling.max_new_tokens), jnp.int32),
-            logprobs=jnp.zeros((rows, sampling.max_new_tokens), jnp.float32),
-            lengths=jnp.zeros(rows, jnp.int32),
+            tokens=jnp.zeros((*keys.shape, max_new_tokens), jnp.int32),
+            logprobs=jnp.zeros((*keys.shape, max_new_tokens), jnp.float32),
+            lengths=jnp.zeros(keys.shape, jnp.int32),
         ),
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(rows)),
+        keys=keys,
     )
-    return _emit(model, state, jnp.take_along_axis(hidden, last[:, None, None], 1), sampling)
+    return cache, _emit(model, state, jnp.repeat(hidden, keys.shape[1], 1), sampling)
+
+
+def _steps(run: _Run, state: _State, max_new_tokens: int) -> Iterator[_State]:
+    """The state after each token; asking for the next one invalidates it."""
+    yield state
+    for emitted in range(1, max_new_tokens):
+        if np.asarray(state.done).all():
+            return
+        state = _advance(run, state, emitted + 1)
+        yield state
+
+
+def _advance(run: _Run, state: _State, until: int) -> _State:
+    """Decodes until `until` tokens are emitted or every row is done, in a cache that is doubled when it is full."""
+    while True:
+        state = _loop(run.graphdef, run.params, run.cache, state, until, run.sampling)
+        if state.samples.slots >= until - 1 or bool(jnp.all(state.done)):
+            return state
+        slots = min(2 * state.samples.slots, state.output.tokens.shape[-1])
+        state = state._replace(samples=_grow(state.samples, slots))
+
+
+@partial(jax.jit, static_argnames="slots")
+def _grow(samples: Samples, slots: int) -> Samples:
+    return samples.grown(slots)
+
+
+@jax.jit
+def _flat(output: Generation) -> Generation:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+
+
+@partial(jax.jit, static_argnames="slots")
+def _fold(cache: Cache, state: _State, slots: int) -> Cache:
+    """The prompts' cache with what their one sample read in it, in `slots` slots, the empty ones last."""
+    written = jnp.arange(state.samples.slots) < state.output.lengths - 1  # the last token was emitted, but never read
+    segment_ids = jnp.where(written, state.segment_ids[:, None], 0)
+    whole = cache.prompts.followed_by(Prompts(state.samples.keys[:, :, 0], state.samples.values[:, :, 0], segment_ids))
+    return cache._replace(prompts=whole.compacted(slots))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
-def _loop(graphdef, params, state: _State, until: jax.Array | int, sampling: _Sampling) -> _State:
-    """Decodes until `until` tokens are emitted or every row is done."""
+def _loop(graphdef, params, cache: Cache, state: _State, until: jax.Array | int, sampling: _Sampling) -> _State:
+    """Decodes until `until` tokens are emitted, the samples' slots are full or every row is done."""
     model: Qwen3VL = nnx.merge(graphdef, params)
 
-    def step(state: _State) -> _State:
-        hidden, cache = model.decode(state.token, state.position, state.segment_ids, state.cache, state.slot)
-        state = state._replace(cache=cache, position=state.position + 1, slot=state.slot + 1)
-        return _emit(model, state, hidden, sampling)
+    def wanted(state: _State) -> jax.Array:
+        return (state.emitted < until) & (state.emitted <= state.samples.slots) & ~jnp.all(state.done)
 
-    return jax.lax.while_loop(lambda s: (s.emitted < until) & ~jnp.all(s.done), step, state)
+    def step(state: _State) -> _State:
+        slot = state.emitted - 1
+        positions = jnp.broadcast_to((state.position + state.emitted)[:, None], state.token.shape)
+        hidden, samples = model.decode(state.token, positions, state.segment_ids, cache, state.samples, slot)
+        return _emit(model, state._replace(samples=samples), hidden, sampling)
+
+    return jax.lax.while_loop(wanted, step, state)
 
 
 def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: _Sampling) -> _State:
-    """Chooses each row's next token from hidden [B, 1, D] and records it."""
-    logits = model.logits(hidden[:, 0])
-    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.emitted)
-    token = _choose(logits, keys, sampling, (model.config.image_token_id, model.config.video_token_id))
+    """Chooses each sample's next token from hidden [B, N, D] and records it."""
+    logits = model.logits(hidden)
+    rows = state.keys.reshape(-1)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(rows, state.emitted)
+    never = (model.config.image_token_id, model.config.video_token_id)
+    token = _choose(logits.reshape(len(rows), -1), keys, sampling, never).reshape(state.token.shape)
     logprobs = jax.nn.log_softmax(logits / (sampling.temperature or 1.0))
-    logprob = jnp.take_along_axis(logprobs, token[:, None], 1)[:, 0]
+    logprob = jnp.take_along_axis(logprobs, token[..., None], -1)[..., 0]
     token, logprob = jnp.where(state.done, 0, token), jnp.where(state.done, 0, logprob)
     output = Generation(
-        tokens=state.output.tokens.at[:, state.emitted].set(token),
-        logprobs=state.output.logprobs.at[:, state.emitted].set(logprob),
+        tokens=state.output.tokens.at[..., state.emitted].set(token),
+        logprobs=state.output.logprobs.at[..., state.emitted].set(logprob),
         lengths=state.output.lengths + ~state.done,
     )
     done = state.done | jnp.isin(token, jnp.asarray(sampling.stop_tokens, jnp.int32))
@@ -179,7 +312,7 @@ def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: _Sampling)
 
 
 def _choose(logits: jax.Array, keys: jax.Array, sampling: _Sampling, never: tuple[int, ...]) -> jax.Array:
-    """[B, vocab] -> [B]."""
+    """[rows, vocab] -> [rows]."""
     logits = logits.at[:, jnp.asarray(never)].set(-jnp.inf)
     if sampling.temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.attention import attention
+from pvm_jax.attention import attention, attention_mask
 from pvm_jax.config import ModelConfig
 from pvm_jax.layers import (
     Linear,
@@ -50,7 +50,7 @@ class CrossAttention(nnx.Module):
         values = split_heads(self.v_proj(compact), self.head_dim)
         return Memory(keys, values, segment_ids)
 
-    def __call__(self, query: jax.Array, memory: Memory, segment_ids: jax.Array) -> jax.Array:
+    def __call__(self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None) -> jax.Array:
         heads = self.q_norm(split_heads(self.q_proj(query), self.head_dim))
         recalled = attention(
             heads,
@@ -59,6 +59,7 @@ class CrossAttention(nnx.Module):
             q_segment_ids=segment_ids,
             kv_segment_ids=memory.segment_ids,
             causal=False,
+            limits=limits,
             kernel=self.kernel,
         )
         return self.o_proj(merge_heads(recalled))
@@ -93,7 +94,14 @@ class PersistentVisualMemory(nnx.Module):
         """
         return self.cross_attn.memorize(self.vision_reducer(embeds), segment_ids)
 
-    def __call__(self, stream: jax.Array, memory: Memory, segment_ids: jax.Array, is_visual: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        stream: jax.Array,
+        memory: Memory,
+        segment_ids: jax.Array,
+        is_visual: jax.Array,
+        limits: jax.Array | None = None,
+    ) -> jax.Array:
         """The update y that joins the FFN's output.
 
         Args:
@@ -101,20 +109,16 @@ class PersistentVisualMemory(nnx.Module):
             memory: of this branch, for the same rows.
             segment_ids: [B, S]; a token recalls the visual tokens of its own segment.
             is_visual: [B, S], True where the token is itself a visual one.
+            limits: [B, S]; a token recalls the memory's visual tokens below its limit only. None: all of its segment.
 
         Returns:
-            [B, S, D]: exactly 0 at visual tokens, at padding and where the segment has no visual token.
+            [B, S, D]: exactly 0 at visual tokens, at padding and where there is no visual token to recall.
         """
         query = self.input_norm(self.text_reducer(stream))
-        recalled = self.cross_attn(query, memory, segment_ids)
+        recalled = self.cross_attn(query, memory, segment_ids, limits)
         recalled = recalled + self.mlp(self.post_attn_norm(recalled))
         update = rms_normalize(self.output_expander(recalled), self.eps)
         update = self.gate_alpha[...].astype(update.dtype) * update
-        silent = is_visual | ~_has_memory(segment_ids, memory.segment_ids)
+        remembers = jnp.any(attention_mask(segment_ids, memory.segment_ids, limits=limits), -1) & (segment_ids > 0)
+        silent = is_visual | ~remembers
         return constrain(jnp.where(silent[..., None], 0, update), "batch", "length", "hidden")
-
-
-def _has_memory(segment_ids: jax.Array, visual_segment_ids: jax.Array) -> jax.Array:
-    """[B, S], True where a token's segment owns a visual token."""
-    same = segment_ids[:, :, None] == visual_segment_ids[:, None, :]
-    return jnp.any(same, -1) & (segment_ids > 0)

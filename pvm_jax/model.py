@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pvm_jax.attention import attention, attention_mask, shared_attention
 from pvm_jax.batch import Batch
+from pvm_jax.cache import Cache, Prompts, Samples
 from pvm_jax.config import LoRAConfig, ModelConfig
-from pvm_jax.decoder import Decoded, Decoder, KeyValues
+from pvm_jax.decoder import Attend, Decoded, Decoder
 from pvm_jax.layers import Linear
 from pvm_jax.lora import adapt, is_adapter
 from pvm_jax.memory import Memory, PersistentVisualMemory
@@ -18,11 +20,38 @@ from pvm_jax.sharding import constrain, param_shardings
 from pvm_jax.vision import VisionTower, Visual
 
 
-class Cache(NamedTuple):
-    """What decoding reads: the decoder's keys and values, and each branch's memory of the row's images, by layer."""
+class _Columns(NamedTuple):
+    """The columns of a batch that the decoder reads; see Batch. `limits`: [B, S], where each token's memory ends."""
 
-    key_values: KeyValues
-    memories: dict[str, Memory]
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    visual_index: jax.Array
+    limits: jax.Array | None
+
+    @classmethod
+    def of(cls, batch: Batch, visibility: str, past: int = 0) -> Self:
+        """All columns of a batch whose visual tokens follow `past` others in the memory."""
+        limits = None
+        if visibility == "preceding":  # a row's visual tokens stand in the order of their columns
+            limits = past + 1 + jax.lax.cummax(jnp.asarray(batch.visual_index), axis=1)
+        return cls(batch.tokens, batch.positions, batch.segment_ids, batch.visual_index, limits)
+
+    def chunks(self, count: int) -> Self:
+        """[count, B, ...]: the columns in `count` pieces of equal width, padded at the end."""
+
+        def cut(x: jax.Array, padding: int) -> jax.Array:
+            more = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % count)]
+            x = jnp.pad(x, more, constant_values=padding)
+            return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
+
+        return type(self)(
+            cut(self.tokens, 0),
+            cut(self.positions, 0),
+            cut(self.segment_ids, 0),
+            cut(self.visual_index, -1),
+            None if self.limits is None else cut(self.limits, 0),
+        )
 
 
 class Trace(NamedTuple):
@@ -77,51 +106,97 @@ class Qwen3VL(nnx.Module):
 
     def trace(self, batch: Batch) -> Trace:
         """Every inner value that the paper's analyses read."""
-        visual, decoded, _ = self._read(batch, trace=True)
+        visual, decoded = self._read(batch, trace=True)
         assert decoded.streams is not None
         embeds, deepstack = visual or (None, None)
         return Trace(embeds, deepstack, decoded.streams, decoded.updates, decoded.hidden, self.logits(decoded.hidden))
 
-    def prefill(self, batch: Batch, slots: int) -> tuple[jax.Array, Cache]:
-        """Reads a prompt into a fresh cache of `slots` >= S slots; column s of the prompt is slot s.
-
-        Returns:
-            [B, S, D] after the final norm, and the cache.
-        """
-        c = self.config.text
-        rows, length = batch.tokens.shape
-        shape = (c.num_hidden_layers, rows, slots, c.num_key_value_heads, c.head_dim)
-        empty = jnp.zeros(shape, self.config.compute_dtype)
-        segment_ids = jnp.pad(batch.segment_ids, ((0, 0), (0, slots - length)))
-        _, decoded, memories = self._read(batch, cache=KeyValues(empty, empty, segment_ids))
-        assert decoded.cache is not None
-        return decoded.hidden, Cache(decoded.cache, memories)
-
-    def decode(
-        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache, slot: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        """One more text token a row: nothing of the images is computed again.
+    def prefill(self, batch: Batch, *, chunk: int | None = None, past: Cache | None = None) -> tuple[jax.Array, Cache]:
+        """Reads prompts, one a row, or what comes after `past` in them.
 
         Args:
-            tokens, positions, segment_ids: [B]; a text token's position is the same in time, row and column.
-            slot: scalar, the slot that it is written to.
+            chunk: columns to read at a time, at most; None reads all at once.
+            past: what was read before, whose positions the batch's continue. Its images stay in the memory.
 
         Returns:
-            [B, 1, D] after the final norm, and the cache.
+            [B, 1, D] after the final norm at each row's last token, and the cache: the batch's columns are its last slots.
         """
-        segment_ids = segment_ids[:, None]
-        seen = jax.lax.dynamic_update_slice(cache.key_values.segment_ids, segment_ids, (0, slot))
-        decoded = self._decode(
-            self._embed(tokens[:, None]),
-            jnp.repeat(positions[:, None, None], 3, 1),
-            segment_ids,
-            jnp.full_like(segment_ids, -1),
-            cache.memories,
-            cache=cache.key_values._replace(segment_ids=seen),
-            slot=slot,
-        )
-        assert decoded.cache is not None
-        return decoded.hidden, cache._replace(key_values=decoded.cache)
+        rows, length = batch.tokens.shape
+        count = 1 if chunk is None else -(-length // chunk)
+        columns = _Columns.of(batch, self.config.text.pvm_visibility, 0 if past is None else past.visual_tokens).chunks(count)
+        width = columns.tokens.shape[-1]
+        visual = self.encode(batch)
+        prompts, memories = Prompts.empty(self.config, rows, count * width), self.memorize(visual, batch)
+        before = 0
+        if past is not None:
+            before = past.prompts.slots
+            prompts, memories = past.prompts.followed_by(prompts), past.remembering(memories)
+        last = length - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
+
+        def read(carry: tuple[Prompts, jax.Array], xs: tuple[jax.Array, _Columns]):
+            prompts, hidden = carry
+            start, columns = xs
+            prompts = prompts.claim(before + start, columns.segment_ids)
+
+            def attend(prompts: Prompts, layer: jax.Array, q, k, v) -> tuple[jax.Array, Prompts]:
+                prompts = prompts.write(layer, before + start, k, v)
+                if count == 1 and past is None:
+                    return self._attend_causally(columns.segment_ids, q, k, v), prompts
+                keys, values = (jnp.moveaxis(x[layer], 1, 2) for x in (prompts.keys, prompts.values))
+                attended = attention(
+                    q,
+                    keys,
+                    values,
+                    q_segment_ids=columns.segment_ids,
+                    kv_segment_ids=prompts.segment_ids,
+                    causal=False,
+                    limits=jnp.broadcast_to(before + start + 1 + jnp.arange(width), columns.tokens.shape),
+                    kernel=self.config.attention,
+                )
+                return attended, prompts
+
+            decoded = self._decode(columns, visual, memories, attend, cache=prompts)
+            place = jnp.clip(last - start, 0, width - 1)
+            here = (last - start == place)[:, None, None]
+            found = jnp.take_along_axis(decoded.hidden, place[:, None, None], 1)
+            return (decoded.cache, jnp.where(here, found, hidden)), None
+
+        hidden = jnp.zeros((rows, 1, self.config.text.hidden_size), self.config.compute_dtype)
+        (prompts, hidden), _ = jax.lax.scan(read, (prompts, hidden), (width * jnp.arange(count), columns))
+        return hidden, Cache(prompts, memories)
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache,
+        samples: Samples,
+        slot: jax.Array,
+    ) -> tuple[jax.Array, Samples]:
+        """One more text token for each of a prompt's N samples: nothing of the prompt or its images is computed again.
+
+        Args:
+            tokens, positions: [B, N]; a text token's position is the same in time, row and column.
+            segment_ids: [B], the prompt's.
+            samples: what these samples wrote before, in the slots below `slot`.
+
+        Returns:
+            [B, N, D] after the final norm, and the samples with this token in `slot`.
+        """
+        segment_ids = jnp.broadcast_to(segment_ids[:, None], tokens.shape)
+        columns = _Columns(tokens, jnp.repeat(positions[:, None], 3, 1), segment_ids, jnp.full_like(tokens, -1), None)
+        shared_mask = attention_mask(segment_ids, cache.prompts.segment_ids)
+        own_mask = (jnp.arange(samples.slots) <= slot)[None, None]
+
+        def attend(samples: Samples, layer: jax.Array, q, k, v) -> tuple[jax.Array, Samples]:
+            samples = samples.write(layer, slot, k, v)
+            shared = cache.prompts.keys[layer], cache.prompts.values[layer]
+            own = samples.keys[layer], samples.values[layer]
+            return shared_attention(q, shared, own, shared_mask=shared_mask, own_mask=own_mask), samples
+
+        decoded = self._decode(columns, None, cache.memories, attend, cache=samples)
+        return decoded.hidden, decoded.cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., vocab] float32."""
@@ -151,44 +226,59 @@ class Qwen3VL(nnx.Module):
             return {}
         return {layer: pvm.memorize(visual.embeds, batch.visual_segment_ids) for layer, pvm in self.pvm.items()}
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        embedded = self.language_model.embed_tokens(tokens, self.config.compute_dtype)
-        return constrain(embedded, "batch", "length", "hidden")
-
-    def _read(
-        self, batch: Batch, *, cache: KeyValues | None = None, trace: bool = False
-    ) -> tuple[Visual | None, Decoded, dict[str, Memory]]:
+    def _read(self, batch: Batch, *, trace: bool = False) -> tuple[Visual | None, Decoded]:
         visual = self.encode(batch)
-        memories = self.memorize(visual, batch)
-        hidden = self._embed(batch.tokens)
-        is_visual = (batch.visual_index >= 0)[..., None]
+
+        def attend(cache: None, layer: jax.Array, q, k, v) -> tuple[jax.Array, None]:
+            return self._attend_causally(batch.segment_ids, q, k, v), cache
+
+        columns = _Columns.of(batch, self.config.text.pvm_visibility)
+        return visual, self._decode(columns, visual, self.memorize(visual, batch), attend, trace=trace)
+
+    def _attend_causally(self, segment_ids: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(
+            q,
+            k,
+            v,
+            q_segment_ids=segment_ids,
+            kv_segment_ids=segment_ids,
+            causal=True,
+            kernel=self.config.attention,
+        )
+
+    def _decode(
+        self,
+        columns: _Columns,
+        visual: Visual | None,
+        memories: dict[str, Memory],
+        attend: Attend,
+        *,
+        cache: Any = None,
+        trace: bool = False,
+    ) -> Decoded:
+        is_visual = columns.visual_index >= 0
 
         def place(features: jax.Array, elsewhere: jax.Array | float = 0) -> jax.Array:
             """[B, V, D] -> [B, S, D]: a gather of each column's visual token."""
-            placed = jnp.take_along_axis(features, jnp.maximum(batch.visual_index, 0)[..., None], axis=1)
-            return jnp.where(is_visual, placed, elsewhere)
+            placed = jnp.take_along_axis(features, jnp.maximum(columns.visual_index, 0)[..., None], axis=1)
+            return jnp.where(is_visual[..., None], placed, elsewhere)
 
-        if visual is not None:
-            hidden = place(visual.embeds, hidden)
-        decoded = self._decode(
-            hidden,
-            batch.positions,
-            batch.segment_ids,
-            batch.visual_index,
-            memories,
-            deepstack=None if visual is None else visual.deepstack,
-            place=place,
-            cache=cache,
-            trace=trace,
-        )
-        return visual, decoded, memories
-
-    def _decode(self, hidden, positions, segment_ids, visual_index, memories, **kwargs) -> Decoded:
         def recall(layer: int, stream: jax.Array) -> jax.Array:
             key = str(layer)
-            return self.pvm[key](stream, memories[key], segment_ids, visual_index >= 0)
+            return self.pvm[key](stream, memories[key], columns.segment_ids, is_visual, columns.limits)
 
-        return self.language_model(hidden, positions, segment_ids, recall=recall if memories else None, **kwargs)
+        hidden = self.language_model.embed_tokens(columns.tokens, self.config.compute_dtype)
+        hidden = constrain(hidden, "batch", "length", "hidden")
+        return self.language_model(
+            hidden if visual is None else place(visual.embeds, hidden),
+            columns.positions,
+            attend=attend,
+            cache=cache,
+            recall=recall if memories else None,
+            deepstack=None if visual is None else visual.deepstack,
+            place=place,
+            trace=trace,
+        )
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -200,6 +290,12 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arra
 def abstract_model(config: ModelConfig) -> Qwen3VL:
     """The model with jax.ShapeDtypeStructs for parameters: shapes, dtypes and logical axes, nothing allocated."""
     return nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+
+
+def without_pvm(model: Qwen3VL) -> Qwen3VL:
+    """The same weights without the branch."""
+    backbone = nnx.state(model, lambda path, _: path[0] != "pvm")
+    return nnx.merge(nnx.graphdef(abstract_model(model.config.without_pvm())), backbone)
 
 
 def add_lora(model: Qwen3VL, lora: LoRAConfig, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> Qwen3VL:

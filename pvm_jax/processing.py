@@ -28,6 +28,9 @@ VISUAL_TOKENS = {
     "vision_end_token": "<|vision_end|>",
 }
 
+_WRITTEN = "\0"
+"""Stands for an assistant turn's text, where the template puts it."""
+
 Segment = tuple[str, bool]
 """A stretch of text, and whether it is learned."""
 
@@ -97,6 +100,25 @@ class Processor:
         """
         conversation = parse(messages, self._structure)
         return self._example(conversation, self._supervised(conversation.messages, add_generation_prompt))
+
+    def encode_next(self, messages: Messages) -> Example:
+        """What a model that wrote the last assistant turn reads next: the end of that turn, the messages after it with
+        their images, and the prompt for the answer. Without an assistant turn: all messages.
+
+        Raises:
+            FileNotFoundError, ValueError: as `encode`, and where the chat template does not write an assistant turn as given.
+        """
+        turns = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+        if not turns:
+            return self.encode(messages, add_generation_prompt=True)
+        known = parse(messages[: turns[-1]], self._structure).messages
+        following = parse(messages[turns[-1] + 1 :], self._structure)
+        # The turn itself is left out: tokenizing its text anew need not give the tokens that were written.
+        written = {"role": "assistant", "content": _WRITTEN}
+        _, found, text = self._render([*known, written, *following.messages], True).rpartition(_WRITTEN)
+        if not found:
+            raise ValueError("the chat template does not write an assistant turn as it is given: chat with another template")
+        return self._example(following, [(text, False)])
 
     def __call__(
         self,

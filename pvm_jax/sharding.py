@@ -15,6 +15,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # "hidden" the activations': the latter stays whole because the batch already uses the fsdp axis.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "samples": (),
     "length": (),
     "hidden": (),
     "layers": (),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from demo import attention, checkpoint, compare
+from demo import checkpoint, compare, recall
 from demo.compare_report import Measured, write_report
 from demo.evaluate import Settings, encode
 from demo.run import BRANCH
@@ -78,7 +78,7 @@ def test_the_recomputed_stream_is_what_the_branch_read(model, processor):
     def updates(params):
         model: Qwen3VL = nnx.merge(graphdef, params)
         trace, memories = model.trace(batch), model.memorize(model.encode(batch), batch)
-        stream = attention.stream_at_branch(model, 1, trace.streams[0], batch)
+        stream = recall.stream_at_branch(model, 1, trace.streams[0], batch)
         return model.pvm["1"](stream, memories["1"], batch.segment_ids, batch.visual_index >= 0), trace.updates[1]
 
     recomputed, own = updates(nnx.as_pure(params))
@@ -94,19 +94,32 @@ def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
     blind = nnx.map_state(lambda path, leaf: leaf * 0 if "vision_reducer" in path else leaf, params)
 
     def shares(params):
-        return np.array(attention.attention_on_cell(nnx.merge(graphdef, params), processor, examples, SETTINGS)["1"])
+        return np.array(recall.attention_on_cell(nnx.merge(graphdef, params), processor, examples, SETTINGS)["1"])
 
     np.testing.assert_allclose(shares(blind), 1 / 4, rtol=1e-5)
     by_cell = []
     for cell in range(4):
-        monkeypatch.setattr(attention, "_visual_token", lambda *_, cell=cell: cell)
+        monkeypatch.setattr(recall, "_visual_token", lambda *_, cell=cell: cell)
         by_cell.append(shares(sharp))
     np.testing.assert_allclose(sum(by_cell), 1, rtol=1e-5)
     assert np.ptp(by_cell) > 0.1
 
 
+def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model, processor):
+    """Its update is the one that the other image's memory gives; with the gate shut, nothing is different."""
+    encoded = encode(SETTINGS.examples(0, 2), processor)
+    batch = Batch.from_rows([[example] for example in encoded], model.config, length=64, patches=16)
+    graphdef, params = nnx.split(model)
+    shut = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params))
+    np.testing.assert_array_equal(recall.mislead(shut).hidden(batch), shut.hidden(batch))
+    misled, own = recall.mislead(model), model.memorize(model.encode(batch), batch)["1"]
+    other = misled.memorize(misled.encode(batch), batch)["1"]
+    np.testing.assert_array_equal(other.keys, own.keys[::-1])
+    assert np.abs(misled.hidden(batch) - model.hidden(batch)).max() > 1e-3
+
+
 def test_cells_are_visual_tokens_in_reading_order():
-    assert [attention._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [0, 1, 2, 3, 8]
+    assert [recall._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [0, 1, 2, 3, 8]
 
 
 def test_gates_are_read_back_from_the_log_of_a_run_that_went_on(tmp_path):
@@ -125,18 +138,33 @@ def test_measured_once_and_then_read(tmp_path):
     assert compare.once(tmp_path / "PVM.json", lambda: pytest.fail("measured again")) == one
 
 
+def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
+    for _ in range(2):
+        compare.claim(tmp_path / "out", {"steps": 1})
+    with pytest.raises(SystemExit, match=r"on other terms \(see .*terms\.json\): give another --out"):
+        compare.claim(tmp_path / "out", {"steps": 2})
+
+
 def test_report_gives_means_and_spreads(tmp_path, capsys):
     measured = [Measured("base", None, 0, {"0": 0.5, "5": 0.25}, shuffled={"0": 0.2, "5": 0.21})]
     for seed, accuracy in enumerate((0.6, 0.8)):
         looks = {distance: {"1": [0.25, 0.35 + seed / 5]} for distance in ("0", "5")}
         measured.append(
-            Measured("PVM", seed, 1234, {"0": accuracy, "5": 0.3}, attention=looks, gates={"1": [0.0, 0.1 * (seed + 1)]})
+            Measured(
+                "PVM",
+                seed,
+                1234,
+                {"0": accuracy, "5": 0.3},
+                misled={"0": 0.625, "5": 0.125},
+                attention=looks,
+                gates={"1": [0.0, 0.1 * (seed + 1)]},
+            )
         )
     write_report(measured, SETTINGS, (1, 4), 7, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| 0 | 0.500 | 0.700 ± 0.141 | 0.200 |" in text
     assert "| trained parameters | 0 | 1,234 |  |" in text
-    assert "| 5 | 0.350 ± 0.071 | 0.450 ± 0.141 |" in text
+    assert "| 5 | 0.125 ± 0.000 | 0.350 ± 0.071 | 0.450 ± 0.141 |" in text
     assert "chance: 1/4 = 0.250" in text
     assert "layer 1 +0.100, +0.200" in text
     assert (tmp_path / "results.png").stat().st_size > 10_000

@@ -1,18 +1,19 @@
-"""Sampling: what may be drawn, when rows end, and that a row's sample is its own; the command line on the demo's checkpoint."""
+"""Sampling: what may be drawn, when rows end, and that a row's sample is its own; caches, chunks and chats."""
 
+import dataclasses
+import functools
 from collections import Counter
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from convert.hf_to_orbax import convert
-from demo.task import Mixture, draw, make_example
-from pvm_jax import Batch, generate
-from pvm_jax.__main__ import main
-from pvm_jax.checkpoint_files import read_stop_tokens
-from tests.pvm_jax.test_model import CONFIG, EXAMPLES, model  # noqa: F401
+from pvm_jax import Batch, Chat, Example, Qwen3VL, abstract_model, generate, generation, stream, without_pvm
+from pvm_jax.generation import _loop, _prefill, _Sampling, _start
+from pvm_jax.vision import VisionTower
+from tests.pvm_jax.test_model import CONFIG, EXAMPLES
+from tests.pvm_jax.test_model import shallow as model  # noqa: F401
 
 STEPS = 8
 
@@ -27,26 +28,127 @@ def greedy(model, batch):  # noqa: F811
     return generate(model, batch, max_new_tokens=STEPS, temperature=0.0)
 
 
-def test_log_probabilities_are_the_forward_pass(model, batch, greedy):  # noqa: F811
-    """Teacher-forced on what was sampled, at a temperature."""
-    sampled = generate(model, batch, max_new_tokens=STEPS, temperature=0.7, rng=jax.random.key(3))
-    ids = np.concatenate([batch.tokens, np.asarray(sampled.tokens)], 1)
-    mask = np.concatenate([batch.segment_ids > 0, np.ones_like(sampled.tokens)], 1)
+def continued(e: Example, tokens) -> Example:
+    return dataclasses.replace(e, input_ids=np.append(e.input_ids, tokens), loss_mask=None)
+
+
+def uncached(of: Qwen3VL, examples: list[Example], steps: int) -> np.ndarray:
+    """Greedy tokens [B, steps], each from a forward pass over everything before it."""
+    written = np.zeros((len(examples), 0), int)
+    while written.shape[1] < steps:
+        rows = [[continued(e, more)] for e, more in zip(examples, written, strict=True)]
+        logits = np.array(of(Batch.from_rows(rows, of.config, length=128, patches=64)))
+        logits[..., [CONFIG.image_token_id, CONFIG.video_token_id]] = -np.inf
+        last = [len(row[0].input_ids) - 1 for row in rows]
+        written = np.append(written, logits[range(len(rows)), last].argmax(-1)[:, None], 1)
+    return written
+
+
+def test_log_probabilities_are_the_forward_pass(model, batch):  # noqa: F811
+    """Teacher-forced on what was sampled, at a temperature, for each of a prompt's samples."""
+    sampled = generate(model, batch, max_new_tokens=STEPS, temperature=0.7, num_samples=2, rng=jax.random.key(3))
+    for sample in range(2):
+        tokens, logprobs = np.asarray(sampled.tokens)[sample::2], np.asarray(sampled.logprobs)[sample::2]
+        rows = [[continued(e, more)] for e, more in zip(EXAMPLES, tokens, strict=True)]
+        want = jax.nn.log_softmax(model(Batch.from_rows(rows, CONFIG, length=64, patches=64)) / 0.7, -1)
+        for row, e in enumerate(EXAMPLES):
+            columns = len(e.input_ids) - 1 + np.arange(STEPS)
+            np.testing.assert_allclose(logprobs[row], want[row, columns, tokens[row]], atol=1e-4)
+
+
+def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, monkeypatch):  # noqa: F811
+    """The tower, the memories and the prompts' keys have a row a prompt; all samples of a greedy run are the greedy answer."""
+    encoded = []
+    encode = VisionTower.__call__
+
+    def count(self, patches, *rest):
+        encoded.append(patches.shape[0])
+        return encode(self, patches, *rest)
+
+    monkeypatch.setattr(VisionTower, "__call__", count)
+    shared, state = _start(model, batch, STEPS, temperature=0.0, num_samples=3)
+    assert encoded == [len(EXAMPLES)]
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(shared.cache.memories)} == {len(EXAMPLES)}
+    assert shared.cache.prompts.keys.shape[1] == len(EXAMPLES)
+    assert state.samples.keys.shape[1:3] == (len(EXAMPLES), 3)
+    got = generate(model, batch, max_new_tokens=STEPS, temperature=0.0, num_samples=3)
+    np.testing.assert_array_equal(got.tokens, np.repeat(greedy.tokens, 3, 0))
+    np.testing.assert_array_equal(got.lengths, np.repeat(greedy.lengths, 3))
+
+
+def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch):  # noqa: F811
+    """Alone with other padding, or with other prompts; one of two samples, or the only one. Others differ."""
+    together = generate(model, batch, max_new_tokens=STEPS, num_samples=2, seeds=(7, 8, 9, 8), rng=jax.random.key(1))
+    tokens = np.asarray(together.tokens).reshape(len(EXAMPLES), 2, STEPS)
+    length = len(EXAMPLES[2].input_ids)
     arrays = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": np.concatenate([e.pixel_values for e in EXAMPLES if e.pixel_values is not None]),
-        "image_grid_thw": np.concatenate([e.image_grid_thw for e in EXAMPLES if e.image_grid_thw is not None]),
+        "input_ids": np.concatenate([np.zeros(13, int), EXAMPLES[2].input_ids])[None],
+        "attention_mask": np.repeat([0, 1], [13, length])[None],
+        "pixel_values": EXAMPLES[2].pixel_values,
+        "image_grid_thw": EXAMPLES[2].image_grid_thw,
     }
-    logits = model(Batch.from_hf(arrays, CONFIG))
-    last = [len(e.input_ids) - 1 for e in EXAMPLES]
-    logprobs = jax.nn.log_softmax(logits / 0.7, -1)
-    first = [logprobs[row, last[row], sampled.tokens[row, 0]] for row in range(len(EXAMPLES))]
-    np.testing.assert_allclose(sampled.logprobs[:, 0], first, atol=1e-4)
-    later = np.take_along_axis(np.asarray(logprobs)[:, 48 : 48 + STEPS - 1], np.asarray(sampled.tokens)[:, 1:, None], -1)[
-        ..., 0
-    ]
-    np.testing.assert_allclose(sampled.logprobs[:, 1:], later, atol=1e-4)
+    alone = generate(model, Batch.from_hf(arrays, CONFIG), max_new_tokens=STEPS, seeds=(9,), rng=jax.random.key(1))
+    np.testing.assert_array_equal(alone.tokens[0], tokens[2, 0])
+    assert len(np.unique(tokens.reshape(-1, STEPS), axis=0)) == tokens.shape[0] * 2
+    default = generate(model, batch, max_new_tokens=STEPS, num_samples=2, rng=jax.random.key(1))
+    assert (np.asarray(default.tokens) != np.asarray(together.tokens)).any(1).all()
+
+
+def test_a_cache_that_grows_by_buckets_gives_the_uncached_tokens(model, batch, monkeypatch):  # noqa: F811
+    """Over three sizes of the cache, with a prompt that is read in chunks; streamed alike."""
+    monkeypatch.setattr(generation, "FIRST_SLOTS", 4)
+    want = uncached(model, EXAMPLES, 21)
+    got = generate(model, batch, max_new_tokens=21, temperature=0.0, prefill_chunk=20)
+    np.testing.assert_array_equal(got.tokens, want)
+    streamed = stream(model, batch, max_new_tokens=21, temperature=0.0, prefill_chunk=20)
+    np.testing.assert_array_equal(np.stack(list(streamed), 1), want)
+
+
+def test_a_later_turns_images_join_those_in_memory(model):  # noqa: F811
+    """Three turns, the second with other images, against a forward pass over the whole conversation."""
+    text = dataclasses.replace(model.config.text, pvm_visibility="preceding")
+    config = dataclasses.replace(model.config, text=text)
+    preceding = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(model))
+    chat, whole = Chat(preceding), None
+    for turn in (EXAMPLES[0], EXAMPLES[2], EXAMPLES[1]):
+        ids = turn.input_ids if chat.unread is None else np.append(chat.unread, turn.input_ids)
+        new = Batch.from_rows([[dataclasses.replace(turn, input_ids=ids, loss_mask=None)]], CONFIG, length=48, patches=64)
+        answer = list(chat.stream(new, max_new_tokens=5, temperature=0.0))
+        whole = turn if whole is None else joined(whole, turn)
+        np.testing.assert_array_equal(answer, uncached(preceding, [whole], 5)[0])
+        whole = continued(whole, answer)
+    with pytest.raises(ValueError, match="one conversation"):
+        next(chat.stream(Batch.from_rows([[EXAMPLES[1]]] * 2, CONFIG, length=16, patches=0), max_new_tokens=1))
+
+
+def joined(a: Example, b: Example) -> Example:
+    pixels = [x for x in (a.pixel_values, b.pixel_values) if x is not None]
+    grids = [x for x in (a.image_grid_thw, b.image_grid_thw) if x is not None]
+    return Example(np.append(a.input_ids, b.input_ids), np.concatenate(pixels), np.concatenate(grids))
+
+
+def test_a_decoding_step_copies_neither_weights_nor_cache():
+    """The compiled loop holds four layers' worth beside them, and all of its state is updated in place."""
+    text = dataclasses.replace(CONFIG.text, num_hidden_layers=24, pvm_layers=(8,), hidden_size=64, intermediate_size=256)
+    vision = dataclasses.replace(CONFIG.vision, out_hidden_size=64)
+    graphdef, params = nnx.split(abstract_model(dataclasses.replace(CONFIG, text=text, vision=vision)))
+    params = nnx.as_pure(params)
+    prompt = Batch.empty(CONFIG, rows=2, length=512, patches=64)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 2)))
+    sampling = _Sampling(0.0, None, None, ())
+    prefill = functools.partial(_prefill, graphdef, past=None, sampling=sampling, max_new_tokens=256, slots=256, chunk=512)
+    cache, state = jax.eval_shape(prefill, params, prompt, keys)
+    used = _loop.lower(graphdef, params, cache, state, 256, sampling).compile().memory_analysis()
+    weights, stored = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, (cache, state)))
+    assert used.temp_size_in_bytes < 4 / 24 * (weights + stored) < min(weights, stored)
+    assert used.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.samples))
+
+
+def test_the_branch_can_be_left_out(model, batch, greedy):  # noqa: F811
+    base = without_pvm(model)
+    got = generate(base, batch, max_new_tokens=STEPS, temperature=0.0)
+    np.testing.assert_array_equal(got.tokens, uncached(base, EXAMPLES, STEPS))
+    assert (np.asarray(got.tokens) != np.asarray(greedy.tokens)).any()
 
 
 def test_narrow_sampling_is_greedy(model, batch, greedy):  # noqa: F811
@@ -88,6 +190,7 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
         np.testing.assert_array_equal(got.tokens[row, :length], greedy.tokens[row, :length])
         assert not np.asarray(got.tokens[row, length:]).any()
         assert not np.asarray(got.logprobs[row, length:]).any()
+    assert len(list(stream(model, batch, max_new_tokens=2000, temperature=0.0, stop_tokens=range(90)))) == 1  # all ended
 
 
 @pytest.mark.parametrize(
@@ -97,37 +200,10 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
         ({"max_new_tokens": 0}, "max_new"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"seeds": (1, 2)}, "seeds must be one for each of the 4 prompts"),
     ],
 )
 def test_settings_out_of_range_are_refused(model, batch, bad, named):  # noqa: F811
     with pytest.raises(ValueError, match=named):
         generate(model, batch, **{"max_new_tokens": 4} | bad)
-
-
-@pytest.fixture(scope="module")
-def demo_checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "checkpoint"
-    convert(Path(__file__).parents[2] / "demo" / "base", path)
-    return path
-
-
-def test_the_command_line_reads_a_real_image(demo_checkpoint, tmp_path, capsys):
-    """The shipped model lists a grid of digits that it was not trained on; most of what it says is there."""
-    scene = make_example(Mixture(sizes=(2,), digits="heldout", seed=5), 0).scene
-    draw(scene).save(tmp_path / "grid.png")
-    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "grid.png")]
-    main([*arguments, "--max-new-tokens", "48", "List ground mark ink digit"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert len(lines) >= 8
-    right = [len(words) == 3 and scene.value(words[0], words[1]) == words[2] for words in lines]
-    assert sum(right) >= 0.75 * len(lines)
-    assert read_stop_tokens(demo_checkpoint)
-
-
-def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path):
-    with pytest.raises(SystemExit, match=r"no\.png"):
-        main(["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "no.png"), "What?"])
-    with pytest.raises(SystemExit, match="nowhere"):
-        main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"])
-    with pytest.raises(SystemExit, match="is no LoRA adapter"):
-        main(["generate", "--checkpoint", str(demo_checkpoint), "--lora", str(demo_checkpoint), "What?"])

@@ -83,7 +83,10 @@ def test_greedy_generation(golden, golden_model):
 
 def test_config_round_trip(golden):
     config = ModelConfig.from_hf(golden)
-    assert ModelConfig.from_hf(config.to_hf()) == config
+    for visibility in ("all", "preceding"):
+        text = dataclasses.replace(config.text, pvm_visibility=visibility)
+        config = dataclasses.replace(config, text=text)
+        assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, generate
+from pvm_jax.cache import Samples
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 
 CONFIG = ModelConfig(
@@ -142,33 +143,99 @@ def test_a_fresh_branch_is_the_base_model_and_can_learn():
 
 
 def test_decoding_equals_the_full_forward(model):
-    """Teacher-forced, left-padded and right-padded rows: every step of the cache against one forward pass."""
+    """Teacher-forced, two samples of every prompt: each step of the cache against one forward pass."""
     rows = [[EXAMPLES[0]], [EXAMPLES[3]], [EXAMPLES[1]]]
     prompt = Batch.from_rows(rows, CONFIG, length=32, patches=32)
-    continuation = np.random.default_rng(5).integers(1, 80, (len(rows), 12))
-    _, cache = run(model, "prefill", prompt, slots=32 + 12)
+    continuation = np.random.default_rng(5).integers(1, 80, (len(rows), 2, 12))
     graphdef, params = nnx.split(model)
 
     @jax.jit
-    def decode(tokens, positions, cache, slot):
+    def decode(tokens, positions, cache, samples, slot):
         model = nnx.merge(graphdef, params)
-        hidden, cache = model.decode(tokens, positions, jnp.ones(len(rows), int), cache, slot)
-        return model.logits(hidden)[:, 0], cache
+        hidden, samples = model.decode(tokens, positions, jnp.ones(len(rows), int), cache, samples, slot)
+        return model.logits(hidden), samples
 
-    position = prompt.positions.max((1, 2)) + 1
+    hidden, cache = run(model, "prefill", prompt)
+    last = run(model, "logits", hidden)
+    samples = Samples.empty(CONFIG, len(rows), 2, 12)
+    position = prompt.positions.max((1, 2))[:, None] + 1
     stepwise = []
     for step in range(12):
-        logits, cache = decode(continuation[:, step], position + step, cache, 32 + step)
+        positions = np.broadcast_to(position + step, (len(rows), 2))
+        logits, samples = decode(continuation[..., step], positions, cache, samples, step)
         stepwise.append(logits)
-    longer = [
-        [dataclasses.replace(row[0], input_ids=np.append(row[0].input_ids, more), loss_mask=None)]
-        for row, more in zip(rows, continuation, strict=True)
-    ]
-    full = model(Batch.from_rows(longer, CONFIG, length=48, patches=32))
-    for row, (e,) in enumerate(rows):
-        start = len(e.input_ids)
-        want = full[row, start : start + 12]
-        np.testing.assert_allclose(np.stack(stepwise, 1)[row], want, atol=1e-4 * np.abs(want).max())
+    for sample in range(2):
+        longer = [
+            [dataclasses.replace(row[0], input_ids=np.append(row[0].input_ids, more), loss_mask=None)]
+            for row, more in zip(rows, continuation[:, sample], strict=True)
+        ]
+        batch = Batch.from_rows(longer, CONFIG, length=48, patches=32)
+        full = model(batch)
+        for row, (e,) in enumerate(rows):
+            start = len(e.input_ids)
+            want = full[row, start : start + 12]
+            got = np.stack(stepwise, 2)[row, sample]
+            np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+            np.testing.assert_allclose(last[row, 0], full[row, start - 1], atol=1e-4 * np.abs(want).max())
+
+
+def test_a_prompt_read_in_chunks_is_the_prompt_read_at_once(model):
+    """Images on a chunk's edges, a last chunk that is part padding, rows that end in an earlier one."""
+    prompt = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
+    want, cache = run(model, "prefill", prompt)
+    for chunk in (5, 20):
+        got, chunked = run(model, "prefill", prompt, chunk=chunk)
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+        chex.assert_trees_all_equal(chunked.memories, cache.memories)
+        for a, b in ((chunked.prompts.keys, cache.prompts.keys), (chunked.prompts.values, cache.prompts.values)):
+            valid = (prompt.segment_ids > 0)[None, :, None, :, None]
+            np.testing.assert_allclose(np.where(valid, a[..., :48, :], 0), np.where(valid, b, 0), atol=1e-5 * np.abs(b).max())
+
+
+@pytest.fixture(scope="module")
+def preceding(shallow) -> Qwen3VL:
+    """`shallow`, its text recalling the images before it alone."""
+    text = dataclasses.replace(shallow.config.text, pvm_visibility="preceding")
+    return randomized(dataclasses.replace(shallow.config, text=text))
+
+
+def test_with_visibility_preceding_nothing_depends_on_what_comes_later(shallow, preceding):
+    """A conversation cut before its second image, packed behind another one; with "all", as published, it does depend on it."""
+    whole = example(5, text=(2, 6, 8), grids=((4, 4), (2, 6)))
+    length = 2 + 6 + 6  # <vision_start>, four visual tokens, <vision_end>
+    assert whole.pixel_values is not None
+    assert whole.image_grid_thw is not None
+    cut = dataclasses.replace(
+        whole,
+        input_ids=whole.input_ids[:length],
+        pixel_values=whole.pixel_values[:16],
+        image_grid_thw=whole.image_grid_thw[:1],
+        loss_mask=None,
+    )
+    stop = len(EXAMPLES[0].input_ids) + length
+    for model, depends in ((shallow, True), (preceding, False)):
+        rows = [[EXAMPLES[0], whole], [EXAMPLES[0], cut]]
+        full, part = model(Batch.from_rows(rows, CONFIG, length=64, patches=64))[:, :stop]
+        scale = np.abs(full).max()
+        assert (np.abs(full - part).max() > 1e-2 * scale) == depends
+        if not depends:
+            np.testing.assert_allclose(full, part, atol=1e-5 * scale)
+
+
+def test_visibility_is_the_same_where_the_images_come_first(shallow, preceding):
+    """No token at all before the image: one there, a <vision_start>, would recall it with "all" alone."""
+    first = example(6, text=(0, 9), grids=((4, 4),))
+    batch = Batch.from_rows([[dataclasses.replace(first, input_ids=first.input_ids[1:])]], CONFIG, length=32, patches=16)
+    valid = batch.segment_ids > 0
+    np.testing.assert_allclose(preceding(batch)[valid], shallow(batch)[valid], atol=1e-5)
+
+
+def test_a_kernel_that_cannot_limit_visibility_refuses(preceding):
+    asked = nnx.merge(
+        nnx.graphdef(abstract_model(dataclasses.replace(preceding.config, attention="splash"))), nnx.state(preceding)
+    )
+    with pytest.raises(ValueError, match="pvm_visibility 'preceding'"):
+        asked(Batch.from_rows([[EXAMPLES[0]]], CONFIG, length=32, patches=32))
 
 
 def test_compilations_are_bounded_by_the_buckets(model):

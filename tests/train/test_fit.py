@@ -158,7 +158,19 @@ def test_devices_are_asked_for_in_one_way_and_their_absence_says_what_to_install
             tpu_devices("v5e:4x4")
 
 
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, the TPU's compiler")
+needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, the TPU's compiler")
+
+
+@needs_libtpu
+def test_a_program_for_tpus_has_their_attention_kernel(model_config):
+    mesh = make_mesh(devices=tpu_devices("v5e:2x2"))
+    program = make_program(fit_config(), model_config, 1, mesh)
+    with jax.set_mesh(mesh):
+        lowered = program.step.lower(program.state, program.frozen, program.abstract_batch(BUCKET))
+    assert "tpu_custom_call" in lowered.as_text()
+
+
+@needs_libtpu
 def test_a_tpu_slice_without_a_tpu():
     def run(*arguments: str) -> subprocess.CompletedProcess:
         data = ("--data.sources", "", "--data.buckets", "[{tokens: 128, patches: 128}]", "--checkpoint", "", "--run_dir", "")

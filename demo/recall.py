@@ -1,4 +1,4 @@
-"""Where the branch looks: the share of its attention that falls on the cell which the answer is about."""
+"""Whether the branch recalls: its attention on the cell that the answer is about, and what another image's memory changes."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,9 +15,11 @@ from pvm_jax.attention import attention
 from pvm_jax.batch import Batch, bucket_size
 from pvm_jax.decoder import DecoderLayer
 from pvm_jax.layers import merge_heads, split_heads
+from pvm_jax.memory import Memory
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from pvm_jax.rope import mrope_angles
+from pvm_jax.vision import Visual
 
 
 def attention_on_cell(
@@ -36,6 +38,19 @@ def attention_on_cell(
     graphdef, params = nnx.split(model)
     shares = _shares(graphdef, nnx.as_pure(params), batch, columns, cells)
     return {layer: np.asarray(share).tolist() for layer, share in shares.items()}
+
+
+class Misled(Qwen3VL):
+    """The model with one thing wrong: each row's branch reads the memory of the row before. The decoder sees its own image."""
+
+    def memorize(self, visual: Visual | None, batch: Batch) -> dict[str, Memory]:
+        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), super().memorize(visual, batch))
+
+
+def mislead(model: Qwen3VL) -> Qwen3VL:
+    """`model` as a Misled: if the branch recalls the image, it answers worse."""
+    abstract = nnx.eval_shape(lambda: Misled(model.config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(abstract), nnx.state(model))
 
 
 def _visual_token(cell: str, size: int) -> int:

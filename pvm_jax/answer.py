@@ -1,0 +1,183 @@
+"""What `python -m pvm_jax generate` does: one question, a chat, or a file of conversations."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from pvm_jax.batch import Batch, Example, bucket_size
+from pvm_jax.conversations import Conversations, open_conversations
+from pvm_jax.generation import Chat, Settings, generate
+from pvm_jax.images import image_size
+from pvm_jax.messages import Messages
+from pvm_jax.model import Qwen3VL
+from pvm_jax.processing import Processor
+
+IMAGE_COMMAND = "/image "
+"""What a chat's line begins with that adds an image to the next question."""
+
+
+@dataclass
+class Answerer:
+    """A model with all that it takes to ask it in text.
+
+    Attributes:
+        settings: of the sampling; `stop_tokens` among them.
+        max_new_tokens: of an answer.
+    """
+
+    model: Qwen3VL
+    processor: Processor
+    max_new_tokens: int
+    settings: Settings = field(default_factory=Settings)
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """One row for each of the examples."""
+        length = bucket_size(max(len(example.input_ids) for example in examples))
+        patches = bucket_size(max(example.num_patches for example in examples))
+        return Batch.from_rows([[example] for example in examples], self.model.config, length=length, patches=patches)
+
+    def answers(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[str]]:
+        """The texts of each example's samples, which follow the example's own seed."""
+        settings = Settings(**{**self.settings, "seeds": seeds})
+        got = generate(self.model, self.batch(examples), max_new_tokens=self.max_new_tokens, **settings)
+        rows = zip(np.asarray(got.tokens), np.asarray(got.lengths), strict=True)
+        texts = [self.processor.decode(tokens[:length]) for tokens, length in rows]
+        samples = len(texts) // len(examples)
+        return [texts[row : row + samples] for row in range(0, len(texts), samples)]
+
+
+def question(text: str, images: Iterable[str | Path]) -> dict[str, Any]:
+    """The user's message: the images, then the text."""
+    content = [{"type": "image", "image": str(path)} for path in images] + [{"type": "text", "text": text}]
+    return {"role": "user", "content": content}
+
+
+class Conversation:
+    """A chat whose answers are written as they come; one question is a chat that ends."""
+
+    def __init__(self, answerer: Answerer, out: TextIO):
+        self.answerer, self.out = answerer, out
+        self.messages: list[dict[str, Any]] = []
+        self.chat = Chat(answerer.model)
+
+    def ask(self, message: dict[str, Any]) -> str:
+        """Writes the answer to `message` and returns it; it says on stderr how fast it came.
+
+        Raises:
+            FileNotFoundError, ValueError: for a message that cannot be taken, which then is not part of the conversation.
+        """
+        processor, settings = self.answerer.processor, self.answerer.settings
+        example = processor.encode_next([*self.messages, message])
+        stop_tokens = settings.get("stop_tokens", ())
+        if self.chat.unread is not None and self.chat.unread not in stop_tokens:
+            example = replace(example, input_ids=np.append(self.chat.unread, example.input_ids), loss_mask=None)
+        batch = self.answerer.batch([example])
+        start, first, tokens, shown = time.perf_counter(), 0.0, [], ""
+        for token in self.chat.stream(batch, max_new_tokens=self.answerer.max_new_tokens, **settings):
+            first = first or time.perf_counter() - start
+            tokens.append(token)
+            text = processor.decode(tokens)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
+                print(text[len(shown) :], end="", file=self.out, flush=True)
+                shown = text
+        self.messages += [message, {"role": "assistant", "content": shown}]
+        rate = (len(tokens) - 1) / max(time.perf_counter() - start - first, 1e-9)
+        print(file=self.out)
+        timing = f"[{len(tokens)} tokens, first after {first:.2f} s (compilation included), then {rate:.1f} a second]"
+        print(timing, file=sys.stderr)
+        return shown
+
+
+def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: TextIO) -> None:
+    """Answers line after line. `/image FILE` adds an image to the next question; a question that is refused may be put anew."""
+    conversation, waiting = Conversation(answerer, out), list(images)
+    for line in lines:
+        line = line.strip()
+        if line.startswith(IMAGE_COMMAND):
+            path = line.removeprefix(IMAGE_COMMAND).strip()
+            try:
+                image_size(path)
+                waiting.append(path)
+            except (OSError, ValueError) as error:
+                print(f"error: {error}", file=sys.stderr)
+        elif line.startswith("/"):
+            print(f"error: {line.split()[0]} is no command; there is {IMAGE_COMMAND}FILE", file=sys.stderr)
+        elif line:
+            try:
+                conversation.ask(question(line, waiting))
+            except (OSError, ValueError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            waiting = []
+
+
+def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int) -> None:
+    """Answers the conversations at `source`, `batch_size` at a time, into the JSONL file `target`.
+
+    A line of it is {"source": place, "index": number from 0, "answers": [text of each sample]}. A conversation's last turn, if
+    it is the assistant's, is left out. What `target` answers already is not asked again: an answer depends on its
+    conversation, its index and the settings alone, not on the others in its batch.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `source`.
+        ValueError: for a conversation that cannot be taken, naming its place; for a `target` that belongs to other data.
+    """
+    conversations = open_conversations(source)
+    answered = _answered(conversations, target)
+    left = [index for index in range(len(conversations)) if index not in answered]
+    columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
+    start = time.perf_counter()
+    with target.open("a", encoding="utf-8") as out, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(target.name, total=len(conversations), completed=len(answered))
+        for first in range(0, len(left), batch_size):
+            indices, examples = left[first : first + batch_size], []
+            for index in indices:
+                with conversations.naming(index):
+                    prompt = _prompt(conversations[index])
+                    examples.append(answerer.processor.encode(prompt, add_generation_prompt=True))
+            for index, answers in zip(indices, answerer.answers(examples, seeds=indices), strict=True):
+                line = {"source": conversations.where(index), "index": index, "answers": answers}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            progress.advance(task, len(indices))
+    seconds = time.perf_counter() - start
+    print(f"[{len(left)} answered in {seconds:.1f} s; {target} holds all {len(conversations)}]", file=sys.stderr)
+
+
+def _prompt(messages: Messages) -> Messages:
+    prompt = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    if not prompt or prompt[-1].get("role") == "assistant":
+        raise ValueError("the conversation has no turn to answer: its last one, the assistant's left out, must be the user's")
+    return prompt
+
+
+def _answered(conversations: Conversations, target: Path) -> set[int]:
+    """The indices that `target` answers; a line that was cut while it was written is taken out of the file."""
+    if not target.exists():
+        return set()
+    text = target.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        target.write_text(whole, encoding="utf-8")
+    answered = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            stored = json.loads(line)
+            index = stored["index"]
+            known = stored["source"] == conversations.where(index)
+        except (ValueError, KeyError, TypeError, IndexError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"{target}:{number} answers no conversation of {conversations.path}: give another --output, or remove the file"
+            )
+        answered.add(index)
+    return answered

@@ -1,0 +1,116 @@
+"""`python -m pvm_jax generate` on the demo's checkpoint: one question, a chat, a file of questions."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from convert.hf_to_orbax import convert
+from demo.task import Mixture, draw, make_example
+from pvm_jax.__main__ import main
+from pvm_jax.checkpoint_files import read_stop_tokens
+
+
+@pytest.fixture(scope="module")
+def demo_checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "checkpoint"
+    convert(Path(__file__).parents[2] / "demo" / "base", path)
+    return path
+
+
+def test_the_command_line_reads_a_real_image(demo_checkpoint, tmp_path, capsys):
+    """The shipped model lists a grid of digits that it was not trained on; most of what it says is there."""
+    scene = make_example(Mixture(sizes=(2,), digits="heldout", seed=5), 0).scene
+    draw(scene).save(tmp_path / "grid.png")
+    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "grid.png")]
+    main([*arguments, "--max-new-tokens", "48", "List ground mark ink digit"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) >= 8
+    right = [len(words) == 3 and scene.value(words[0], words[1]) == words[2] for words in lines]
+    assert sum(right) >= 0.75 * len(lines)
+    assert read_stop_tokens(demo_checkpoint)
+
+
+def _line(index: int, text: str = "List ground", **part) -> str:
+    image = {"type": "image", "image": f"{index}.png"} | part
+    content = [image, {"type": "text", "text": text}]
+    answer = {"role": "assistant", "content": "what it should say"}
+    return json.dumps({"messages": [{"role": "user", "content": content}, answer]}) + "\n"
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    """Three pictures, and questions.jsonl about them."""
+    folder = tmp_path_factory.mktemp("questions")
+    for index in range(3):
+        draw(make_example(Mixture(sizes=(1 + index % 2,), digits="heldout", seed=index), 0).scene).save(folder / f"{index}.png")
+    (folder / "questions.jsonl").write_text("".join(_line(index) for index in range(3)))
+    return folder
+
+
+def test_a_file_of_questions_is_answered_and_resumed(demo_checkpoint, questions, tmp_path):
+    """Two samples a line. Started again behind a torn line, with other batches, the file is what it was."""
+    output = tmp_path / "answers.jsonl"
+    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--input", str(questions / "questions.jsonl")]
+    arguments += ["--output", str(output), "--max-new-tokens", "6", "--num-samples", "2", "--temperature", "1"]
+    main([*arguments, "--batch-size", "2"])
+    written = output.read_text()
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert [(line["source"], line["index"], len(line["answers"])) for line in lines] == [
+        (f"{questions / 'questions.jsonl'}:{index + 1}", index, 2) for index in range(3)
+    ]
+    assert all(answer for line in lines for answer in line["answers"])
+    output.write_text(written[: written.index("\n") + 20])
+    main([*arguments, "--batch-size", "1"])
+    assert output.read_text() == written
+    output.write_text('{"index": 7}\n')
+    with pytest.raises(SystemExit, match=r"answers\.jsonl:1 answers no conversation of"):
+        main(arguments)
+
+
+def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, tmp_path):
+    (questions / "bad.jsonl").write_text(_line(0) + _line(1, image="nowhere.png"))
+    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--input", str(questions / "bad.jsonl")]
+    with pytest.raises(SystemExit, match=r"bad\.jsonl:2.*nowhere\.png"):
+        main([*arguments, "--output", str(tmp_path / "bad.jsonl"), "--max-new-tokens", "2"])
+
+
+def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypatch, capsys):
+    """The first answer is the single question's; a refused line leaves the chat going; a later turn brings an image."""
+    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--image", str(questions / "0.png")]
+    arguments += ["--max-new-tokens", "8"]
+    main([*arguments, "List ground"])
+    single = capsys.readouterr().out
+    lines = ["List ground", "/image nowhere.png", "/what", f"/image {questions / '1.png'}", "List mark"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    main([*arguments, "--chat"])
+    said = capsys.readouterr()
+    assert said.out.startswith(single)
+    assert len(said.out) > len(single) + 1
+    assert "nowhere.png" in said.err
+    assert "/what is no command" in said.err
+    assert said.err.count("first after") == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ([], "--chat and --input, got none"),
+        (["What?", "--chat"], "got question and chat"),
+        (["--input", "a.jsonl"], "--output go together"),
+        (["What?", "--num-samples", "2"], "--num-samples goes with --input"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(demo_checkpoint, wrong, named):
+    with pytest.raises(SystemExit, match=named):
+        main(["generate", "--checkpoint", str(demo_checkpoint), *wrong])
+
+
+def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match=r"no\.png"):
+        main(["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "no.png"), "What?"])
+    with pytest.raises(SystemExit, match="nowhere"):
+        main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"])
+    with pytest.raises(SystemExit, match="is no LoRA adapter"):
+        main(["generate", "--checkpoint", str(demo_checkpoint), "--lora", str(demo_checkpoint), "What?"])
