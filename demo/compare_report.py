@@ -155,7 +155,7 @@ def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, traine
         axis.set_xticks(places, [str(distance) for distance in settings.distances])
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper right" if axis is left else "best")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
