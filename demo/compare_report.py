@@ -135,7 +135,9 @@ def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, traine
             misled = np.mean([[one.misled[str(distance)] for distance in settings.distances] for one in ones], axis=0)
             left.plot(places, misled, "x:", color="black", label=f"{name}, its branch on another image")
     left.axvspan(*np.interp(trained_on, settings.distances, places), color="#f3e9c8", label="trained distances", zorder=0)
-    left.set(ylim=(0, 1), xlabel="tokens between the image and the question", ylabel="values read correctly (teacher-forced)")
+    left.set(
+        ylim=(0, 1.05), xlabel="tokens between the image and the question", ylabel="values read correctly (teacher-forced)"
+    )
     for one in (one for ones in by_method.values() for one in ones if one.gates):
         for style, (layer, values) in zip(("-", "--", ":", "-."), one.gates.items(), strict=False):
             label = f"layer {layer}" if one.seed == 0 else None
@@ -153,9 +155,9 @@ def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, traine
     right.set(ylim=(0, None), xlabel="tokens between the image and the question", ylabel="branch's attention on the asked cell")
     for axis in (left, right):
         axis.set_xticks(places, [str(distance) for distance in settings.distances])
-    for axis in (left, middle, right):
+    for axis, place in ((left, "upper right"), (middle, "lower right"), (right, "lower left")):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7, loc=place)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -111,11 +111,11 @@ def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model, proce
     batch = Batch.from_rows([[example] for example in encoded], model.config, length=64, patches=16)
     graphdef, params = nnx.split(model)
     shut = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params))
-    np.testing.assert_array_equal(recall.mislead(shut).hidden(batch), shut.hidden(batch))
+    np.testing.assert_array_equal(recall.mislead(shut)(batch), shut(batch))
     misled, own = recall.mislead(model), model.memorize(model.encode(batch), batch)["1"]
     other = misled.memorize(misled.encode(batch), batch)["1"]
     np.testing.assert_array_equal(other.keys, own.keys[::-1])
-    assert np.abs(misled.hidden(batch) - model.hidden(batch)).max() > 1e-3
+    assert np.abs(misled(batch) - model(batch)).max() > 1e-3
 
 
 def test_cells_are_visual_tokens_in_reading_order():
