@@ -33,8 +33,8 @@ def kill_until_it_ends(root: Path, run_dir: str, epochs: str, kills: int) -> int
     """Starts a run again and again, ends it `kills` times with SIGKILL at random moments and lets it finish then.
 
     A third of the moments are in the start of a process, a third some steps after it goes on, a third while a checkpoint is
-    written. Checks after each that the next life goes on at the newest step that was complete. Returns how many kills left a
-    half-written checkpoint.
+    written. Checks after each that the next life goes on at the newest step that was complete. Returns after how many kills a
+    half-written checkpoint lay there, of that life or of one before it.
     """
     rng, half_written, expected = random.Random(kills), 0, [0]
     for kill in range(kills):
@@ -104,7 +104,7 @@ def test_twenty_kills(root):
     epochs, steps = "--epochs=40", 160
     runs.finish(root, "longer", runs.start(root, "longer", epochs))
     half_written = kill_until_it_ends(root, "killed_longer", epochs, kills=20)
-    print(f"{half_written} of 20 kills left a half-written checkpoint")
+    print(f"a half-written checkpoint lay there after {half_written} of 20 kills")
     assert half_written >= 5
     assert_equal_endings(root, "killed_longer", "longer", steps)
 
