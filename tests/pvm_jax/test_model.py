@@ -225,7 +225,8 @@ def test_with_visibility_preceding_nothing_depends_on_what_comes_later(shallow, 
 def test_visibility_is_the_same_where_the_images_come_first(shallow, preceding):
     """No token at all before the image: one there, a <vision_start>, would recall it with "all" alone."""
     first = example(6, text=(0, 9), grids=((4, 4),))
-    batch = Batch.from_rows([[dataclasses.replace(first, input_ids=first.input_ids[1:])]], CONFIG, length=32, patches=16)
+    first = dataclasses.replace(first, input_ids=first.input_ids[1:], loss_mask=first.loss_mask[1:])
+    batch = Batch.from_rows([[first]], CONFIG, length=32, patches=16)
     valid = batch.segment_ids > 0
     np.testing.assert_allclose(preceding(batch)[valid], shallow(batch)[valid], atol=1e-5)
 
