@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
@@ -91,6 +93,9 @@ class TrainCheckpoints:
         with self._explaining_failed_saves():
             self._steps.wait()
             self._last = step
+            if jax.default_backend() == "cpu":
+                # Orbax reads a CPU's arrays where they are: a step that wants to reuse their memory would wait for the writing.
+                state = jax.tree.map(jnp.copy, state)
             self._steps.save_checkpointables_async(
                 step,
                 {"state": state},
