@@ -3,9 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs here are compiled far longer than they run.
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # programs here compile far longer than they run
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
