@@ -99,8 +99,9 @@ def losses(root: Path, run_dir: str | Path) -> dict[int, set[float]]:
 
 
 def environment(*, devices: int) -> dict[str, str]:
-    """Of a process with `devices` simulated devices."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    """Of a process with `devices` simulated devices, compiling as tests/conftest.py has it."""
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def free_port() -> int:
