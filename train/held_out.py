@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +46,6 @@ class HeldOut:
         processor: Processor,
         model_config: ModelConfig,
         program: Program,
-        run_dir: Path,
     ):
         """Raises ValueError as `load_training_data` does."""
         self.config = held_out
@@ -61,7 +59,6 @@ class HeldOut:
             model_config,
             batch_size=self._rows,
             rows=local_rows(program.batch_sharding, self._rows),
-            sizes_file=run_dir / "held_out_sizes.npy",
             fill_last=True,
         )
         self._measure = jax.jit(make_measurement(program.graphdef, chunk=config.loss_chunk))

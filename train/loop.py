@@ -116,7 +116,7 @@ def run(config: SFTConfig) -> None:
         work = prepare(config, mesh, sizes_file=run_dir / "sizes.npy")
         held_out = None
         if config.held_out:
-            held_out = HeldOut(config, config.held_out, work.processor, work.model_config, work.program, run_dir)
+            held_out = HeldOut(config, config.held_out, work.processor, work.model_config, work.program)
         total = len(work.data.batches)
         with (
             stop_requests(mesh) as stop_requested,  # until the last checkpoint is written

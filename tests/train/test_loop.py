@@ -138,9 +138,7 @@ def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
         mesh = make_mesh()
         with jax.set_mesh(mesh):
             work = prepare(config, mesh)
-            run_dir = workplace / str(batch_size)
-            run_dir.mkdir()
-            measured = HeldOut(config, held_out, work.processor, work.model_config, work.program, run_dir)
+            measured = HeldOut(config, held_out, work.processor, work.model_config, work.program)
             losses.append(measured.measure(work.state, work.frozen)["held_out/loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
