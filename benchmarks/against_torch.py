@@ -15,25 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from benchmarks.decoding import TEXT
 from benchmarks.device import best
 from convert.layout import layout
-from pvm_jax import Batch, ModelConfig, TextConfig, VisionConfig, abstract_model, generate
+from pvm_jax import Batch, ModelConfig, VisionConfig, abstract_model, generate
 from pvm_jax.checkpoint import by_path
 from train.config import OptimizerConfig
 from train.optimizer import make_optimizer, make_schedule
 from train.step import TrainState, make_loss, make_step, split_model
 
 CONFIG = ModelConfig(
-    text=TextConfig(
-        vocab_size=32000,
-        hidden_size=640,
-        intermediate_size=1920,
-        num_hidden_layers=12,
-        num_attention_heads=10,
-        num_key_value_heads=5,
-        head_dim=64,
-        mrope_section=(12, 10, 10),
-    ),
+    text=TEXT,
     vision=VisionConfig(
         hidden_size=384,
         intermediate_size=1536,

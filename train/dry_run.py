@@ -79,7 +79,7 @@ def shardings_table(title: str, tree: Any) -> Table:
 
 
 def _axes(leaf: Any) -> str:
-    """ "- data+fsdp" for an array whose second axis alone is split."""
+    """The mesh axes of each axis: `- data+fsdp` for an array whose second axis alone is split."""
     spec = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in leaf.sharding.spec]
     spec += [()] * (leaf.ndim - len(spec))
     return " ".join("+".join(axes) or "-" for axes in spec)
