@@ -59,7 +59,8 @@ class GRPOConfig(RunConfig):
             whole "batch", or nothing ("none").
         loss: how tokens are averaged: "dapo" (all alike), "grpo" (in each completion first) or "dr_grpo" (by the longest
             possible length).
-        clip_low, clip_high: how far the ratio of probabilities, new to old, may fall below and rise above 1.
+        clip_low: how far the ratio of a token's probabilities, new to old, may fall below 1 before its gradient stops.
+        clip_high: how far it may rise above 1.
         beta: weight of the divergence from the policy that the run starts from, which is kept beside it where it is not 0.
         mask_truncated: truncated completions are no part of the loss.
         held_out: what is measured while the run goes on; nothing by default.
@@ -106,8 +107,7 @@ class GRPOConfig(RunConfig):
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.clip_low <= 1 or self.clip_high < 0 or self.beta < 0:
             raise ValueError(
-                "needs clip_low in [0, 1], clip_high >= 0 and beta >= 0, "
-                f"got {self.clip_low}, {self.clip_high} and {self.beta}"
+                f"needs clip_low in [0, 1], clip_high >= 0 and beta >= 0, got {self.clip_low}, {self.clip_high} and {self.beta}"
             )
         if not self.rewards:
             raise ValueError("rewards: needs at least one function")

@@ -84,9 +84,8 @@ def train(
         state, metrics = program.step(state, frozen, batch)
         jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
         last = metrics["loss"]
-        log.add(number, metrics)
+        log.add(number, metrics, timed=not new_shape)
         if new_shape:
-            log.flush(timed=False)
             log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
         stopping = stop_requested()
         if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:

@@ -111,11 +111,11 @@ class SFTProgram(Program):
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
 
-def rows_per_shard(rows: int, parts: int, mesh: Mesh, *, name: str = "batch_size") -> int:
+def rows_per_shard(rows: int, parts: int, mesh: Mesh, *, name: str = "batch_size", parts_name: str = "accumulation") -> int:
     """Rows of a batch of `rows` that a device (a group of `tensor` devices) computes at the same time, in one of its `parts`.
 
     Args:
-        name: what the config calls the rows.
+        name, parts_name: what the config calls them.
 
     Raises:
         ValueError: if they do not divide evenly.
@@ -123,9 +123,9 @@ def rows_per_shard(rows: int, parts: int, mesh: Mesh, *, name: str = "batch_size
     shards, at_once = mesh.shape["data"] * mesh.shape["fsdp"], rows // parts
     if at_once % shards:
         most, rest = divmod(rows, shards)
-        remedy = f"{name} must be a multiple of {shards}" if rest else f"accumulation must divide {most}"
+        remedy = f"{name} must be a multiple of {shards}" if rest else f"{parts_name} must divide {most}"
         raise ValueError(
-            f"{name} / accumulation = {at_once} rows do not divide over the mesh's data x fsdp = {shards}: {remedy}"
+            f"{name} / {parts_name} = {at_once} rows do not divide over the mesh's data x fsdp = {shards}: {remedy}"
         )
     return at_once // shards
 

@@ -52,8 +52,8 @@ def sft_run(workplace, monkeypatch):
             losses.update({step: float(values["train/loss"])} if "train/loss" in values else {})
             write(log, step, values)
 
-        def stop(log, step, *args):
-            add(log, step, *args)
+        def stop(log, step, *args, **options):
+            add(log, step, *args, **options)
             if step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
