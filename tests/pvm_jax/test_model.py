@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, generate
+from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, generate, generation
 from pvm_jax.cache import Samples
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 
@@ -293,13 +293,17 @@ def test_sharded_equals_unsharded(shallow, shape):
 
 
 @pytest.mark.parametrize("make", [lambda: make_mesh(2, 2, 2), lambda: jax.make_mesh((2, 2, 2), MESH_AXES)])
-def test_sharded_generation_gives_the_same_tokens(shallow, make):
-    """With the mesh in context; and with `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
+def test_sharded_generation_gives_the_same_tokens(shallow, make, monkeypatch):
+    """Two samples of each prompt, read in chunks, in a cache that grows twice. With the mesh in context; and with
+    `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
+    monkeypatch.setattr(generation, "FIRST_SLOTS", 4)
     batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
-    want = generate(shallow, batch, max_new_tokens=16, temperature=0.0)
+    settings = {"max_new_tokens": 16, "num_samples": 2, "prefill_chunk": 20, "seeds": (5, 6, 7, 8)}
+    want = generate(shallow, batch, **settings)
     mesh = make()
     graphdef, params = nnx.split(shallow)
     sharded = nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh)))
     with jax.set_mesh(mesh) if AxisType.Explicit not in mesh.axis_types else nullcontext():
-        got = generate(sharded, batch, max_new_tokens=16, temperature=0.0)
+        got = generate(sharded, batch, **settings)
     np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
