@@ -94,10 +94,18 @@ class DataConfig(ExamplesConfig):
     Attributes:
         packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
             counts rows. Without it a row is one example.
+        hide_images: share of a batch's rows whose images the decoder does not see, only the branch's memory: what the decoder
+            can still find itself, a fresh branch is slow to learn (docs/compare.md). 0, as published, hides none.
     """
 
     _: KW_ONLY
     packing: bool = True
+    hide_images: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.hide_images <= 1:
+            raise ValueError(f"data.hide_images is a share of the rows in [0, 1], got {self.hide_images}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from pvm_jax.batch import Batch
+from pvm_jax.batch import Batch, hide_images
 from pvm_jax.config import ModelConfig
 from pvm_jax.conversations import Conversations, open_conversations, size_of
 from pvm_jax.messages import Messages
@@ -118,7 +118,8 @@ def load_training_data(
         bucket = planned.buckets[planned.plan.bucket(step)]
         members = planned.plan.rows(step)
         examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
-        return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+        batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+        return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
 
     report = planned.report
     if stale:
@@ -169,6 +170,11 @@ def plan_examples(
             f"{' or data.packing' if packing else ''}"
         )
     return PlannedExamples(plan, buckets, sources, _report(plan, sizes, buckets, epochs, too_long))
+
+
+def _is_hidden(row: int, share: float) -> bool:
+    """Whether a row of the whole batch is one of those whose images are hidden: they are spread evenly."""
+    return int((row + 1) * share) > int(row * share)
 
 
 def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int, epoch: int) -> np.ndarray:
