@@ -118,4 +118,5 @@ def _logprob(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _entropy(logits: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(logits, axis=-1) - (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return -(jnp.exp(logprobs) * logprobs).sum(-1)
