@@ -53,7 +53,9 @@ def chunked_logprobs(
         ValueError: if the temperature is not positive.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: greedy decoding has no log-probabilities to train on")
+        raise ValueError(
+            f"temperature must be positive, got {temperature}: greedy decoding has no log-probabilities to train on"
+        )
 
     def read(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         logits = logits / temperature

@@ -16,7 +16,7 @@ N, S = PROMPTS * GROUP, PROMPT + T
 
 @pytest.fixture(scope="module")
 def step():
-    """One step's inputs: completions of 1 to T tokens, the longest truncated, and probabilities that moved since the sampling."""
+    """One step's inputs: completions of 1 to T tokens, the longest truncated, and log-probabilities that moved since."""
     rng = np.random.default_rng(0)
     lengths = np.array([T, 1, 7, 3, 9, T, 2, 5, 11, 4, 8, 6])
     arrays = {
@@ -149,7 +149,7 @@ def test_a_token_without_weight_is_no_part_whatever_stands_there():
 
 
 def test_beta_without_a_reference_is_an_error():
-    with pytest.raises(ValueError, match="beta = 0.1 needs ref_logprobs"):
+    with pytest.raises(ValueError, match=r"beta = 0\.1 needs ref_logprobs"):
         policy_loss(*[jnp.ones((1, 1))] * 4, beta=0.1)
 
 
