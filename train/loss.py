@@ -53,7 +53,9 @@ def chunked_logprobs(
         ValueError: if the temperature is not positive.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}: greedy decoding has no log-probabilities to train on")
+        raise ValueError(
+            f"temperature must be positive, got {temperature}: greedy decoding has no log-probabilities to train on"
+        )
 
     def read(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         logits = logits / temperature
@@ -118,4 +120,5 @@ def _logprob(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _entropy(logits: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(logits, axis=-1) - (jax.nn.softmax(logits, axis=-1) * logits).sum(-1)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return -(jnp.exp(logprobs) * logprobs).sum(-1)

@@ -83,9 +83,10 @@ class Rewards:
         self.names, self._weights = names, np.array([config.weight for config in configs], np.float64)
         self._workers = [_Worker(names, time_limit) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._threads = ThreadPoolExecutor(workers)
+        self._threads: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
+        self._threads = ThreadPoolExecutor(len(self._workers))
         try:
             for _ in self._threads.map(_Worker.start, self._workers):
                 pass
@@ -97,7 +98,9 @@ class Rewards:
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self._threads is not None
         self._threads.shutdown(cancel_futures=True)
+        self._threads = None
         for worker in self._workers:
             worker.kill()
 
@@ -106,11 +109,14 @@ class Rewards:
 
         Raises:
             ValueError: if the two are not equally many, or a row lacks what "accuracy" compares with.
+            RuntimeError: outside of the context; if no process can be started for one that was killed.
         """
         if len(completions) != len(examples):
             raise ValueError(f"{len(completions)} completions with {len(examples)} examples")
         if "accuracy" in self.names and not all(str(example.get(SOLUTION, "")).strip() for example in examples):
             raise ValueError(f'the reward "accuracy" needs {SOLUTION!r} in every example')
+        if self._threads is None:
+            raise RuntimeError("Rewards grades inside its context: `with Rewards(...) as rewards:`")
         cells = list(product(range(len(completions)), range(len(self.names))))
         tasks = ((column, completions[row], examples[row]) for row, column in cells)
         values = np.zeros((len(completions), len(self.names)))
@@ -148,7 +154,7 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=sys.stderr.fileno(),
+                stdout=2,  # what a grader prints goes to stderr
                 start_new_session=True,  # Ctrl-C is the run's; and all that a grader starts can be killed with it
             )
         try:
@@ -179,3 +185,4 @@ class _Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            self.process = None
