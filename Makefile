@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo compare base test faults docs-check lint format clean
+.PHONY: help demo demo-grpo compare base test faults docs-check lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -17,6 +17,9 @@ help:  ## this list
 
 demo: .venv/ready  ## convert the shipped tiny checkpoint, fine-tune its PVM branch, generate, plot what changed
 	$(BIN)/python -m demo.run
+
+demo-grpo: .venv/ready  ## refine what demo trained by GRPO, over three seeds, and plot the held-out reward
+	$(BIN)/python -m demo.grpo
 
 compare: .venv/ready  ## base, LoRA, full fine-tuning and the branch on the demo's task over three seeds, about an hour
 	$(BIN)/python -m demo.compare

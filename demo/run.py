@@ -25,21 +25,25 @@ def main(out: Path = Path("out/demo")) -> None:
     Args:
         out: folder for everything that is written.
     """
-    checkpoint, data, run, report = out / "checkpoint", out / "data", out / "run", out / "report"
-    look_data, look = out / "look_data", out / "look"
-    run_steps(
-        [
-            (checkpoint, ["convert.hf_to_orbax", BASE, checkpoint, *BRANCH]),
-            (look_data / "data.jsonl", ["demo.task", look_data, "--config", "demo/look_data.yaml"]),
-            (look / "branch", train("demo/look.yaml", checkpoint, look_data, look)),
-            (data / "data.jsonl", ["demo.task", data, "--config", "demo/branch_data.yaml"]),
-            (run / "branch", train("demo/branch.yaml", checkpoint, data, run, f"--branch={look / 'branch'}")),
-        ]
-    )
+    checkpoint, run, report = out / "checkpoint", out / "run", out / "report"
+    run_steps(branch_steps(out))
     show_one_answer(checkpoint, run / "branch", out / "example")
     run_steps([(report / "results.md", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
     print((report / "results.md").read_text())
     print(f"The picture: {report / 'results.png'}; every number: {report / 'results.json'}")
+
+
+def branch_steps(out: Path) -> list[Step]:
+    """From the shipped checkpoint to `out`/checkpoint and a branch trained on it, `out`/run/branch."""
+    checkpoint, data, run = out / "checkpoint", out / "data", out / "run"
+    look_data, look = out / "look_data", out / "look"
+    return [
+        (checkpoint, ["convert.hf_to_orbax", BASE, checkpoint, *BRANCH]),
+        (look_data / "data.jsonl", ["demo.task", look_data, "--config", "demo/look_data.yaml"]),
+        (look / "branch", train("demo/look.yaml", checkpoint, look_data, look)),
+        (data / "data.jsonl", ["demo.task", data, "--config", "demo/branch_data.yaml"]),
+        (run / "branch", train("demo/branch.yaml", checkpoint, data, run, f"--branch={look / 'branch'}")),
+    ]
 
 
 def train(config: str, checkpoint: Path, data: Path, run: Path, *more: str) -> list[str]:
