@@ -43,7 +43,7 @@ SMALL = ModelConfig(
         hidden_size=64, intermediate_size=64, depth=1, num_heads=1, out_hidden_size=640, deepstack_visual_indexes=(0,)
     ),
     tie_word_embeddings=True,
-).with_pvm()
+).with_pvm((6,), 128)
 """A model for the CPU, in float32; what decodes of it is that of benchmarks.against_torch, with a branch."""
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.
