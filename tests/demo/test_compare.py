@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 
 from demo import checkpoint, compare, recall
@@ -26,20 +27,35 @@ SETTINGS = Settings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)
 
 
 def test_methods_differ_in_what_trains_alone():
-    """Checkpoint, result and what the method needs apart, the commands of a seed are one command; seeds share nothing."""
-    seeds = [dict(compare.training_steps(Path("out"), seed, 7)) for seed in (0, 1)]
-    trainings = [[[str(a) for a in command] for command in by.values() if command[0] == "train.sft"] for by in seeds]
+    """Checkpoint, result, steps and what a method needs apart, the commands of a seed are one command; seeds share nothing."""
+    seeds = [dict(compare.training_steps(Path("out"), seed, 9)) for seed in (0, 1)]
+    commands_of = [[[str(a) for a in command] for command in by.values()] for by in seeds]
+    trainings = [[command for command in commands if "--config=demo/branch.yaml" in command] for commands in commands_of]
     for commands in trainings:
-        own = ("--checkpoint", "--run_dir", "--trainable", "--lora.", "--optimizer.learning_rate")
+        own = ("--checkpoint", "--run_dir", "--trainable", "--lora.", "--optimizer.learning_rate", "--max_steps", "--branch")
         assert len({tuple(a for a in command if not a.startswith(own)) for command in commands}) == 1
-        assert [a for command in commands for a in command if a == "--max_steps=7"] == ["--max_steps=7"] * len(compare.METHODS)
+        steps = [a for command in commands for a in command if a.startswith("--max_steps")]
+        assert steps == ["--max_steps=9", "--max_steps=9", "--max_steps=4"]
+        assert [a for command in commands for a in command if a.startswith("--branch")] == [commands[-1][-1]]
     for one, other in zip(*trainings, strict=True):
         differing = {a.split("=")[0] for a in set(one) ^ set(other)}
-        assert (
-            {"--seed", "--data.sources", "--run_dir"} <= differing <= {"--seed", "--data.sources", "--run_dir", "--checkpoint"}
-        )
-    examples = [[str(a) for a in command] for by in seeds for command in by.values() if command[0] == "demo.task"]
+        needed = {"--seed", "--data.sources", "--run_dir"}
+        assert needed <= differing <= {*needed, "--checkpoint", "--branch"}
+    examples = [command for commands in commands_of for command in commands if command[0] == "demo.task"]
     assert len({a for command in examples for a in command if a.startswith("--mixture.seed")}) == 2
+
+
+def test_the_branchs_two_stages_read_no_more_tokens_than_the_others_one():
+    """Counted from the configs: rows of each bucket, as often as their sizes are drawn."""
+    tokens = {}
+    for name in ("look", "branch"):
+        buckets = yaml.safe_load(Path(f"demo/{name}.yaml").read_text())["data"]["buckets"]
+        sizes = yaml.safe_load(Path(f"demo/{name}_data.yaml").read_text())["mixture"]["sizes"]
+        of_size = {bucket["patches"]: bucket["tokens"] for bucket in buckets}
+        tokens[name] = np.mean([of_size[4 * size**2] for size in sizes])
+        assert yaml.safe_load(Path(f"demo/{name}.yaml").read_text())["batch_size"] == compare.BATCH_SIZE
+    looking, beside = compare.stages(300)
+    assert 0.9 < (looking * tokens["look"] + beside * tokens["branch"]) / (300 * tokens["branch"]) <= 1
 
 
 def test_lora_has_as_many_parameters_as_the_branch():
@@ -129,7 +145,7 @@ def test_gates_are_read_back_from_the_log_of_a_run_that_went_on(tmp_path):
         writer.add_scalar("train/loss", 1.0, step)
     writer.close()
     assert compare.read_gates(tmp_path) == {"2": [0.0, 0.5, -0.25]}
-    assert compare.read_gates(tmp_path / "none") == {}
+    assert compare.read_gates(tmp_path, tmp_path / "none", tmp_path) == {"2": [0.0, 0.5, -0.25] * 2}
 
 
 def test_measured_once_and_then_read(tmp_path):
@@ -160,7 +176,7 @@ def test_report_gives_means_and_spreads(tmp_path, capsys):
                 gates={"1": [0.0, 0.1 * (seed + 1)]},
             )
         )
-    write_report(measured, SETTINGS, (1, 4), 7, tmp_path)
+    write_report(measured, SETTINGS, (1, 4), "7 steps", tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| 0 | 0.500 | 0.700 ± 0.141 | 0.200 |" in text
     assert "| trained parameters | 0 | 1,234 |  |" in text
