@@ -14,7 +14,7 @@ from pvm_jax.sharding import make_mesh
 from train.ahead import compile_ahead, device_bytes, gpu_devices, tpu_devices, usable_bytes
 from train.config import Bucket, SFTConfig, parse
 from train.flops import Work, peak_flops
-from train.program import make_program, rows_per_shard, step_costs
+from train.program import SFTProgram, rows_per_shard, step_costs
 
 EXAMPLES = """
 examples:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"of {_gib(usable)} usable, {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
         for bucket in largest(config.data.buckets):
-            rows = rows_per_shard(config, mesh)
+            rows = rows_per_shard(config.batch_size, config.accumulation, mesh)
             console.print(
                 f"rows of {bucket.tokens:,} tokens and {bucket.patches:,} patches, {config.batch_size} a step, {rows} a chip "
                 "at a time: compiling, which takes minutes ..."
@@ -225,9 +225,9 @@ def measure(config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: 
     Raises:
         ValueError: if the batch does not divide over the mesh, or nothing would train.
     """
-    rows = rows_per_shard(config, mesh)
-    program = make_program(config, model_config, 1, mesh)
-    batch = program.abstract_batch(bucket)
+    rows = rows_per_shard(config.batch_size, config.accumulation, mesh)
+    program = SFTProgram.of(config, model_config, 1, mesh)
+    batch = program.abstract_batch(bucket, config.batch_size)
     compiled = compile_ahead(program.step, program.state, program.frozen, batch, mesh=mesh)
     work = Work.full(config.batch_size, bucket.tokens, bucket.patches, model_config.vision.merge_factor)
     inputs = {
