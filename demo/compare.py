@@ -17,10 +17,12 @@ import yaml
 from jsonargparse import auto_cli
 
 from demo.compare_report import UNTRAINED, Measured, write_report
-from demo.evaluate import Settings, encode, exchange, sees
-from demo.recall import attention_on_cell, mislead
+from demo.evaluate import Settings, encode, sees
+from demo.recall import attention_on_cell
 from demo.run import BASE, BRANCH, Step, run_steps
 from pvm_jax.checkpoint import load
+from pvm_jax.measure import ablations
+from pvm_jax.measure.pictures import exchanged
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from train.config import Trainable
@@ -134,7 +136,7 @@ def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measu
     for distance in settings.distances:
         encoded = encode(settings.examples(distance, settings.scenes), processor)
         own[str(distance)] = float(sees(model, encoded, settings).mean())
-        other[str(distance)] = float(sees(model, exchange(encoded), settings).mean())
+        other[str(distance)] = float(sees(model, exchanged(encoded, model.config.vision), settings).mean())
     return Measured(UNTRAINED, None, 0, own, shuffled=other)
 
 
@@ -148,7 +150,7 @@ def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: 
         encoded = encode(examples, processor)
         accuracy[str(distance)] = float(sees(model, encoded, settings).mean())
         if method.trainable == "pvm":
-            misled[str(distance)] = float(sees(mislead(model), encoded, settings).mean())
+            misled[str(distance)] = float(sees(ablations.misled(model), encoded, settings).mean())
             attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
     trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, method.trainable)[1]))
     return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=read_gates(run / "log"))

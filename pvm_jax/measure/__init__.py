@@ -1,4 +1,4 @@
-"""What a model sees over a long answer: six measurements as arrays, their figures, and the report (`python -m pvm_jax measure`)."""
+"""What a model sees over a long answer: six measurements as arrays, their figures, and the report."""
 
 from pvm_jax.measure.ablations import ablations, by_filler, misled, silenced, with_filler
 from pvm_jax.measure.accuracy import TeacherForced, Written, teacher_forced, write

@@ -1,9 +1,9 @@
 """What `python -m pvm_jax measure` does: a checkpoint and a file of conversations -> a report."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +13,7 @@ from pvm_jax.checkpoint import load
 from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.conversations import Conversations, check_learnable, open_conversations
 from pvm_jax.measure.ablations import silenced, with_filler
+from pvm_jax.measure.figures import check_matplotlib
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report import write_report
 from pvm_jax.measure.sections import MEASUREMENTS, Models, Section, Task
@@ -36,36 +37,37 @@ class Request:
         fillers: tokens of filler text for the ablation.
         looks: tokens whose attention is drawn.
         max_new_tokens: of a written answer; None: as many as the longest true one has.
-        rows, chunk, dtype: see Task and `load`.
+        batch_size, chunk: `Task.rows` and `Task.chunk`.
+        dtype: as of `load`.
     """
 
     checkpoint: Path
     data: Path
     output: Path
-    branch: Path | None = None
-    lora: Path | None = None
-    against: Path | None = None
-    only: Sequence[str] = tuple(MEASUREMENTS)
-    limit: int = 32
-    fillers: Sequence[int] = (0, 100, 400, 1600)
-    looks: int = 6
-    max_new_tokens: int | None = None
-    rows: int = 4
-    chunk: int = 256
-    dtype: str | None = None
+    branch: Path | None
+    lora: Path | None
+    against: Path | None
+    only: Sequence[str]
+    limit: int
+    fillers: Sequence[int]
+    looks: int
+    max_new_tokens: int | None
+    batch_size: int
+    chunk: int
+    dtype: str | None
 
 
-def measure_checkpoint(request: Request) -> Path:
-    """Measures, and writes the report; returns the page's path.
+def measure_checkpoint(request: Request) -> None:
+    """Measures, writes the report and prints what came out.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming what is wrong.
     """
-    if unknown := [name for name in request.only if name not in MEASUREMENTS]:
-        raise ValueError(f"--only: there is no {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
-    for name in ("limit", "looks", "rows", "chunk"):
-        if getattr(request, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(request, name)}")
+    for name, least in (("limit", 1), ("looks", 0), ("batch_size", 1), ("chunk", 1)):
+        if getattr(request, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(request, name)}")
+    if min(request.fillers) < 0:
+        raise ValueError(f"--fillers must be 0 or more, got {min(request.fillers)}")
     processor = Processor.from_pretrained(request.checkpoint)
     task = make_task(request, processor)
     models = compared(
@@ -74,16 +76,40 @@ def measure_checkpoint(request: Request) -> Path:
     )
     lengths = find_answers(task.examples).lengths
     about = [
-        f"{len(task.examples)} conversations of {request.data}, whose answers have {lengths.min():,} to {lengths.max():,} tokens, "
-        f"measured on {' and '.join(models)}. Intervals are 95%, by resampling conversations.",
+        f"{len(task.examples)} conversations of {request.data}, whose answers have {lengths.min():,} to {lengths.max():,} "
+        f"tokens, measured on {' and '.join(models)}. Intervals are 95%, by resampling conversations.",
         f"Checkpoint {request.checkpoint}" + (f", branch {request.branch}" if request.branch else "") + ".",
     ]
     settings = {name: str(value) for name, value in vars(request).items()}
     title = "What the model sees over a long answer"
-    return write_report(measure(models, task, request.only), request.output, title=title, about=about, settings=settings)
+    report_on(models, task, request.output, only=request.only, title=title, about=about, settings=settings)
 
 
-def measure(models: Models, task: Task, only: Sequence[str] = tuple(MEASUREMENTS)) -> list[Section]:
+def report_on(
+    models: Models,
+    task: Task,
+    output: Path,
+    *,
+    only: Sequence[str] = tuple(MEASUREMENTS),
+    title: str,
+    about: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Measures `only`, writes the report to `output` (`write_report`) and prints its facts and where it is.
+
+    Raises:
+        ImportError: without matplotlib, before anything is measured.
+    """
+    check_matplotlib()
+    sections = measure(models, task, only)
+    path = write_report(sections, output, title=title, about=about, settings=settings)
+    for section in sections:
+        for fact in section.facts:
+            print(f"{section.title}: {fact}")
+    print(f"The report: {path} (open it in a browser); every number: {path.with_suffix('.json')}")
+
+
+def measure(models: Models, task: Task, only: Sequence[str]) -> list[Section]:
     """The measurements of these names, in the report's order; what is under way is said on stderr."""
     console, sections = Console(stderr=True), []
     for name, run in MEASUREMENTS.items():
@@ -127,7 +153,7 @@ def make_task(request: Request, processor: Processor) -> Task:
         max_new_tokens=request.max_new_tokens or int(lengths.max()),
         fillers=fillers,
         looks=_spread(lengths, request.looks),
-        rows=request.rows,
+        rows=request.batch_size,
         chunk=request.chunk,
     )
 
@@ -146,8 +172,3 @@ def _spread(lengths: np.ndarray, count: int) -> list[tuple[int, int]]:
     """(conversation, token) of `count` tokens, one conversation after the other, ever later in the answer."""
     numbers = np.arange(count) % len(lengths)
     return [(int(n), int((i + 0.5) / count * lengths[n])) for i, n in enumerate(numbers)]
-
-
-def say(path: Path) -> None:
-    """Where the report is."""
-    print(f"The report: {path} (open it in a browser); every number: {path.with_suffix('.json')}", file=sys.stdout)

@@ -6,6 +6,7 @@ Drawn by matplotlib as SVG whose texts are texts: small, sharp at any size, and 
 import math
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,16 +129,21 @@ def _columns(estimates: Sequence[Estimate]) -> dict[str, list[float | None]]:
     }
 
 
+def check_matplotlib() -> None:
+    """Raises ImportError where matplotlib is missing, with what to do."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("the report's figures are drawn by matplotlib: pip install 'pvm-jax[measure]'")
+
+
 def svg(panel: Panel | Look) -> str:
     """The drawn panel, an <svg> element on a transparent ground.
 
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the report's figures are drawn by matplotlib: pip install 'pvm-jax[measure]'") from error
+    check_matplotlib()
+    import matplotlib
+
     with matplotlib.rc_context(_STYLE):
         figure = _draw_look(panel) if isinstance(panel, Look) else _draw_panel(panel)
         out = StringIO()

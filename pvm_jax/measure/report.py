@@ -1,4 +1,4 @@
-"""The report: one JSON file of all numbers, one HTML file that needs nothing beside it, and every figure as a file of its own."""
+"""The report: one JSON file of all numbers, one HTML file that needs nothing else, every figure as a file of its own."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ _PAGE = """\
 :root {{ color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --soft: #59636e; --grid: #d8dee4; --card: #f6f8fa;
   --blue: #0072b2; --orange: #d55e00; --green: #009e73; --purple: #b5558f; --sky: #3f9fd0; --grey: #808080; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --paper: #0d1117; --ink: #e6edf3; --soft: #9aa4af; --grid: #30363d;
-  --card: #161b22; --blue: #58a6ff; --orange: #f0883e; --green: #3fb950; --purple: #d2a8ff; --sky: #79c0ff; --grey: #9aa4af; }} }}
+  --card: #161b22; --blue: #58a6ff; --orange: #f0883e; --green: #3fb950; --purple: #d2a8ff; --sky: #79c0ff;
+  --grey: #9aa4af; }} }}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }}

@@ -313,6 +313,8 @@ def measure_ablations(models: Models, task: Task) -> Section:
     if task.fillers:
         found = by_filler(models, task.fillers, rows=task.rows, chunk=task.chunk)
 
+        facts = [*_gains(found, task), *facts]
+
         def line(of: str, by: Mapping[int, TeacherForced]) -> Series:
             values = [estimate(task.counting(by[n].correct, task.fillers[n])) for n in task.fillers]
             return Series(of, list(task.fillers), values, reference=of == IMAGE_SWAPPED)
@@ -409,6 +411,23 @@ def _above(series: Sequence[Series]) -> float:
 def _change(what: str, series: Series, buckets: Sequence[Bucket]) -> str:
     first, last = series.y[0].mean, series.y[-1].mean
     return f"{what} goes from {first:.3g} at the answer's token {buckets[0]} to {last:.3g} at {buckets[-1]} ({series.name})"
+
+
+def _gains(found: Mapping[str, Mapping[int, TeacherForced]], task: Task) -> list[str]:
+    """What the first model gains on the second, paired by conversation, at every distance."""
+    (first, a), (second, b), *others = found.items()
+    if not others:  # there is one model, and what it guesses
+        return []
+    gains = {n: estimate(task.counting(a[n].correct - b[n].correct, task.fillers[n])) for n in task.fillers}
+    clear = any(gain.low > 0 or gain.high < 0 for gain in gains.values())
+    return [
+        *(
+            []
+            if clear
+            else [f"a null result: at no distance does the accuracy differ beyond its 95% interval ({first}, {second})"]
+        ),
+        *(f"{n} tokens of filler: {first} minus {second}, paired: {gain}" for n, gain in gains.items()),
+    ]
 
 
 def _maps(values: np.ndarray, seen: Sequence[Frame], merge: int) -> list[np.ndarray]:

@@ -136,7 +136,7 @@ def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(golden_mo
         chosen = np.take_along_axis(own, np.broadcast_to(token, own.shape[:-1])[..., None], -1)
         np.testing.assert_allclose(inner.probability[row, :, :count], np.exp(chosen[..., 0]), atol=BAR)
         np.testing.assert_array_equal(inner.rank[row, :, :count], (own > chosen).sum(-1))
-        np.testing.assert_allclose(inner.kl[row, :, :count], (np.exp(final) * (final - own)).sum(-1), atol=BAR)
+        np.testing.assert_allclose(inner.kl[row, :, :count], (np.exp(final) * (final - own)).sum(-1), rtol=BAR, atol=BAR)
         true = example.input_ids[before + 1]
         np.testing.assert_allclose(forced.loss[row, :count], -final[np.arange(count), true], atol=BAR)
         np.testing.assert_array_equal(forced.correct[row, :count], token == true)
