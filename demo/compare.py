@@ -1,7 +1,8 @@
-"""The branch against LoRA and full fine-tuning: the same data, the same steps, several seeds, one command.
+"""The branch against LoRA and full fine-tuning: data of the same kind, as many tokens, several seeds, one command.
 
 `make compare` runs this; a step whose result is there already is skipped. Every seed has its own examples, their order, and its
-own fresh branch or adapter. All are measured on the same held-out scenes, far beyond the distances that they were trained on.
+own fresh branch or adapter. The branch spends half of its tokens on learning to look (demo/look.yaml). All are measured on the
+same held-out scenes, far beyond the distances that they were trained on.
 """
 
 import json
@@ -19,7 +20,7 @@ from jsonargparse import auto_cli
 from demo.compare_report import UNTRAINED, Measured, write_report
 from demo.evaluate import Settings, encode, sees
 from demo.recall import attention_on_cell
-from demo.run import BASE, BRANCH, Step, run_steps
+from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint import load
 from pvm_jax.measure import ablations
 from pvm_jax.measure.pictures import exchanged
@@ -31,6 +32,8 @@ from train.loop import RESULTS
 from train.step import split_model
 
 EXAMPLES = "demo/branch_data.yaml"
+LOOK_EXAMPLES = "demo/look_data.yaml"
+BATCH_SIZE = 16  # demo/look.yaml's and demo/branch.yaml's
 SEED_OF_DATA = 100  # examples of seed s are those of 100 + s: apart from what the base model was trained on
 
 FAR = Settings(distances=(0, 100, 200, 400, 800, 1600), scenes=24)
@@ -57,13 +60,14 @@ METHODS = {
 }
 
 
-def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 400, settings: Settings = FAR) -> None:
+def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 300, settings: Settings = FAR) -> None:
     """Trains every method on every seed, measures all of them and the base, writes results.json, results.md, results.png.
 
     Args:
         out: folder for everything that is written.
         seeds: how many seeds.
-        steps: of every training.
+        steps: of LoRA and full fine-tuning. The branch takes half of them, after 4/3 as many in which it learns to look, on
+            rows of a third of the tokens: no more tokens in all.
         settings: what is measured (what the models write themselves is not).
     """
     if settings.scenes % settings.batch_size == 1:
@@ -81,7 +85,9 @@ def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 400, sett
             make = partial(measure_trained, folder, name, seed, plain, processor, settings)
             measured.append(once(folder / f"{name}.json", make))
     distances = yaml.safe_load(Path(EXAMPLES).read_text())["mixture"]["filler"]
-    write_report(measured, settings, distances, steps, out)
+    looking, beside = stages(steps)
+    how = f"{steps} steps (the branch {looking} short ones in which it learns to look, then {beside})"
+    write_report(measured, settings, distances, how, out)
 
 
 def claim(out: Path, terms: Mapping[str, Any]) -> None:
@@ -93,32 +99,38 @@ def claim(out: Path, terms: Mapping[str, Any]) -> None:
     note.write_text(mine)
 
 
+def stages(steps: int) -> tuple[int, int]:
+    """The branch's steps on LOOK_EXAMPLES and on EXAMPLES that together read as many tokens as `steps` on EXAMPLES, or less."""
+    return steps * 4 // 3, steps // 2
+
+
 def training_steps(out: Path, seed: int, steps: int) -> list[Step]:
-    """The commands of one seed: its examples, its fresh branch, and one training a method."""
+    """The commands of one seed: its examples, its fresh branch, and the trainings."""
     folder, plain = out / f"seed_{seed}", out / "plain"
-    data, fresh = folder / "data", folder / "fresh"
+    data, look_data, fresh, look = (folder / name for name in ("data", "look_data", "fresh", "look"))
+    looking, beside = stages(steps)
     commands: list[Step] = [
-        (
-            data / "data.jsonl",
-            ["demo.task", data, "--config", EXAMPLES, f"--mixture.seed={SEED_OF_DATA + seed}"],
-        ),
         (fresh, ["convert.hf_to_orbax", BASE, fresh, *BRANCH, "--seed", seed]),
+        (look_data / "data.jsonl", make_data(LOOK_EXAMPLES, look_data, seed, looking)),
+        (look / "branch", train("demo/look.yaml", fresh, look_data, look, f"--seed={seed}", f"--max_steps={looking}")),
+        (data / "data.jsonl", make_data(EXAMPLES, data, seed, steps)),
     ]
     for name, method in METHODS.items():
         run = folder / name
-        command = [
-            "train.sft",
-            "--config=demo/branch.yaml",
-            f"--checkpoint={fresh if method.trainable == 'pvm' else plain}",
-            f"--data.sources={data / 'data.jsonl'}",
-            f"--run_dir={run}",
-            f"--trainable={method.trainable}",
-            f"--seed={seed}",
-            f"--max_steps={steps}",
-            *method.arguments,
-        ]
-        commands.append((run / RESULTS[method.trainable], command))
+        own = [f"--trainable={method.trainable}", f"--seed={seed}", *method.arguments]
+        if method.trainable == "pvm":
+            own += [f"--max_steps={beside}", f"--branch={look / 'branch'}"]
+        else:
+            own += [f"--max_steps={steps}"]
+        checkpoint = fresh if method.trainable == "pvm" else plain
+        commands.append((run / RESULTS[method.trainable], train("demo/branch.yaml", checkpoint, data, run, *own)))
     return commands
+
+
+def make_data(examples: str, out: Path, seed: int, steps: int) -> list[object]:
+    """The command that writes what `steps` steps read. Some more: each bucket's last batch may not fill."""
+    count = BATCH_SIZE * (steps + 4)
+    return ["demo.task", out, "--config", examples, f"--mixture.seed={SEED_OF_DATA + seed}", f"--count={count}"]
 
 
 def once(file: Path, measure: Callable[[], Measured]) -> Measured:
@@ -153,7 +165,8 @@ def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: 
             misled[str(distance)] = float(sees(ablations.misled(model), encoded, settings).mean())
             attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
     trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, method.trainable)[1]))
-    return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=read_gates(run / "log"))
+    logs = [folder / "look" / "log", run / "log"] if method.trainable == "pvm" else []
+    return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=read_gates(*logs))
 
 
 def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qwen3VL:
@@ -163,10 +176,14 @@ def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qw
     return load(plain, lora=run / "lora") if trainable == "lora" else load(run / "model")
 
 
-def read_gates(log: Path) -> dict[str, list[float]]:
-    """The gates at every step, by layer, out of a run's TensorBoard files; empty without a branch."""
-    curves = {tag.removeprefix("gate/"): dict(points) for tag, points in read_values(log).items() if tag.startswith("gate/")}
-    return {layer: [value for _, value in sorted(points.items())] for layer, points in sorted(curves.items())}
+def read_gates(*logs: Path) -> dict[str, list[float]]:
+    """The gates at every step of trainings that followed one another, by layer, out of their TensorBoard files."""
+    gates: dict[str, list[float]] = {}
+    for log in logs:
+        for tag, points in sorted(read_values(log).items()):
+            if tag.startswith("gate/"):
+                gates.setdefault(tag.removeprefix("gate/"), []).extend(value for _, value in sorted(dict(points).items()))
+    return gates
 
 
 if __name__ == "__main__":

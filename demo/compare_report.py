@@ -43,14 +43,14 @@ class Measured:
     gates: dict[str, list[float]] = field(default_factory=dict)
 
 
-def write_report(measured: Sequence[Measured], settings: Settings, trained_on: Sequence[int], steps: int, out: Path) -> None:
+def write_report(measured: Sequence[Measured], settings: Settings, trained_on: Sequence[int], how: str, out: Path) -> None:
     """Writes results.json, results.md and results.png to `out`, and prints the table."""
     by_method: dict[str, list[Measured]] = {}
     for one in measured:
         by_method.setdefault(one.method, []).append(one)
-    content = {"settings": asdict(settings), "steps": steps, "trained_on": list(trained_on)}
+    content = {"settings": asdict(settings), "how": how, "trained_on": list(trained_on)}
     (out / "results.json").write_text(json.dumps(content | {"measured": [asdict(one) for one in measured]}) + "\n")
-    text = markdown(by_method, settings, trained_on, steps)
+    text = markdown(by_method, settings, trained_on, how)
     (out / "results.md").write_text(text)
     plot(by_method, settings, trained_on, out / "results.png")
     print(text)
@@ -63,14 +63,14 @@ def accuracies(by_method: Mapping[str, Sequence[Measured]], settings: Settings) 
     return rows | {SHUFFLED: np.array([[by_method[UNTRAINED][0].shuffled[d] for d in distances]])}
 
 
-def markdown(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], steps: int) -> str:
+def markdown(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], how: str) -> str:
     """The tables."""
     seeds = max(len(ones) for ones in by_method.values())
     rows = accuracies(by_method, settings)
     parts = [
         f"Teacher-forced accuracy of the values on {settings.scenes} held-out scenes of {settings.size} x {settings.size} "
-        f"cells, {settings.lines} lines each: mean and standard deviation over {seeds} seeds. All were trained for {steps} "
-        f"steps on distances from {trained_on[0]} to {trained_on[1]}.",
+        f"cells, {settings.lines} lines each: mean and standard deviation over {seeds} seeds. All were trained for {how} "
+        f"on distances from {trained_on[0]} to {trained_on[1]}.",
         table(
             ["tokens between image and question", *rows],
             [

@@ -26,25 +26,25 @@ def main(out: Path = Path("out/demo")) -> None:
         out: folder for everything that is written.
     """
     checkpoint, data, run, report = out / "checkpoint", out / "data", out / "run", out / "report"
+    look_data, look = out / "look_data", out / "look"
     run_steps(
         [
             (checkpoint, ["convert.hf_to_orbax", BASE, checkpoint, *BRANCH]),
+            (look_data / "data.jsonl", ["demo.task", look_data, "--config", "demo/look_data.yaml"]),
+            (look / "branch", train("demo/look.yaml", checkpoint, look_data, look)),
             (data / "data.jsonl", ["demo.task", data, "--config", "demo/branch_data.yaml"]),
-            (
-                run / "branch",
-                [
-                    "train.sft",
-                    "--config=demo/branch.yaml",
-                    f"--checkpoint={checkpoint}",
-                    f"--data.sources={data / 'data.jsonl'}",
-                    f"--run_dir={run}",
-                ],
-            ),
+            (run / "branch", train("demo/branch.yaml", checkpoint, data, run, f"--branch={look / 'branch'}")),
         ]
     )
     show_one_answer(checkpoint, run / "branch", out / "example")
     run_steps([(report / "report.html", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
     print(f"The report: {report / 'report.html'} (open it in a browser)")
+
+
+def train(config: str, checkpoint: Path, data: Path, run: Path, *more: str) -> list[str]:
+    """The command that trains on `data` from `checkpoint` into `run`, as the file `config` says."""
+    where = (f"--checkpoint={checkpoint}", f"--data.sources={data / 'data.jsonl'}", f"--run_dir={run}")
+    return ["train.sft", f"--config={config}", *where, *more]
 
 
 def run_steps(steps: Sequence[Step]) -> None:

@@ -67,7 +67,8 @@ class Batch:
         positions: [B, 3, S] int32, MRoPE (time, row, column).
         segment_ids: [B, S] int32: the packed example of each token, from 1; 0 is padding.
         loss_weights: [B, S] float32: weight of the token as a target, predicted from the column before it.
-        visual_index: [B, S] int32: the visual token of the row that stands at this column, -1 for text.
+        visual_index: [B, S] int32: the visual token of the row that stands at this column, -1 for text; -2 - i for visual token
+            i where the decoder does not see it (`hide_images`).
         visual_segment_ids: [B, V] int32: the packed example of each visual token; 0 is padding.
         patches: [B, P, patch_dim] float32.
         patch_positions: [B, P, 2] int32 (row, column) in its frame.
@@ -153,6 +154,14 @@ class Batch:
         for number, (example, where) in enumerate(zip(examples, columns, strict=True)):
             _RowWriter(batch, number, config).add(example, where)
         return batch
+
+
+def hide_images(batch: Batch, rows: Sequence[bool]) -> Batch:
+    """`batch` with the images of some of its `rows` [B] hidden from the decoder, which reads bare placeholders in their place:
+    only the branch's memory holds what they show."""
+    index = np.asarray(batch.visual_index)
+    hidden = np.asarray(rows)[:, None] & (index >= 0)
+    return dataclasses.replace(batch, visual_index=np.where(hidden, -2 - index, index))
 
 
 def bucket_size(count: int) -> int:

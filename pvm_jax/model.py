@@ -35,7 +35,8 @@ class _Columns(NamedTuple):
         """All columns of a batch whose visual tokens follow `past` others in the memory."""
         limits = None
         if visibility == "preceding":  # a row's visual tokens stand in the order of their columns
-            limits = past + 1 + jax.lax.cummax(jnp.asarray(batch.visual_index), axis=1)
+            index = jnp.asarray(batch.visual_index)
+            limits = past + 1 + jax.lax.cummax(jnp.where(index < -1, -2 - index, index), axis=1)
         return cls(batch.tokens, batch.positions, batch.segment_ids, batch.visual_index, limits)
 
     def chunks(self, count: int) -> Self:
@@ -310,12 +311,12 @@ class Qwen3VL(nnx.Module):
         cache: Any = None,
         probe: Callable[[Inner], Any] | None = None,
     ) -> Decoded:
-        is_visual = columns.visual_index >= 0
+        is_visual, seen = columns.visual_index != -1, columns.visual_index >= 0
 
         def place(features: jax.Array, elsewhere: jax.Array | float = 0) -> jax.Array:
-            """[B, V, D] -> [B, S, D]: a gather of each column's visual token."""
+            """[B, V, D] -> [B, S, D]: a gather of the visual token that each column shows."""
             placed = jnp.take_along_axis(features, jnp.maximum(columns.visual_index, 0)[..., None], axis=1)
-            return jnp.where(is_visual[..., None], placed, elsewhere)
+            return jnp.where(seen[..., None], placed, elsewhere)
 
         def recall(layer: int, stream: jax.Array) -> jax.Array:
             key = str(layer)

@@ -62,6 +62,8 @@ class DataConfig:
         buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One compilation each.
         packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
             counts rows. Without it a row is one example.
+        hide_images: share of a batch's rows whose images the decoder does not see, only the branch's memory: what the decoder
+            can still find itself, a fresh branch is slow to learn (docs/compare.md). 0, as published, hides none.
         too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
@@ -70,6 +72,7 @@ class DataConfig:
     sources: str | list[str | Source]
     buckets: list[Bucket]
     packing: bool = True
+    hide_images: float = 0.0
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
@@ -79,6 +82,8 @@ class DataConfig:
             raise ValueError("data.sources: needs at least one path")
         if not self.buckets:
             raise ValueError("data.buckets: needs at least one bucket")
+        if not 0 <= self.hide_images <= 1:
+            raise ValueError(f"data.hide_images is a share of the rows in [0, 1], got {self.hide_images}")
         if self.threads < 1 or self.prefetch < 1:
             raise ValueError(f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1")
 

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from pvm_jax.batch import Batch
+from pvm_jax.batch import Batch, hide_images
 from pvm_jax.config import ModelConfig
 from pvm_jax.conversations import Conversations, open_conversations, size_of
 from pvm_jax.messages import Messages
@@ -113,7 +113,8 @@ def load_training_data(
         bucket = buckets[plan.bucket(step)]
         members = plan.rows(step)
         examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
-        return Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+        batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+        return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
 
     batches = grain.MapDataset.range(len(plan)).map(read)
     report = _report(plan, sizes, buckets, epochs, too_long)
@@ -122,6 +123,11 @@ def load_training_data(
             f". Measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
         )
     return TrainingData(batches, report, plan, sources)
+
+
+def _is_hidden(row: int, share: float) -> bool:
+    """Whether a row of the whole batch is one of those whose images are hidden: they are spread evenly."""
+    return int((row + 1) * share) > int(row * share)
 
 
 def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int, epoch: int) -> np.ndarray:

@@ -52,7 +52,7 @@ class HeldOut:
         self._processor, self._model_config, self._program = processor, model_config, program
         self._rows = config.batch_size // config.accumulation
         self._threads, self._prefetch = config.data.threads, config.data.prefetch
-        data = replace(config.data, sources=held_out.sources)
+        data = replace(config.data, sources=held_out.sources, hide_images=0.0)
         self._data = load_training_data(
             data,
             processor,

@@ -207,7 +207,7 @@ def _claim(run_dir: Path, config: SFTConfig) -> None:
         ValueError: if another run was noted there.
     """
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
-    mine["data"] = {key: mine["data"][key] for key in ("sources", "buckets", "packing", "too_long")}
+    mine["data"] = {key: mine["data"][key] for key in ("sources", "buckets", "packing", "hide_images", "too_long")}
     mine["data"]["bytes"] = [stored_bytes(source.path) for source in config.data.mixture]
     note, aside = run_dir / "run.json", run_dir / ".run.json.partial"
     if jax.process_index() == 0 and not note.exists():

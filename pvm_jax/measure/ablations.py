@@ -18,6 +18,7 @@ from pvm_jax.vision import Visual
 AS_IT_IS = "as it is"
 BRANCH_OFF = "branch off"
 BRANCH_MISLED = "branch on another image"
+BRANCH_ALONE = "image for the branch alone"
 IMAGE_SWAPPED = "another image"
 IMAGE_BLANK = "blank image"
 
@@ -25,8 +26,9 @@ IMAGE_BLANK = "blank image"
 def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256) -> dict[str, TeacherForced]:
     """Teacher-forced accuracy and loss of `examples` under each ablation, by its name.
 
-    With a branch: as it is; the branch off; each of its layers off; the branch alone shown another conversation's image.
-    Without: as it is. And for all: the image swapped for the next conversation's (chance), and blank.
+    Of every model: as it is; the image swapped for the next conversation's (chance); the image blank. With a branch also: the
+    branch off; each of its layers off; the branch, and nothing else, shown another conversation's image; the image hidden from
+    the decoder, so that only the branch sees it.
 
     Raises:
         ValueError: for a conversation without answer or image, or a single conversation.
@@ -40,6 +42,8 @@ def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chu
         models[BRANCH_MISLED] = misled(model)
     shown = {IMAGE_SWAPPED: exchanged(examples, model.config.vision), IMAGE_BLANK: blanked(examples)}
     by_model = {name: teacher_forced(one, examples, rows=rows, chunk=chunk) for name, one in models.items()}
+    if layers:
+        by_model[BRANCH_ALONE] = teacher_forced(model, examples, rows=rows, chunk=chunk, hide=True)
     return by_model | {name: teacher_forced(model, others, rows=rows, chunk=chunk) for name, others in shown.items()}
 
 

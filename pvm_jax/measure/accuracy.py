@@ -30,14 +30,16 @@ class TeacherForced(NamedTuple):
     loss: np.ndarray
 
 
-def teacher_forced(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256) -> TeacherForced:
+def teacher_forced(
+    model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256, hide: bool = False
+) -> TeacherForced:
     """Measures `examples`, encoded conversations; see `reading.read`.
 
     Raises:
         ValueError: for a conversation without answer or image.
     """
     answers = find_answers(examples)
-    found = read(model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk)
+    found = read(model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk, hide=hide)
     return TeacherForced(*(answers.where_real(values) for values in found))
 
 

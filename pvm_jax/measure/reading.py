@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pvm_jax.batch import Batch, Example, bucket_size
+from pvm_jax.batch import Batch, Example, bucket_size, hide_images
 from pvm_jax.model import Piece, Qwen3VL
 
 Program = Callable[[Qwen3VL, Batch, jax.Array, int], Any]
@@ -60,7 +60,14 @@ def find_answers(examples: Sequence[Example]) -> Answers:
 
 
 def read(
-    model: Qwen3VL, examples: Sequence[Example], program: Program, *, columns: np.ndarray, rows: int = 4, chunk: int = 256
+    model: Qwen3VL,
+    examples: Sequence[Example],
+    program: Program,
+    *,
+    columns: np.ndarray,
+    rows: int = 4,
+    chunk: int = 256,
+    hide: bool = False,
 ) -> Any:
     """Runs `program` over all conversations.
 
@@ -69,6 +76,7 @@ def read(
         columns: [N, A], tokens of each that `program` is about.
         rows: conversations that are computed together, at most. All batches have one shape.
         chunk: columns of a batch that are computed together, at most (`Qwen3VL.inspect`).
+        hide: the decoder does not see the images, the branch alone does (`hide_images`).
 
     Returns:
         The program's pytree in NumPy, [N, ...].
@@ -83,6 +91,7 @@ def read(
         # A last batch is filled from the front: the row before a conversation is never the same one (`ablations.mislead`).
         members = np.arange(start, start + rows) % len(examples)
         batch = Batch.from_rows([[examples[i]] for i in members], model.config, length=length, patches=patches)
+        batch = hide_images(batch, [hide] * rows)
         parts.append(jax.device_get(_run(graphdef, params, batch, columns[members], program, chunk)))
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(examples)], *parts)
 

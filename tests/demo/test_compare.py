@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 
 from demo import checkpoint, compare, recall
 from demo.compare_report import Measured, write_report
-from demo.evaluate import Settings, encode
+from demo.evaluate import Settings
 from demo.run import BRANCH
-from pvm_jax.batch import Batch
 from pvm_jax.config import LoRAConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.processing import Processor
@@ -26,20 +26,35 @@ SETTINGS = Settings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)
 
 
 def test_methods_differ_in_what_trains_alone():
-    """Checkpoint, result and what the method needs apart, the commands of a seed are one command; seeds share nothing."""
-    seeds = [dict(compare.training_steps(Path("out"), seed, 7)) for seed in (0, 1)]
-    trainings = [[[str(a) for a in command] for command in by.values() if command[0] == "train.sft"] for by in seeds]
+    """Checkpoint, result, steps and what a method needs apart, the commands of a seed are one command; seeds share nothing."""
+    seeds = [dict(compare.training_steps(Path("out"), seed, 9)) for seed in (0, 1)]
+    commands_of = [[[str(a) for a in command] for command in by.values()] for by in seeds]
+    trainings = [[command for command in commands if "--config=demo/branch.yaml" in command] for commands in commands_of]
     for commands in trainings:
-        own = ("--checkpoint", "--run_dir", "--trainable", "--lora.", "--optimizer.learning_rate")
+        own = ("--checkpoint", "--run_dir", "--trainable", "--lora.", "--optimizer.learning_rate", "--max_steps", "--branch")
         assert len({tuple(a for a in command if not a.startswith(own)) for command in commands}) == 1
-        assert [a for command in commands for a in command if a == "--max_steps=7"] == ["--max_steps=7"] * len(compare.METHODS)
+        steps = [a for command in commands for a in command if a.startswith("--max_steps")]
+        assert steps == ["--max_steps=9", "--max_steps=9", "--max_steps=4"]
+        assert [a for command in commands for a in command if a.startswith("--branch")] == [commands[-1][-1]]
     for one, other in zip(*trainings, strict=True):
         differing = {a.split("=")[0] for a in set(one) ^ set(other)}
-        assert (
-            {"--seed", "--data.sources", "--run_dir"} <= differing <= {"--seed", "--data.sources", "--run_dir", "--checkpoint"}
-        )
-    examples = [[str(a) for a in command] for by in seeds for command in by.values() if command[0] == "demo.task"]
+        needed = {"--seed", "--data.sources", "--run_dir"}
+        assert needed <= differing <= {*needed, "--checkpoint", "--branch"}
+    examples = [command for commands in commands_of for command in commands if command[0] == "demo.task"]
     assert len({a for command in examples for a in command if a.startswith("--mixture.seed")}) == 2
+
+
+def test_the_branchs_two_stages_read_no_more_tokens_than_the_others_one():
+    """Counted from the configs: rows of each bucket, as often as their sizes are drawn."""
+    tokens = {}
+    for name in ("look", "branch"):
+        buckets = yaml.safe_load(Path(f"demo/{name}.yaml").read_text())["data"]["buckets"]
+        sizes = yaml.safe_load(Path(f"demo/{name}_data.yaml").read_text())["mixture"]["sizes"]
+        of_size = {bucket["patches"]: bucket["tokens"] for bucket in buckets}
+        tokens[name] = np.mean([of_size[4 * size**2] for size in sizes])
+        assert yaml.safe_load(Path(f"demo/{name}.yaml").read_text())["batch_size"] == compare.BATCH_SIZE
+    looking, beside = compare.stages(300)
+    assert 0.9 < (looking * tokens["look"] + beside * tokens["branch"]) / (300 * tokens["branch"]) <= 1
 
 
 def test_lora_has_as_many_parameters_as_the_branch():
@@ -69,23 +84,6 @@ def model() -> Qwen3VL:
     return model
 
 
-def test_the_recomputed_stream_is_what_the_branch_read(model, processor):
-    encoded = encode(SETTINGS.examples(3, 2), processor)
-    batch = Batch.from_rows([[example] for example in encoded], model.config, length=64, patches=16)
-    graphdef, params = nnx.split(model)
-
-    @jax.jit
-    def updates(params):
-        model: Qwen3VL = nnx.merge(graphdef, params)
-        trace, memories = model.trace(batch), model.memorize(model.encode(batch), batch)
-        stream = recall.stream_at_branch(model, 1, trace.streams[0], batch)
-        return model.pvm["1"](stream, memories["1"], batch.segment_ids, batch.visual_index >= 0), trace.updates[1]
-
-    recomputed, own = updates(nnx.as_pure(params))
-    assert np.abs(own).max() > 0.1
-    np.testing.assert_allclose(recomputed, own, atol=1e-5)
-
-
 def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
     """All cells together have 1; keys that are alike get alike; a sharpened branch prefers one to another."""
     examples = SETTINGS.examples(0, 2)
@@ -105,19 +103,6 @@ def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
     assert np.ptp(by_cell) > 0.1
 
 
-def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model, processor):
-    """Its update is the one that the other image's memory gives; with the gate shut, nothing is different."""
-    encoded = encode(SETTINGS.examples(0, 2), processor)
-    batch = Batch.from_rows([[example] for example in encoded], model.config, length=64, patches=16)
-    graphdef, params = nnx.split(model)
-    shut = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params))
-    np.testing.assert_array_equal(recall.mislead(shut)(batch), shut(batch))
-    misled, own = recall.mislead(model), model.memorize(model.encode(batch), batch)["1"]
-    other = misled.memorize(misled.encode(batch), batch)["1"]
-    np.testing.assert_array_equal(other.keys, own.keys[::-1])
-    assert np.abs(misled(batch) - model(batch)).max() > 1e-3
-
-
 def test_cells_are_visual_tokens_in_reading_order():
     assert [recall._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [0, 1, 2, 3, 8]
 
@@ -129,7 +114,7 @@ def test_gates_are_read_back_from_the_log_of_a_run_that_went_on(tmp_path):
         writer.add_scalar("train/loss", 1.0, step)
     writer.close()
     assert compare.read_gates(tmp_path) == {"2": [0.0, 0.5, -0.25]}
-    assert compare.read_gates(tmp_path / "none") == {}
+    assert compare.read_gates(tmp_path, tmp_path / "none", tmp_path) == {"2": [0.0, 0.5, -0.25] * 2}
 
 
 def test_measured_once_and_then_read(tmp_path):
@@ -160,7 +145,7 @@ def test_report_gives_means_and_spreads(tmp_path, capsys):
                 gates={"1": [0.0, 0.1 * (seed + 1)]},
             )
         )
-    write_report(measured, SETTINGS, (1, 4), 7, tmp_path)
+    write_report(measured, SETTINGS, (1, 4), "7 steps", tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| 0 | 0.500 | 0.700 ± 0.141 | 0.200 |" in text
     assert "| trained parameters | 0 | 1,234 |  |" in text

@@ -11,7 +11,19 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, generate
+from pvm_jax import (
+    Batch,
+    Example,
+    ModelConfig,
+    Qwen3VL,
+    TextConfig,
+    VisionConfig,
+    abstract_model,
+    generate,
+    generation,
+    without_pvm,
+)
+from pvm_jax.batch import hide_images
 from pvm_jax.cache import Samples
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 
@@ -117,6 +129,23 @@ def test_a_row_without_images_gets_no_update(model):
         assert not np.asarray(update[2, :text_only]).any()
         assert np.asarray(update[2, text_only:]).any()
         assert not np.asarray(update[0][batch.visual_index[0] >= 0]).any()
+
+
+@pytest.mark.parametrize("visibility", ["all", "preceding"])
+def test_a_hidden_image_reaches_the_text_through_the_branch_alone(model, visibility):
+    """Without the branch, other pixels change nothing in a row whose images are hidden; with it they do."""
+    text = dataclasses.replace(model.config.text, pvm_visibility=visibility)
+    graphdef = nnx.graphdef(abstract_model(dataclasses.replace(model.config, text=text)))
+    model = nnx.merge(graphdef, nnx.state(model))
+    other = dataclasses.replace(EXAMPLES[0], pixel_values=EXAMPLES[0].pixel_values[::-1])
+    batch = Batch.from_rows([[EXAMPLES[0]], [other]] * 2, CONFIG, length=48, patches=64)
+    batch = hide_images(batch, [False, False, True, True])
+    text_columns = (batch.segment_ids[0] > 0) & (batch.visual_index[0] == -1)
+    off, on = (np.asarray(m(batch))[:, text_columns] for m in (without_pvm(model), model))
+    assert np.abs(off[0] - off[1]).max() > 1e-2
+    np.testing.assert_array_equal(off[2], off[3])
+    assert np.abs(on[2] - on[3]).max() > 1e-2
+    assert not np.asarray(model.trace(batch).updates[int(*model.config.text.pvm_layers[:1])])[:, ~text_columns].any()
 
 
 def test_a_batch_without_patches_skips_the_tower(model):
@@ -293,13 +322,17 @@ def test_sharded_equals_unsharded(shallow, shape):
 
 
 @pytest.mark.parametrize("make", [lambda: make_mesh(2, 2, 2), lambda: jax.make_mesh((2, 2, 2), MESH_AXES)])
-def test_sharded_generation_gives_the_same_tokens(shallow, make):
-    """With the mesh in context; and with `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
+def test_sharded_generation_gives_the_same_tokens(shallow, make, monkeypatch):
+    """Two samples of each prompt, read in chunks, in a cache that grows twice. With the mesh in context; and with
+    `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
+    monkeypatch.setattr(generation, "FIRST_SLOTS", 4)
     batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
-    want = generate(shallow, batch, max_new_tokens=16, temperature=0.0)
+    settings = {"max_new_tokens": 16, "num_samples": 2, "prefill_chunk": 20, "seeds": (5, 6, 7, 8)}
+    want = generate(shallow, batch, **settings)
     mesh = make()
     graphdef, params = nnx.split(shallow)
     sharded = nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh)))
     with jax.set_mesh(mesh) if AxisType.Explicit not in mesh.axis_types else nullcontext():
-        got = generate(sharded, batch, max_new_tokens=16, temperature=0.0)
+        got = generate(sharded, batch, **settings)
     np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)

@@ -1,7 +1,7 @@
 """Sources on disk, the order of batches, and what becomes of every example."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,10 +14,11 @@ from train.data import epoch_readings, load_training_data
 
 @dataclass(frozen=True)
 class FakeBatch:
-    """Stands for pvm_jax.batch.Batch: which examples, in which shape."""
+    """Stands for pvm_jax.batch.Batch: which examples, in which shape, in rows whose images are hidden or not."""
 
     rows: list[list[int]]
     shape: tuple[int, int]
+    hidden: tuple[bool, ...] = ()
 
     @property
     def ids(self):
@@ -42,6 +43,7 @@ class FakeProcessor:
 @pytest.fixture(autouse=True)
 def fake_batch(monkeypatch):
     monkeypatch.setattr(train_data, "Batch", FakeBatch)
+    monkeypatch.setattr(train_data, "hide_images", lambda batch, rows: replace(batch, hidden=tuple(rows)))
 
 
 @pytest.fixture
@@ -63,9 +65,9 @@ def write(tmp_path):
 def open_data(write):
     """(sizes, options of DataConfig and of load_training_data) -> TrainingData."""
 
-    def open_data(sizes, *, buckets=((10, 4), (20, 16)), packing=False, too_long="drop", **options):
+    def open_data(sizes, *, buckets=((10, 4), (20, 16)), packing=False, too_long="drop", hide=0.0, **options):
         buckets = [Bucket(*bucket) for bucket in buckets]
-        config = DataConfig(write(sizes), buckets, packing=packing, too_long=too_long)
+        config = DataConfig(write(sizes), buckets, packing=packing, too_long=too_long, hide_images=hide)
         return load_training_data(config, FakeProcessor(), None, **{"batch_size": 4} | options)
 
     return open_data
@@ -116,6 +118,17 @@ def test_hosts_share_shapes_and_split_the_rows(read, packing):
     for batch, first, second in zip(whole, *parts, strict=True):
         assert first.shape == second.shape == batch.shape
         assert first.rows + second.rows == batch.rows
+
+
+@pytest.mark.parametrize(("share", "hidden"), [(0, 0), (0.25, 1), (0.5, 2), (1, 4)])
+def test_images_are_hidden_in_a_share_of_the_whole_batchs_rows(read, share, hidden):
+    whole = read(SIZES, hide=share)
+    parts = [read(SIZES, hide=share, rows=rows) for rows in ((0, 1), (2, 3))]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert sum(batch.hidden) == hidden
+        assert first.hidden + second.hidden == batch.hidden
+        if hidden == 2:
+            assert sum(first.hidden) == 1
 
 
 def test_measured_sizes_are_kept_for_the_next_start(read, open_data, write, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from pvm_jax.checkpoint import load, save
+from pvm_jax.lora import is_adapter
 from pvm_jax.sharding import make_mesh
 from tests.train import runs
 from train import sft
@@ -90,6 +91,19 @@ def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys)
         sft_run("whole")
     with pytest.raises(ValueError, match=r"another optimizer \(see .*run.json"):
         sft_run("whole", "--optimizer.learning_rate=1")
+
+
+def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace, sft_run):
+    lora = ("--trainable=lora", "--lora.rank=2", "--lora.targets=.*q_proj", "--max_steps=4")
+    whole = sft_run("lora", *lora)
+    assert sft_run("lora_parts", *lora, stop_at=1) | sft_run("lora_parts", *lora) == whole
+    trained = [load(workplace / "base", lora=workplace / run / "lora") for run in ("lora", "lora_parts")]
+    chex.assert_trees_all_equal(*(nnx.as_pure(nnx.state(model)) for model in trained))
+    adapters = jax.tree.leaves(nnx.state(trained[0], is_adapter))
+    assert adapters
+    assert all(np.any(adapter != 0) for adapter in adapters)  # B began at zero
+    with pytest.raises(ValueError, match="another lora"):
+        sft_run("lora", *lora, "--lora.rank=3")
 
 
 def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
