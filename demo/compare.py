@@ -22,7 +22,7 @@ from demo.evaluate import Settings, encode, sees
 from demo.recall import attention_on_cell
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint import load
-from pvm_jax.measure import ablations
+from pvm_jax.measure.ablations import mislead
 from pvm_jax.measure.pictures import exchanged
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
@@ -162,7 +162,7 @@ def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: 
         encoded = encode(examples, processor)
         accuracy[str(distance)] = float(sees(model, encoded, settings).mean())
         if method.trainable == "pvm":
-            misled[str(distance)] = float(sees(ablations.misled(model), encoded, settings).mean())
+            misled[str(distance)] = float(sees(mislead(model), encoded, settings).mean())
             attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
     trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, method.trainable)[1]))
     logs = [folder / "look" / "log", run / "log"] if method.trainable == "pvm" else []

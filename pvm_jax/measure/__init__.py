@@ -1,6 +1,6 @@
 """What a model sees over a long answer: six measurements as arrays, their figures, and the report."""
 
-from pvm_jax.measure.ablations import ablations, by_filler, misled, silenced, with_filler
+from pvm_jax.measure.ablations import ablations, by_filler, mislead, silence, with_filler
 from pvm_jax.measure.accuracy import TeacherForced, Written, teacher_forced, write
 from pvm_jax.measure.cost import Cost, cost
 from pvm_jax.measure.dilution import Dilution, dilution
@@ -24,8 +24,8 @@ __all__ = [
     "dilution",
     "lens",
     "looked",
-    "misled",
-    "silenced",
+    "mislead",
+    "silence",
     "teacher_forced",
     "with_filler",
     "write",

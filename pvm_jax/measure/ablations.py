@@ -36,10 +36,10 @@ def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chu
     layers = sorted(map(int, model.pvm))
     models = {AS_IT_IS: model}
     if layers:
-        models[BRANCH_OFF] = silenced(model, layers)
+        models[BRANCH_OFF] = silence(model, layers)
         if len(layers) > 1:
-            models |= {f"branch of layer {layer} off": silenced(model, [layer]) for layer in layers}
-        models[BRANCH_MISLED] = misled(model)
+            models |= {f"branch of layer {layer} off": silence(model, [layer]) for layer in layers}
+        models[BRANCH_MISLED] = mislead(model)
     shown = {IMAGE_SWAPPED: exchanged(examples, model.config.vision), IMAGE_BLANK: blanked(examples)}
     by_model = {name: teacher_forced(one, examples, rows=rows, chunk=chunk) for name, one in models.items()}
     if layers:
@@ -63,7 +63,7 @@ def by_filler(
     return found | {IMAGE_SWAPPED: swapped}
 
 
-def silenced(model: Qwen3VL, layers: Sequence[int]) -> Qwen3VL:
+def silence(model: Qwen3VL, layers: Sequence[int]) -> Qwen3VL:
     """`model` with the gates of these layers' branches at 0: their update is exactly 0. No new program needs compiling.
 
     Raises:
@@ -87,7 +87,7 @@ class Misled(Qwen3VL):
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), super().memorize(visual, batch))
 
 
-def misled(model: Qwen3VL) -> Qwen3VL:
+def mislead(model: Qwen3VL) -> Qwen3VL:
     """`model` as a Misled: if the branch recalls the image, it answers worse."""
     abstract = nnx.eval_shape(lambda: Misled(model.config, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(abstract), nnx.state(model))

@@ -39,9 +39,10 @@ _CAPTIONS = {
         The share of predictions whose top token is the final one in this layer and in all layers after it. Work that is
         done earlier shifts the curve up and to the left.""",
     "looked": """
-        Where the model looks as it is about to say what stands after the arrow (token {token} of answer {number}): the
-        image, and over it what each part attends to, bright for much. The percentage is the share of its attention that
-        falls on the image at all; the branch can look nowhere else.""",
+        Where the model ({name}) looks as it is about to say what stands after the arrow: the image, and over it what
+        the branch and the decoder itself attend to, bright for much, each scaled to its own brightest spot. The
+        percentage is the share of the attention that falls on the image at all; the branch can look nowhere else.""",
+    "look": "Token {token} of conversation {number}.",
     "filler": """
         The same questions and answers with more and more empty text between image and question: nothing new to know,
         only distance. What is lost to the right is lost to distance alone; the dashed line is what guessing gives
@@ -51,9 +52,9 @@ _CAPTIONS = {
         is used, turning it off or showing another image to it alone costs accuracy; with another image altogether,
         nothing but guessing is left.""",
     "cost_prefill": """
-        Reading a prompt of {tokens} tokens, {patches} image patches among what they stand for: the median of {rounds}
-        rounds, and their range as thin lines. The models took turns in every round: compare the bars with each other,
-        not with other machines.""",
+        Reading a prompt of {tokens} tokens and {patches} image patches: the fastest of {rounds} rounds, and a thin line
+        to the median. The models took turns in every round, so compare the bars with each other, not with other
+        machines.""",
     "cost_decode": """
         Writing {new_tokens} tokens one after the other, one answer at a time. The branch reads keys and values that
         were made once, with the prompt.""",

@@ -12,7 +12,7 @@ from pvm_jax.batch import Example
 from pvm_jax.checkpoint import load
 from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.conversations import Conversations, check_learnable, open_conversations
-from pvm_jax.measure.ablations import silenced, with_filler
+from pvm_jax.measure.ablations import silence, with_filler
 from pvm_jax.measure.figures import check_matplotlib
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report import write_report
@@ -125,7 +125,7 @@ def compared(model: Qwen3VL, against: Mapping[str, Qwen3VL]) -> dict[str, Qwen3V
     if against:
         return {"checkpoint": model, **against}
     layers = [int(layer) for layer in model.pvm]
-    return {WITH: model, WITHOUT: silenced(model, layers)} if layers else {"checkpoint": model}
+    return {WITH: model, WITHOUT: silence(model, layers)} if layers else {"checkpoint": model}
 
 
 def make_task(request: Request, processor: Processor) -> Task:

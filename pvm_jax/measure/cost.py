@@ -38,7 +38,7 @@ class Cost(NamedTuple):
     new_tokens: int
 
 
-def cost(models: Mapping[str, Qwen3VL], prompt: Example, *, new_tokens: int = 128, rounds: int = 5) -> dict[str, Cost]:
+def cost(models: Mapping[str, Qwen3VL], prompt: Example, *, new_tokens: int = 128, rounds: int = 10) -> dict[str, Cost]:
     """Measures `models` in turn, round by round, so that a busy machine is busy for all of them: compare within one call alone.
 
     Args:
