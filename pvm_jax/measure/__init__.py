@@ -1,33 +1,7 @@
-"""What a model sees over a long answer: six measurements as arrays, their figures, and the report."""
+"""What a model sees over a long answer: six measurements as arrays, a file each, and the report that shows them.
 
-from pvm_jax.measure.ablations import ablations, by_filler, mislead, silence, with_filler
-from pvm_jax.measure.accuracy import TeacherForced, Written, teacher_forced, write
-from pvm_jax.measure.cost import Cost, cost
-from pvm_jax.measure.dilution import Dilution, dilution
-from pvm_jax.measure.lens import Lens, lens
-from pvm_jax.measure.looked import Looked, looked
-from pvm_jax.measure.report import write_report
-from pvm_jax.measure.sections import Section, Task
-
-__all__ = [
-    "Cost",
-    "Dilution",
-    "Lens",
-    "Looked",
-    "Section",
-    "Task",
-    "TeacherForced",
-    "Written",
-    "ablations",
-    "by_filler",
-    "cost",
-    "dilution",
-    "lens",
-    "looked",
-    "mislead",
-    "silence",
-    "teacher_forced",
-    "with_filler",
-    "write",
-    "write_report",
-]
+reading      conversations -> batches; what a measurement keeps of a piece of one
+dilution, accuracy, lens, looked, ablations, cost      the measurements: functions that return arrays
+intervals, sections, captions, figures, report         from arrays to means, figures and the page
+command      `python -m pvm_jax measure`
+"""

@@ -41,6 +41,7 @@ def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chu
             models |= {f"branch of layer {layer} off": silence(model, [layer]) for layer in layers}
         models[BRANCH_MISLED] = mislead(model)
     shown = {IMAGE_SWAPPED: exchanged(examples, model.config.vision), IMAGE_BLANK: blanked(examples)}
+    rows = max(rows, 2)  # alone in its batch, a conversation's branch would be shown its own image
     by_model = {name: teacher_forced(one, examples, rows=rows, chunk=chunk) for name, one in models.items()}
     if layers:
         by_model[BRANCH_ALONE] = teacher_forced(model, examples, rows=rows, chunk=chunk, hide=True)

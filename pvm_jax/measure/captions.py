@@ -40,8 +40,10 @@ _CAPTIONS = {
         done earlier shifts the curve up and to the left.""",
     "looked": """
         Where the model ({name}) looks as it is about to say what stands after the arrow: the image, and over it what
-        the branch and the decoder itself attend to, bright for much, each scaled to its own brightest spot. The
-        percentage is the share of the attention that falls on the image at all; the branch can look nowhere else.""",
+        the branch and the decoder itself attend to, bright for much, each scaled to its own brightest spot. Of the
+        branch its sharpest head is shown, of the decoder its sharpest layer (the mean of its heads), the same ones for
+        all tokens. The percentage is the share of the attention that falls on the image at all; the branch can look
+        nowhere else.""",
     "look": "Token {token} of conversation {number}.",
     "filler": """
         The same questions and answers with more and more empty text between image and question: nothing new to know,

@@ -16,11 +16,9 @@ from pvm_jax.measure.ablations import silence, with_filler
 from pvm_jax.measure.figures import check_matplotlib
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report import write_report
-from pvm_jax.measure.sections import MEASUREMENTS, Models, Section, Task
+from pvm_jax.measure.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
-
-WITH, WITHOUT = "with the branch", "without"
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def _draw_panel(panel: Panel) -> "Figure":
     from matplotlib.figure import Figure
 
     bars = bool(panel.names)
-    height = max(1.6, 0.75 + 0.3 * len(panel.names) * max(1, 0.7 * len(panel.series))) if bars else HEIGHT
+    rows = len(panel.names) * max(1, 0.75 * len(panel.series))
+    height = 0.6 + 0.32 * rows + (0.3 if len(panel.series) > 1 else 0) if bars else HEIGHT
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     if bars:
@@ -180,7 +181,7 @@ def _draw_panel(panel: Panel) -> "Figure":
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     if len(panel.series) > 1:
-        figure.legend(loc="outside upper left", ncols=2 if len(panel.series) > 3 or not bars else 1, borderaxespad=0.2)
+        figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.2)
     return figure
 
 
@@ -195,7 +196,9 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
         mean, low, high = np.array(series.y, float).reshape(-1, 3).T
         axes.fill_between(series.x, low, high, color=colour, alpha=0.18, linewidth=0)
         style = {"marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)], "markersize": 4}
-        axes.plot(series.x, mean, color=colour, label=series.name, linewidth=1.6, **style)
+        if len(own) > len(MARKERS):  # their shades tell them apart; the first and the last say which end is which
+            style = {"label": series.name if number in (0, len(own) - 1) else None}
+        axes.plot(series.x, mean, color=colour, linewidth=1.6, **{"label": series.name} | style)
     for number, series in enumerate(s for s in panel.series if s.reference):
         mean = [estimate.mean for estimate in series.y]
         axes.plot(series.x, mean, color=GREY, label=series.name, linewidth=1.3, linestyle=DASHES[1 + number])
@@ -222,7 +225,8 @@ def _plain_ticks(axes: "Axes", panel: Panel) -> None:
     if "y" in panel.log:
         shown = np.array([e for series in panel.series for e in series.y], float)
         low, high = np.nanmin(shown[shown > 0], initial=1.0), np.nanmax(shown, initial=1e-9)
-        subs = (1.0,) if high / low > 300 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
+        reach = high / low
+        subs = (1,) if reach > 300 else (1, 3) if reach > 30 else (1, 2, 5) if reach > 8 else (1, 1.5, 2, 3, 4, 5, 7)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -260,8 +264,8 @@ def _draw_look(look: Look) -> "Figure":
         extent = (0, frame.shape[1], frame.shape[0], 0)
         axes[0].imshow(frame, extent=extent)
         for axis, (name, maps) in zip(axes[1:], look.maps.items(), strict=True):
-            axis.imshow(frame.mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1, alpha=0.45)
-            axis.imshow(maps[row], extent=extent, cmap="inferno", vmin=0, vmax=top[name], alpha=0.72, interpolation="nearest")
+            axis.imshow(frame.mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1)
+            axis.imshow(maps[row], extent=extent, cmap="inferno", vmin=0, vmax=top[name], alpha=0.7, interpolation="nearest")
         if row == 0:
             axes[0].set_title("image")
             for axis, (name, maps) in zip(axes[1:], look.maps.items(), strict=True):

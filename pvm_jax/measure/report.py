@@ -84,7 +84,7 @@ def write_report(
     page = _PAGE.format(
         title=escape(title),
         about="\n".join(f'<p class="about">{escape(paragraph)}</p>' for paragraph in about),
-        links="".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections),
+        links=" ".join(f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections),
         sections="\n".join(_section(section, drawn) for section in sections),
     )
     path = out / "report.html"
@@ -94,6 +94,8 @@ def write_report(
 
 def _section(section: Section, drawn: Mapping[str, str]) -> str:
     parts = [f'<section id="{section.key}"><h2>{escape(section.title)}</h2>']
+    if section.text:
+        parts.append(f'<p class="about">{escape(section.text)}</p>')
     if section.facts:
         parts.append("<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in section.facts) + "</ul>")
     parts.append('<div class="figures">' + "".join(_figure(panel, drawn[panel.key]) for panel in section.panels) + "</div>")

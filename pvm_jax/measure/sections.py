@@ -19,8 +19,11 @@ from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.pictures import picture
 from pvm_jax.measure.reading import find_answers
-from pvm_jax.model import Qwen3VL
+from pvm_jax.model import Qwen3VL, without_pvm
 from pvm_jax.processing import Processor
+
+WITH, WITHOUT = "with the branch", "without"
+"""Names of a model and of the same weights with every gate at 0."""
 
 Models = Mapping[str, Qwen3VL]
 """What is compared, by name; the first is the one that is looked into."""
@@ -67,13 +70,14 @@ class Task:
 
 
 class Section(NamedTuple):
-    """One measurement in the report. `rows`: a table, its header first; `facts`: what came out, a sentence each."""
+    """One measurement in the report: `facts`, what came out, a sentence each; `rows`, a table, its header first."""
 
     key: str
     title: str
     panels: Sequence[Panel | Look]
     facts: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    text: str = ""
 
 
 def measure_dilution(models: Models, task: Task) -> Section:
@@ -105,7 +109,7 @@ def measure_dilution(models: Models, task: Task) -> Section:
             ordered=True,
         ),
     ]
-    facts = [_change("the decoder's attention on the image", panels[0].series[0], buckets)]
+    facts = [_change("attention on the image", panels[0].series[0], buckets)]
     if layers:
         voices = [line(f"layer {layer}", first.update[:, at] / first.ffn[:, at]) for at, layer in enumerate(layers)]
         panels.append(
@@ -120,7 +124,7 @@ def measure_dilution(models: Models, task: Task) -> Section:
                 bounds=(0, _above(voices)),
             )
         )
-        facts += [_change(f"the branch's share beside the feed-forward, {v.name},", v, buckets) for v in voices]
+        facts += [_change("size of the branch beside the feed-forward", voice, buckets) for voice in voices]
     return Section("dilution", "Dilution", panels, facts)
 
 
@@ -171,8 +175,8 @@ def measure_accuracy(models: Models, task: Task) -> Section:
             "accuracy_by_length",
             f"Right {counted} by the answer's length",
             caption("accuracy_by_length"),
-            f"share of {counted} right",
-            "tokens of the answer",
+            f"share of {counted} right, by tokens of the answer",
+            "",
             [_by_length(name, values, lengths, by_output) for name, values in correct.items()],
             names=[str(bucket) for bucket in by_output],
             bounds=(0, 1),
@@ -191,8 +195,8 @@ def measure_accuracy(models: Models, task: Task) -> Section:
             "written_by_length",
             "The same, by the length of what was written",
             caption("written_by_length"),
-            "share exact",
-            "tokens written",
+            "share exact, by tokens written",
+            "",
             [_by_length(name, one.score, one.lengths, by_written) for name, one in written.items()],
             names=[str(bucket) for bucket in by_written],
             bounds=(0, 1),
@@ -267,12 +271,15 @@ def measure_looks(models: Models, task: Task) -> Section:
     examples = [task.examples[number] for number in numbers]
     columns = np.array([find_answers([e]).columns[0, [token]] for e, (_, token) in zip(examples, task.looks, strict=True)])
     found = looked(model, examples, columns, rows=task.rows, chunk=task.chunk)
+    layer = _sharpest(found.decoder[:, :, 0])
+    attention = {f"decoder, layer {layer}": found.decoder[:, layer, 0]}
+    if len(model.pvm):
+        branches, heads = sorted(map(int, model.pvm)), found.branch.shape[2]
+        at, head = divmod(_sharpest(found.branch[:, :, :, 0].reshape(len(examples), len(branches) * heads, -1)), heads)
+        attention = {f"branch, layer {branches[at]}": found.branch[:, at, head, 0]} | attention
     panels = []
     for place, (example, (number, token)) in enumerate(zip(examples, task.looks, strict=True)):
         seen = visual_runs(example, model.config)
-        attention = {"decoder": found.decoder[place, :, 0].mean(0)}
-        if len(model.pvm):
-            attention = {"branch": found.branch[place, :, :, 0].mean((0, 1))} | attention
         column = int(columns[place, 0])
         before, said = (
             task.processor.decode(ids, skip_special_tokens=False).strip()
@@ -282,12 +289,15 @@ def measure_looks(models: Models, task: Task) -> Section:
             Look(
                 f"looked_{place}",
                 f"…{before} → {said}",
-                caption("looked", token=token + 1, number=number),
+                caption("look", token=token + 1, number=number + 1),
                 [picture(f.pixels, f.rows, f.columns, task.processor.image_settings, model.config.vision) for f in seen],
-                {name: _maps(values, seen, model.config.vision.spatial_merge_size) for name, values in attention.items()},
+                {
+                    name: _maps(values[place], seen, model.config.vision.spatial_merge_size)
+                    for name, values in attention.items()
+                },
             )
         )
-    return Section("looked", "Where it looked", panels)
+    return Section("looked", "Where it looked", panels, text=caption("looked", name=next(iter(models))))
 
 
 def measure_ablations(models: Models, task: Task) -> Section:
@@ -312,7 +322,6 @@ def measure_ablations(models: Models, task: Task) -> Section:
     facts = [f"{ablation}: {estimate(values)} of {task.counted} right" for ablation, values in correct.items()]
     if task.fillers:
         found = by_filler(models, task.fillers, rows=task.rows, chunk=task.chunk)
-
         facts = [*_gains(found, task), *facts]
 
         def line(of: str, by: Mapping[int, TeacherForced]) -> Series:
@@ -337,11 +346,12 @@ def measure_ablations(models: Models, task: Task) -> Section:
 def measure_cost(models: Models, task: Task) -> Section:
     """`cost` on the longest of the task's prompts."""
     prompts = [prompt_of(example)[0] for example in task.examples]
-    found = cost(models, max(prompts, key=lambda prompt: len(prompt.input_ids)), new_tokens=max(task.max_new_tokens, 2))
+    built = {name: without_pvm(model) if name == WITHOUT else model for name, model in models.items()}  # not merely silent
+    found = cost(built, max(prompts, key=lambda prompt: len(prompt.input_ids)), new_tokens=max(task.max_new_tokens, 2))
     one = next(iter(found.values()))
 
     def bars(key: str, title: str, text: str, label: str, values: Callable[[Cost], np.ndarray]) -> Panel:
-        estimates = [Estimate(*np.quantile(values(c), [0.5, 0.0, 1.0])) for c in found.values()]
+        estimates = [Estimate(*np.quantile(values(c), [0.0, 0.0, 0.5])) for c in found.values()]
         return Panel(key, title, text, label, "", [Series(title, [*range(len(found))], estimates)], names=list(found))
 
     panels = [
@@ -365,16 +375,14 @@ def measure_cost(models: Models, task: Task) -> Section:
         ("weights", lambda c: _size(c.weights)),
         ("keys and values of prompt and answer", lambda c: _size(c.cache)),
         ("the branch's memory of the image", lambda c: _size(c.memory)),
-        ("tokens a second, once it writes", lambda c: f"{1 / np.median(c.decode):,.0f}"),
+        ("tokens a second, once it writes", lambda c: f"{1 / c.decode.min():,.0f}"),
     ):
         rows.append([label, *(value(c) for c in found.values())])
     facts = []
     if len(found) > 1:
         (first, a), (second, b) = [*found.items()][:2]
         for what, x, y in (("the first token", a.prefill, b.prefill), ("a further token", a.decode, b.decode)):
-            facts.append(
-                f"{what} takes {first} {np.median(x / y):.2f} times as long as {second} (median of the rounds' ratios)"
-            )
+            facts.append(f"{what} takes {first} {x.min() / y.min():.2f} times as long as {second} (fastest rounds)")
     return Section("cost", "Cost", panels, facts, rows)
 
 
@@ -410,7 +418,7 @@ def _above(series: Sequence[Series]) -> float:
 
 def _change(what: str, series: Series, buckets: Sequence[Bucket]) -> str:
     first, last = series.y[0].mean, series.y[-1].mean
-    return f"{what} goes from {first:.3g} at the answer's token {buckets[0]} to {last:.3g} at {buckets[-1]} ({series.name})"
+    return f"{what}: {first:.3g} at tokens {buckets[0]} of the answer, {last:.3g} at {buckets[-1]} ({series.name})"
 
 
 def _gains(found: Mapping[str, Mapping[int, TeacherForced]], task: Task) -> list[str]:
@@ -430,6 +438,13 @@ def _gains(found: Mapping[str, Mapping[int, TeacherForced]], task: Task) -> list
     ]
 
 
+def _sharpest(attention: np.ndarray) -> int:
+    """Of attention [N, choices, V], the choice whose attention on the image is the most concentrated, over all N."""
+    shares = attention / np.maximum(attention.sum(-1, keepdims=True), 1e-9)
+    entropy = -(shares * np.log(np.maximum(shares, 1e-9))).sum(-1)
+    return int(entropy.mean(0).argmin())
+
+
 def _maps(values: np.ndarray, seen: Sequence[Frame], merge: int) -> list[np.ndarray]:
     """Attention on visual tokens [V] -> a map [rows, columns] for each frame."""
     grids = [(frame.rows // merge, frame.columns // merge) for frame in seen]
@@ -438,4 +453,7 @@ def _maps(values: np.ndarray, seen: Sequence[Frame], merge: int) -> list[np.ndar
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:,.2f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count / 2**10:,.2f} KiB" if count else "0"

@@ -109,6 +109,7 @@ def _dense(model, batch: Batch, inner) -> Dense:
     )
 
 
+@pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)  # images of two sizes and a video, four queries a key
 def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(golden_model, examples, reference):
     answers = find_answers(examples)
     visual = [np.isin(e.input_ids, (golden_model.config.image_token_id, golden_model.config.video_token_id)) for e in examples]
@@ -145,6 +146,7 @@ def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(golden_mo
     assert np.ptp(diluted.mass[np.isfinite(diluted.mass)]) > 0.01  # not all alike: the comparison says something
 
 
+@pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)
 def test_a_token_settles_where_its_rank_is_first_0_for_good(golden_model, examples):
     found = lens(golden_model, examples, rows=2, chunk=CHUNK)
     for rank, settled in zip(np.moveaxis(found.rank, 1, 2).reshape(-1, 5), found.settled.reshape(-1), strict=True):
