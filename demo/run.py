@@ -37,9 +37,8 @@ def main(out: Path = Path("out/demo")) -> None:
         ]
     )
     show_one_answer(checkpoint, run / "branch", out / "example")
-    run_steps([(report / "results.md", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
-    print((report / "results.md").read_text())
-    print(f"The picture: {report / 'results.png'}; every number: {report / 'results.json'}")
+    run_steps([(report / "report.html", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
+    print(f"The report: {report / 'report.html'} (open it in a browser)")
 
 
 def train(config: str, checkpoint: Path, data: Path, run: Path, *more: str) -> list[str]:
