@@ -93,7 +93,6 @@ def write(
     Raises:
         ValueError: for a conversation without answer or image.
     """
-    find_answers(examples)
     cut = [prompt_of(example) for example in examples]
     references = [reference for _, reference in cut]
     prompts = [prompt for prompt, _ in cut]
@@ -124,6 +123,6 @@ def exact_so_far(written: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def prompt_of(example: Example) -> tuple[Example, np.ndarray]:
     """The conversation up to its last answer, and that answer's tokens."""
-    learned = np.flatnonzero(example.loss_mask)
+    learned = find_answers([example]).columns[0]
     start = learned[np.flatnonzero(np.diff(learned, prepend=-2) > 1)[-1]]
     return replace(example, input_ids=example.input_ids[:start], loss_mask=None), example.input_ids[learned[learned >= start]]

@@ -54,11 +54,13 @@ def cost(models: Mapping[str, Qwen3VL], prompt: Example, *, new_tokens: int = 12
     for _ in range(rounds + 1):
         for name, model in models.items():
             seconds[name].append(_seconds(model, batches[name], new_tokens))
-    size = len(prompt.input_ids), prompt.num_patches, new_tokens
-    return {
-        name: Cost(*np.array(seconds[name][1:]).T, *_bytes(model, batches[name], new_tokens), *size)
-        for name, model in models.items()
-    }
+    found = {}
+    for name, model in models.items():
+        prefill, decode = np.array(seconds[name][1:]).T
+        weights, cache, memory = _bytes(model, batches[name], new_tokens)
+        size = (len(prompt.input_ids), prompt.num_patches, new_tokens)
+        found[name] = Cost(prefill, decode, weights, cache, memory, *size)
+    return found
 
 
 def _seconds(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[float, float]:

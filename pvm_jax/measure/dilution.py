@@ -48,7 +48,7 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> tu
         slots = jnp.pad(is_visual, ((0, 0), (0, piece.mask.shape[-1] - is_visual.shape[1])))
         weights = attention_weights(inner.q, jnp.moveaxis(inner.cache.keys[inner.index], 1, 2), piece.mask)
         mass = jnp.where(slots[:, None, None], weights, 0).sum(-1).mean(1)
-        return mass, *((None, None) if inner.update is None else (_norm(inner.ffn), _norm(inner.update)))
+        return (mass, None, None) if inner.update is None else (mass, _norm(inner.ffn), _norm(inner.update))
 
     def conclude(piece: Piece, hidden: jax.Array, layers: list) -> list[jax.Array]:
         nothing = jnp.zeros((0, *hidden.shape[:2]))

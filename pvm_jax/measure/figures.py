@@ -37,7 +37,7 @@ _VARIABLES = {
     GREY: "var(--grey)",
 }
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "pvm-jax",
     "font.size": 10,
@@ -195,10 +195,11 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
         colour = shades[number] if panel.ordered else CYCLE[number % len(CYCLE)]
         mean, low, high = np.array(series.y, float).reshape(-1, 3).T
         axes.fill_between(series.x, low, high, color=colour, alpha=0.18, linewidth=0)
-        style = {"marker": MARKERS[number % len(MARKERS)], "linestyle": DASHES[number % len(DASHES)], "markersize": 4}
-        if len(own) > len(MARKERS):  # their shades tell them apart; the first and the last say which end is which
-            style = {"label": series.name if number in (0, len(own) - 1) else None}
-        axes.plot(series.x, mean, color=colour, linewidth=1.6, **{"label": series.name} | style)
+        (line,) = axes.plot(series.x, mean, color=colour, linewidth=1.6)
+        if len(own) <= len(MARKERS):
+            line.set(marker=MARKERS[number], linestyle=DASHES[number], markersize=4)
+        if len(own) <= len(MARKERS) or number in (0, len(own) - 1):  # many are shades: the ends say which end is which
+            line.set_label(series.name)
     for number, series in enumerate(s for s in panel.series if s.reference):
         mean = [estimate.mean for estimate in series.y]
         axes.plot(series.x, mean, color=GREY, label=series.name, linewidth=1.3, linestyle=DASHES[1 + number])

@@ -89,7 +89,7 @@ def read(
     parts = []
     for start in range(0, len(examples), rows):
         # A last batch is filled from the front: the row before a conversation is never the same one (`ablations.mislead`).
-        members = np.arange(start, start + rows) % len(examples)
+        members = [i % len(examples) for i in range(start, start + rows)]
         batch = Batch.from_rows([[examples[i]] for i in members], model.config, length=length, patches=patches)
         batch = hide_images(batch, [hide] * rows)
         parts.append(jax.device_get(_run(graphdef, params, batch, columns[members], program, chunk)))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from demo.checkpoint import write_assets
@@ -26,6 +27,7 @@ from pvm_jax.measure.accuracy import exact_so_far, prompt_of, teacher_forced, wr
 from pvm_jax.measure.pictures import blanked, exchanged, frames, picture, with_frames
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model import Qwen3VL
+from pvm_jax.vision import Visual
 from tests.pvm_jax.measure.models import CONFIG, make_example, make_model
 
 EXAMPLES = [make_example(1, 7), make_example(2, 4, ((2, 6), (4, 2))), make_example(3, 6, ((6, 4),))]
@@ -66,11 +68,11 @@ def test_every_ablation_is_another_model_and_none_changes_where_answers_end(foun
             assert np.nanmax(np.abs(loss - other)) > 1e-3
 
 
-def test_a_silenced_layer_leaves_the_others(model):
-    batch = Batch.from_rows([[EXAMPLES[0]]], CONFIG, length=32, patches=16)
-    trace = silence(model, [1]).trace(batch)
-    assert not np.asarray(trace.updates[1]).any()
-    assert np.asarray(trace.updates[2]).any()
+def test_silencing_a_layer_shuts_its_gate_and_touches_nothing_else(model):
+    before, after = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, silence(model, [1])))
+    changed = [path for path in before if not np.array_equal(before[path][...], after[path][...])]
+    assert changed == [("pvm", "1", "gate_alpha")]
+    assert not np.asarray(after[changed[0]][...]).any()
     with pytest.raises(ValueError, match=r"no branch at layers \[0\]: there is one at \[1, 2\]"):
         silence(model, [0, 1])
 
@@ -93,9 +95,10 @@ def test_exchanged_conversations_differ_in_what_is_shown_alone():
 
 def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model):
     """Its memory is the other image's, also in the last batch, which is filled up; with the gates shut, nothing differs."""
-    batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=32, patches=32)
-    misled, own = mislead(model), model.memorize(model.encode(batch), batch)["1"]
-    np.testing.assert_array_equal(misled.memorize(misled.encode(batch), batch)["1"].keys, np.roll(own.keys, 1, axis=0))
+    misled, batch = mislead(model), Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=64, patches=64)
+    visual = Visual(np.random.default_rng(0).normal(size=(3, 16, 32)).astype(np.float32), None)
+    own, other = (one.memorize(visual, batch)["1"] for one in (model, misled))
+    np.testing.assert_array_equal(other.keys, np.roll(own.keys, 1, axis=0))
     shut = silence(model, [1, 2])
     for one, differs in ((shut, False), (model, True)):  # two rows, three conversations: the last batch is filled up
         own, other = (teacher_forced(m, EXAMPLES, rows=2, chunk=8).loss for m in (one, mislead(one)))

@@ -95,7 +95,7 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
 
 
 def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(checkpoint, data, tmp_path):
-    more = ["--only", "lens", "--against", str(checkpoint), "--limit", "2"]
+    more = ["--only", "lens", "--against", str(checkpoint)]
     main(arguments(checkpoint, data, tmp_path, *more))
     content = json.loads((tmp_path / "report.json").read_text())
     assert list(content["sections"]) == ["lens"]
