@@ -88,12 +88,7 @@ class Program:
 
     def abstract_batch(self, bucket: Bucket, rows: int) -> Batch:
         """ShapeDtypeStructs of a batch of `rows` rows of `bucket`, with their shardings."""
-        row = Batch.empty(self.model_config, rows=1, length=bucket.tokens, patches=bucket.patches)
-
-        def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=self.batch_sharding)
-
-        return jax.tree.map(abstract, row)
+        return abstract_batch(self.model_config, bucket, rows, self.batch_sharding)
 
 
 @dataclass(frozen=True)
@@ -109,6 +104,16 @@ class SFTProgram(Program):
         loss = make_loss(self.graphdef, chunk=config.loss_chunk)
         step = make_step(loss, self.optimizer, self.schedule, accumulation=config.accumulation, costs=self.costs)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+
+
+def abstract_batch(model_config: ModelConfig, bucket: Bucket, rows: int, sharding: NamedSharding) -> Batch:
+    """ShapeDtypeStructs of `rows` rows of `bucket`, each leaf with this sharding."""
+    row = Batch.empty(model_config, rows=1, length=bucket.tokens, patches=bucket.patches)
+
+    def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, row)
 
 
 def rows_per_shard(rows: int, parts: int, mesh: Mesh, *, name: str = "batch_size", parts_name: str = "accumulation") -> int:

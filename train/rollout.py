@@ -19,7 +19,7 @@ from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, param_shardings, place_rows
 from train.config import Bucket, MeshConfig
 from train.grpo_config import GRPOConfig
-from train.program import Program, rows_per_shard
+from train.program import Program, abstract_batch, placed, rows_per_shard
 from train.prompts import Prompt, PromptBatch
 from train.step import TrainState, cast
 
@@ -57,23 +57,27 @@ class Sampler:
         self._at_once = config.prompts_per_step // config.rollout_parts
         check_prompts(config, self.mesh)
         self._stop_tokens = read_stop_tokens(config.checkpoint)
-        self._move = jax.jit(lambda trees: cast(trees, config.dtype), out_shardings=self._weights())
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_weights)
+        self._move = jax.jit(lambda params: cast(params, config.dtype), out_shardings=shardings)
 
-    def _weights(self) -> Any:
-        """Where trained and frozen parameters lie during the rollout; None: where they lie while they train."""
-        if self.config.rollout_mesh is None:
-            return None
+    @property
+    def abstract_weights(self) -> nnx.State:
+        """All parameters where they lie while they generate: ShapeDtypeStructs, in the compute dtype."""
         _, params = nnx.split(abstract_model(self.model_config))
-        whole = param_shardings(params, self.mesh)
-        paths = {jax.tree_util.keystr(path): sharding for path, sharding in jax.tree.leaves_with_path(whole)}
-        trees = (self.program.state.params, self.program.frozen)
-        return jax.tree.map_with_path(lambda path, _: paths[jax.tree_util.keystr(path[1:])], trees)
+        shapes = jax.eval_shape(lambda: cast(nnx.as_pure(params), self.config.dtype))
+        return placed(shapes, param_shardings(params, self.mesh))
+
+    def abstract_batch(self, bucket: Bucket) -> Batch:
+        """ShapeDtypeStructs of the prompts of a part, with their shardings."""
+        return abstract_batch(self.model_config, bucket, self._at_once, self.sharding)
 
     def model(self, state: TrainState, frozen: Any) -> Qwen3VL:
         """The model as it stands; valid until the next step donates the state."""
+        params = (state.params, frozen)
         if self.config.rollout_mesh is None:
-            return nnx.merge(self.program.graphdef, cast(state.params, self.config.dtype), frozen)
-        return nnx.merge(self.program.graphdef, *self._move((state.params, frozen)))
+            return nnx.merge(self.program.graphdef, *cast(params, self.config.dtype))
+        graphdef, moved = nnx.split(nnx.merge(self.program.graphdef, *params))
+        return nnx.merge(graphdef, self._move(nnx.as_pure(moved)))
 
     def __call__(
         self,
