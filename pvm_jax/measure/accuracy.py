@@ -93,6 +93,7 @@ def write(
     Raises:
         ValueError: for a conversation without answer or image.
     """
+    find_answers(examples)  # refuses by number
     cut = [prompt_of(example) for example in examples]
     references = [reference for _, reference in cut]
     prompts = [prompt for prompt, _ in cut]

@@ -75,8 +75,10 @@ def measure_checkpoint(request: Request) -> None:
     lengths = find_answers(task.examples).lengths
     about = [
         f"{len(task.examples)} conversations of {request.data}, whose answers have {lengths.min():,} to {lengths.max():,} "
-        f"tokens, measured on {' and '.join(models)}. Intervals are 95%, by resampling conversations.",
-        f"Checkpoint {request.checkpoint}" + (f", branch {request.branch}" if request.branch else "") + ".",
+        f"tokens. Measured: {', '.join(models)}. Intervals are 95%, by resampling conversations.",
+        ", ".join(
+            f"{name} {value}" for name in ("checkpoint", "branch", "lora", "against") if (value := getattr(request, name))
+        ),
     ]
     settings = {name: str(value) for name, value in vars(request).items()}
     title = "What the model sees over a long answer"

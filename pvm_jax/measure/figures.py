@@ -190,7 +190,7 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
     from matplotlib.colors import to_hex
 
     own = [series for series in panel.series if not series.reference]
-    shades = [to_hex(c) for c in colormaps["viridis"](np.linspace(0.15, 0.8, len(own)))]
+    shades = [to_hex(c) for c in colormaps["viridis"](np.linspace(0.25, 0.85, len(own)))]
     for number, series in enumerate(own):
         colour = shades[number] if panel.ordered else CYCLE[number % len(CYCLE)]
         mean, low, high = np.array(series.y, float).reshape(-1, 3).T
