@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo demo-grpo compare base test faults docs-check lint format clean
+.PHONY: help demo demo-grpo figures compare base test faults docs-check lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -15,11 +15,16 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
 	@touch $@
 
-demo: .venv/ready  ## convert the shipped tiny checkpoint, fine-tune its PVM branch, generate, plot what changed
+demo: .venv/ready  ## convert the shipped tiny checkpoint, fine-tune its PVM branch, generate, measure what changed
 	$(BIN)/python -m demo.run
 
 demo-grpo: .venv/ready  ## refine what demo trained by GRPO, over three seeds, and plot the held-out reward
 	$(BIN)/python -m demo.grpo
+
+FIGURES := out/demo/report/figures
+figures: demo  ## the README's figures, out of the demo's report
+	cp $(FIGURES)/filler.svg $(FIGURES)/dilution.svg docs/
+	cp $(FIGURES)/looked_2.svg docs/looked.svg
 
 compare: .venv/ready  ## base, LoRA, full fine-tuning and the branch on the demo's task over three seeds, about an hour
 	$(BIN)/python -m demo.compare

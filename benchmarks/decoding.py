@@ -4,10 +4,13 @@ Weights and cache are random; one step is timed at a time, the three in turn, so
 
     python -m benchmarks.decoding --visual_tokens [256,1024]
     python -m benchmarks.decoding --size 4b --limit_gib 60
+    python -m benchmarks.decoding --size 8b --count_only true       # what a step computes and reads; nothing runs
 """
 
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.device import random_model
-from pvm_jax import ModelConfig, Qwen3VL, TextConfig, VisionConfig, without_pvm
+from pvm_jax import ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, without_pvm
 from pvm_jax.cache import Cache, Prompts, Samples
-from pvm_jax.memory import Memory
 from train.flops import count_flops
 
 TEXT = TextConfig(
@@ -41,7 +43,7 @@ SMALL = ModelConfig(
         hidden_size=64, intermediate_size=64, depth=1, num_heads=1, out_hidden_size=640, deepstack_visual_indexes=(0,)
     ),
     tie_word_embeddings=True,
-).with_pvm()
+).with_pvm((6,), 128)
 """A model for the CPU, in float32; what decodes of it is that of benchmarks.against_torch, with a branch."""
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.
@@ -54,14 +56,19 @@ PEAK_BANDWIDTH = {
 }
 
 
-class Step(NamedTuple):
-    """One decoding step: `run` makes one and waits for it. `floor`: the bytes of what it must read, the decoder's and the
-    branch's weights, the head and the cache; `temporary`, `updated`: those that the compiled program holds beside its arguments
-    and writes in place."""
+class Counted(NamedTuple):
+    """What a decoding step computes and must read: `floor` is the bytes of the decoder's and the branch's weights, the head and
+    the cache."""
 
-    run: Callable[[], None]
     flops: int
     floor: int
+
+
+class Step(NamedTuple):
+    """One decoding step: `run` makes one and waits for it. `temporary`, `updated`: the bytes that the compiled program holds
+    beside its arguments and writes in place."""
+
+    run: Callable[[], None]
     temporary: int
     updated: int
 
@@ -73,6 +80,7 @@ def main(
     text_tokens: int = 256,
     repeats: int = 20,
     limit_gib: float = 8.0,
+    count_only: bool = False,
 ) -> None:
     """Prints a line for each batch size and count of visual tokens.
 
@@ -82,51 +90,40 @@ def main(
         batches: rows.
         text_tokens: that every row has read or written before the step.
         repeats: steps of each kind; the fastest counts.
-        limit_gib: lines whose cache and visual embeddings take more are left out.
+        limit_gib: lines whose cache and visual embeddings take more are counted, not run.
+        count_only: run nothing.
     """
     device = jax.devices()[0]
     config = SMALL if size == "small" else ModelConfig.preset(size, dtype="bfloat16", param_dtype="bfloat16")
-    model = random_model(config)
+    model = abstract_model(config) if count_only else random_model(config)
     bandwidth = next((rate for kind, rate in PEAK_BANDWIDTH.items() if device.device_kind.startswith(kind)), None)
-    table = Table(title=f"{size}: a decoding step, {text_tokens} text tokens before it, {device.device_kind}, {config.dtype}")
-    for column in (
-        "rows",
-        "visual",
-        "off: ms",
-        "on",
-        "projecting anew",
-        "FLOPs on",
-        "projecting anew",
-        "floor",
-        "GB/s",
-        "of the bandwidth",
-        "temporary / floor",
-        "updated in place",
-    ):
+    where = "counted" if count_only else device.device_kind
+    table = Table(title=f"{size}: a decoding step, {text_tokens} text tokens before it, {config.dtype}, {where}")
+    columns = ["rows", "visual", "floor", "bytes on", "anew", "FLOPs on", "anew"]
+    if not count_only:
+        columns += ["off: ms", "on", "anew", "GB/s", "of the bandwidth", "temporary / floor", "updated in place"]
+    for column in columns:
         table.add_column(column, justify="right")
     for rows in batches:
         for visual in visual_tokens:
-            if cache_bytes(config, rows, visual, text_tokens) > limit_gib * 2**30:
-                table.add_row(str(rows), f"{visual:,}", "left out: --limit_gib")
-                continue
-            off, on, anew = (
-                decoding_step(asked, rows, visual, text_tokens, anew=anew)
-                for asked, anew in ((without_pvm(model), False), (model, False), (model, True))
-            )
-            seconds = fastest_in_turn([step.run for step in (off, on, anew)], repeats)
-            rate = on.floor / seconds[1]
-            table.add_row(
-                str(rows),
-                f"{visual:,}",
-                f"{seconds[0] * 1e3:.2f}",
-                *(f"{s / seconds[0] - 1:+.1%}" for s in seconds[1:]),
-                *(f"{step.flops / off.flops - 1:+.1%}" for step in (on, anew)),
-                f"{on.floor / 2**30:.2f} GiB",
-                f"{rate / 1e9:.0f}",
-                f"{rate / bandwidth:.0%}" if bandwidth else "unknown",
-                f"{on.temporary / on.floor:.1%}",
-                f"{on.updated / 2**20:.0f} MiB",
-            )
+            kinds = [(without_pvm(model), False), (model, False), (model, True)]
+            counted = [count(kind, rows, visual, text_tokens, anew=anew) for kind, anew in kinds]
+            cells = [str(rows), f"{visual:,}", f"{counted[1].floor / 2**30:.2f} GiB"]
+            cells += [f"{c.floor / counted[0].floor - 1:+.2%}" for c in counted[1:]]
+            cells += [f"{c.flops / counted[0].flops - 1:+.2%}" for c in counted[1:]]
+            if not count_only and cache_bytes(config, rows, visual, text_tokens) <= limit_gib * 2**30:
+                steps = [decoding_step(kind, rows, visual, text_tokens, anew=anew) for kind, anew in kinds]
+                seconds = fastest_in_turn([step.run for step in steps], repeats)
+                rate = counted[1].floor / seconds[1]
+                cells += [
+                    f"{seconds[0] * 1e3:.2f}",
+                    *(f"{s / seconds[0] - 1:+.1%}" for s in seconds[1:]),
+                    f"{rate / 1e9:.0f}",
+                    f"{rate / bandwidth:.0%}" if bandwidth else "unknown",
+                    f"{steps[1].temporary / counted[1].floor:.1%}",
+                    f"{steps[1].updated / 2**20:.0f} MiB",
+                ]
+            table.add_row(*cells)
     Console(width=150).print(table)
 
 
@@ -137,48 +134,62 @@ def cache_bytes(config: ModelConfig, rows: int, visual: int, text: int) -> int:
     return rows * (key_values + c.hidden_size * visual) * config.compute_dtype.itemsize
 
 
-def decoding_step(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> Step:
-    """A step of `rows` rows behind `visual` visual tokens; the samples' cache has `text` slots, of which it takes the last."""
+def inputs(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> tuple[Any, ...]:
+    """The cache of `rows` rows behind `visual` visual tokens, their embeddings, a token and `text` slots for what was written:
+    made of ones. With `anew` the cache has no memories."""
     config = model.config
+    ids = jnp.ones((rows, visual), jnp.int32)
+    embeds = jnp.ones((rows, visual, config.text.hidden_size), config.compute_dtype)
+    memories = {} if anew else {layer: pvm.memorize(embeds, ids) for layer, pvm in model.pvm.items()}
+    cache = Cache(Prompts.empty(config, rows, visual)._replace(segment_ids=ids), memories)
+    return cache, embeds if anew else None, jnp.ones((rows, 1), jnp.int32), Samples.empty(config, rows, 1, text)
+
+
+def decode(
+    graphdef: nnx.GraphDef, params: Any, cache: Cache, embeds: jax.Array | None, token: jax.Array, samples: Samples
+) -> tuple[jax.Array, Samples]:
+    """One greedy step, in the samples' last slot; what is to be projected anew is in `embeds`."""
+    model: Qwen3VL = nnx.merge(graphdef, params)
+    segment_ids = cache.prompts.segment_ids
+    if embeds is not None:
+        memories = {layer: pvm.memorize(embeds, segment_ids) for layer, pvm in model.pvm.items()}
+        cache = cache._replace(memories=memories)
+    slot = jnp.asarray(samples.slots - 1)
+    positions = jnp.full_like(token, segment_ids.shape[1] + samples.slots)
+    hidden, samples = model.decode(token, positions, segment_ids[:, 0], cache, samples, slot)
+    return jnp.argmax(model.logits(hidden), -1).astype(jnp.int32), samples
+
+
+def count(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> Counted:
+    """From shapes: the model may be abstract."""
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
-    embeds = jnp.ones((rows, visual, config.text.hidden_size), config.compute_dtype)
-    ids = jnp.ones((rows, visual), jnp.int32)
+    shapes = partial(inputs, rows=rows, visual=visual, text=text, anew=anew)
+    given = jax.eval_shape(lambda params: shapes(nnx.merge(graphdef, params)), params)
+    head = model.language_model.embed_tokens if model.lm_head is None else model.lm_head
+    read = (*map(nnx.state, (model.language_model.layers, model.pvm, head)), given)
+    return Counted(
+        flops=count_flops(partial(decode, graphdef), params, *given),
+        floor=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(read)),
+    )
 
-    def memorize(model: Qwen3VL, embeds: jax.Array) -> dict[str, Memory]:
-        return {layer: pvm.memorize(embeds, ids) for layer, pvm in model.pvm.items()}
 
-    prompts = Prompts.empty(config, rows, visual)._replace(segment_ids=ids)
-    cache = Cache(prompts, jax.jit(memorize)(model, embeds) if not anew else {})
-    samples = Samples.empty(config, rows, 1, text)
-    token = jnp.ones((rows, 1), jnp.int32)
-
-    def step(params: Any, cache: Cache, embeds: jax.Array, token: jax.Array, samples: Samples):
-        model: Qwen3VL = nnx.merge(graphdef, params)
-        if anew:
-            cache = cache._replace(memories=memorize(model, embeds))
-        positions = jnp.full_like(token, visual + text)
-        hidden, samples = model.decode(token, positions, jnp.ones(rows, jnp.int32), cache, samples, jnp.asarray(text - 1))
-        return jnp.argmax(model.logits(hidden), -1).astype(jnp.int32), samples
-
-    given = params, cache, embeds, token
-    compiled = jax.jit(step, donate_argnames="samples").lower(*given, samples).compile()
+def decoding_step(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> Step:
+    """The compiled step, on `inputs`."""
+    graphdef, params = nnx.split(model)
+    params = nnx.as_pure(params)
+    make = partial(inputs, rows=rows, visual=visual, text=text, anew=anew)
+    *given, samples = jax.jit(lambda params: make(nnx.merge(graphdef, params)))(params)
+    compiled = jax.jit(decode, static_argnums=0, donate_argnames="samples").lower(graphdef, params, *given, samples).compile()
 
     def run() -> None:
         nonlocal samples
-        token, samples = compiled(*given, samples)
+        token, samples = compiled(params, *given, samples)
         token.block_until_ready()
 
     memory = compiled.memory_analysis()
     assert memory is not None
-    read = (nnx.state(model.language_model.layers), nnx.state(model.pvm), model.head_weight(), cache, samples)
-    return Step(
-        run,
-        flops=count_flops(step, *given, samples),
-        floor=sum(leaf.nbytes for leaf in jax.tree.leaves(read)),
-        temporary=memory.temp_size_in_bytes,
-        updated=memory.alias_size_in_bytes,
-    )
+    return Step(run, temporary=memory.temp_size_in_bytes, updated=memory.alias_size_in_bytes)
 
 
 def fastest_in_turn(runs: list[Callable[[], None]], repeats: int) -> list[float]:

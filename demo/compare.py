@@ -18,10 +18,12 @@ import yaml
 from jsonargparse import auto_cli
 
 from demo.compare_report import UNTRAINED, Measured, write_report
-from demo.evaluate import Settings, encode, exchange, sees
-from demo.recall import attention_on_cell, mislead
+from demo.evaluate import Settings, encode, sees
+from demo.recall import attention_on_cell
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint import load
+from pvm_jax.measure.ablations import mislead
+from pvm_jax.measure.pictures import exchanged
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from train.config import Trainable
@@ -146,7 +148,7 @@ def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measu
     for distance in settings.distances:
         encoded = encode(settings.examples(distance, settings.scenes), processor)
         own[str(distance)] = float(sees(model, encoded, settings).mean())
-        other[str(distance)] = float(sees(model, exchange(encoded), settings).mean())
+        other[str(distance)] = float(sees(model, exchanged(encoded, model.config.vision), settings).mean())
     return Measured(UNTRAINED, None, 0, own, shuffled=other)
 
 

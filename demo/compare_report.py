@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from demo.evaluate import Settings
-from demo.report import table
 
 UNTRAINED, SHUFFLED = "base", "base, other image"
 COLOURS = {UNTRAINED: "#555555", SHUFFLED: "#bbbbbb", "LoRA": "#2a78b5", "full": "#2e8b57", "PVM": "#c0392b"}
@@ -117,6 +117,12 @@ def _attention(ones: Sequence[Measured], settings: Settings) -> dict[str, np.nda
     """By layer, [seeds, distances, heads]."""
     layers = next(iter(ones[0].attention.values()))
     return {layer: np.array([[one.attention[str(d)][layer] for d in settings.distances] for one in ones]) for layer in layers}
+
+
+def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def _mean_and_spread(values: np.ndarray) -> str:

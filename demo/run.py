@@ -28,9 +28,8 @@ def main(out: Path = Path("out/demo")) -> None:
     checkpoint, run, report = out / "checkpoint", out / "run", out / "report"
     run_steps(branch_steps(out))
     show_one_answer(checkpoint, run / "branch", out / "example")
-    run_steps([(report / "results.md", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
-    print((report / "results.md").read_text())
-    print(f"The picture: {report / 'results.png'}; every number: {report / 'results.json'}")
+    run_steps([(report / "report.html", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
+    print(f"The report: {report / 'report.html'} (open it in a browser)")
 
 
 def branch_steps(out: Path) -> list[Step]:

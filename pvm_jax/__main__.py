@@ -1,4 +1,4 @@
-"""`python -m pvm_jax generate`: asks a checkpoint about images."""
+"""`python -m pvm_jax generate | measure`: asks a checkpoint about images; measures what it sees over a long answer."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,8 @@ from pvm_jax.checkpoint import load
 from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.command_line import command_parser
 from pvm_jax.generation import Settings
+from pvm_jax.measure.command import Request, measure_checkpoint
+from pvm_jax.measure.sections import MEASUREMENTS
 from pvm_jax.model import without_pvm
 from pvm_jax.processing import Processor
 
@@ -24,6 +26,14 @@ examples:
   python -m pvm_jax generate --checkpoint checkpoints/8b --image photo.jpg --chat
   python -m pvm_jax generate --checkpoint checkpoints/8b --pvm off --image photo.jpg "What does it say without the branch?"
   python -m pvm_jax generate --checkpoint checkpoints/8b --input questions.jsonl --output answers.jsonl --num-samples 4
+"""
+
+
+MEASURE_EXAMPLES = """
+examples:
+  python -m pvm_jax measure --checkpoint checkpoints/8b --branch runs/sft/branch --data held_out.jsonl --output out/report
+  python -m pvm_jax measure --checkpoint checkpoints/8b --against checkpoints/8b-lora --data held_out.jsonl --output out/report
+  python -m pvm_jax measure --checkpoint checkpoints/8b --data held_out.jsonl --output out/report --only dilution lens
 """
 
 
@@ -48,10 +58,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     parser = command_parser("python -m pvm_jax", __doc__, EXAMPLES)
-    parser.add_subcommands().add_subcommand("generate", generate, help="answer questions about images")
+    measure = command_parser(None, "Measures what a checkpoint sees over long answers; writes a report.", MEASURE_EXAMPLES)
+    measure.add_argument("--checkpoint", type=Path, required=True, help="directory that convert.hf_to_orbax or training wrote")
+    measure.add_argument("--branch", type=Path, help="take the PVM branch from this checkpoint")
+    measure.add_argument("--lora", type=Path, help="put this LoRA adapter beside the weights")
+    measure.add_argument("--against", type=Path, help="compare with this checkpoint; default: the same without the branch")
+    measure.add_argument("--data", type=Path, required=True, help="conversations with answers: JSONL or another such format")
+    measure.add_argument("--output", type=Path, required=True, help="folder for report.html, report.json and figures/")
+    measure.add_argument("--only", nargs="+", choices=list(MEASUREMENTS), default=list(MEASUREMENTS), help="what to measure")
+    measure.add_argument("--limit", type=int, default=32, help="conversations, from the front of the data")
+    measure.add_argument(
+        "--fillers", nargs="+", type=int, default=[0, 100, 400, 1600], help="tokens of filler text, each a point"
+    )
+    measure.add_argument("--looks", type=int, default=6, help="tokens whose attention is drawn over the image")
+    measure.add_argument("--max-new-tokens", type=int, help="of an answer that a model writes; default: the longest true one's")
+    measure.add_argument("--batch-size", type=int, default=4, help="conversations that are computed together")
+    measure.add_argument("--chunk", type=int, default=256, help="columns that are computed together: less takes less memory")
+    measure.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    commands = parser.add_subcommands()
+    commands.add_subcommand("generate", generate, help="answer questions about images")
+    commands.add_subcommand("measure", measure, help="measure what is seen over long answers, and write a report")
     try:
-        _generate(parser.parse_args(argv).generate)
-    except (OSError, ValueError) as error:
+        args = parser.parse_args(argv)
+        if args.subcommand == "generate":
+            _generate(args.generate)
+        else:
+            measure_checkpoint(Request(**vars(args.measure)))
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -94,6 +94,22 @@ def shared_attention(
     return attended.astype(q.dtype).reshape(q.shape)
 
 
+def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """What `attention` weighs the values with, for those who want to see it: it holds a matrix a head, so give it few queries.
+
+    Args:
+        q: [B, S, N, H].
+        k: [B, T, K, H].
+        mask: [B, S, T], True where the query may look.
+
+    Returns:
+        [B, N, S, T] float32; 0 for a query that sees no key at all.
+    """
+    weights = _weights(q, k, mask)
+    weights = weights.reshape(q.shape[0], q.shape[2], *weights.shape[-2:])
+    return jnp.where(mask.any(-1)[:, None, :, None], weights, 0)
+
+
 def attention_mask(
     q_segment_ids: jax.Array, kv_segment_ids: jax.Array, *, causal: bool = False, limits: jax.Array | None = None
 ) -> jax.Array:
@@ -119,10 +135,14 @@ def _platform_kernel(q: jax.Array, limited: bool) -> str:
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.einsum("bkgst,btkh->bskgh", _weights(q, k, mask).astype(v.dtype), v).reshape(q.shape)
+
+
+def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, K, N / K, S, T] float32."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(_masked(scores * q.shape[-1] ** -0.5, mask[:, None, None]), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgst,btkh->bskgh", weights, v).reshape(q.shape)
+    return jax.nn.softmax(_masked(scores * q.shape[-1] ** -0.5, mask[:, None, None]), axis=-1)
 
 
 def _masked(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -188,7 +188,7 @@ class _RowWriter:
         """Writes `example` at the token `columns` [S] and at the next free patches."""
         batch, row, merge = self.batch, self.row, self.config.vision.merge_factor
         try:
-            images = _visual_runs(example, self.config)
+            images = visual_runs(example, self.config)
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from None
         self.segment += 1
@@ -213,7 +213,7 @@ class _RowWriter:
         self.column += len(columns)
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
     """One image, or one frame pair of a video, and the token that its placeholders start at."""
 
     start: int
@@ -222,7 +222,7 @@ class _Frame(NamedTuple):
     pixels: np.ndarray
 
 
-def _visual_runs(example: Example, config: ModelConfig) -> list[_Frame]:
+def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
     """The example's frames in prompt order, each checked against its run of placeholders."""
     ids, vision = example.input_ids, config.vision
     if ids.ndim != 1:
@@ -250,7 +250,7 @@ def _visual_runs(example: Example, config: ModelConfig) -> list[_Frame]:
                     f"the {kind} placeholders at token {start} are {length}, but its {rows} x {columns} patches make "
                     f"{expected} visual tokens (was the prompt truncated inside the image?)"
                 )
-            frames.append(_Frame(int(start), rows, columns, pixels[offset : offset + rows * columns]))
+            frames.append(Frame(int(start), rows, columns, pixels[offset : offset + rows * columns]))
             offset += rows * columns
     return sorted(frames, key=lambda frame: frame.start)
 
@@ -279,7 +279,7 @@ def _runs_of(ids: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.flatnonzero(edges == -1) - starts
 
 
-def _mrope_positions(length: int, frames: Sequence[_Frame], vision: VisionConfig) -> np.ndarray:
+def _mrope_positions(length: int, frames: Sequence[Frame], vision: VisionConfig) -> np.ndarray:
     """[3, length] (`Qwen3VLModel.get_rope_index`): text counts on in all three, a frame spans its grid, and the text after it
     goes on from the largest position so far plus one. A video's frame counts as one step of time."""
     positions = np.empty((3, length), np.int32)

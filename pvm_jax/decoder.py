@@ -17,14 +17,37 @@ Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.A
 """(cache, layer, q, k, v) -> what the queries attended to, [B, S, N, H], and the cache with k and v [B, S, K, H] in it."""
 
 
+class Inner(NamedTuple):
+    """What one layer computes, for a probe to take what it wants of.
+
+    Attributes:
+        index: [] int32, the layer.
+        branch: the layer as an int where it has a branch and there are images to recall, else None.
+        q: [B, S, N, H] and k: [B, S, K, H], normed and rotated.
+        cache: as `attend` left it.
+        middle: [B, S, D], the stream after self-attention: what the branch reads, and the FFN after its norm.
+        ffn: [B, S, D], the FFN's output.
+        update: [B, S, D], the branch's; None where `branch` is None.
+        stream: [B, S, D], the residual stream that leaves the layer (the DeepStack addition included).
+    """
+
+    index: jax.Array
+    branch: int | None
+    q: jax.Array
+    k: jax.Array
+    cache: Any
+    middle: jax.Array
+    ffn: jax.Array
+    update: jax.Array | None
+    stream: jax.Array
+
+
 class Decoded(NamedTuple):
-    """`hidden` [B, S, D] after the final norm; the cache as `attend` left it; with `trace`, the residual stream that leaves
-    every layer [L, B, S, D] and each branch's update, by layer, [B, S, D]."""
+    """`hidden` [B, S, D] after the final norm; the cache as `attend` left it; what the probe took of each layer, in order."""
 
     hidden: jax.Array
     cache: Any
-    streams: jax.Array | None
-    updates: dict[int, jax.Array]
+    probed: list[Any]
 
 
 class Attention(nnx.Module):
@@ -95,7 +118,7 @@ class Decoder(nnx.Module):
         recall: Callable[[int, jax.Array], jax.Array] | None = None,
         deepstack: jax.Array | None = None,
         place: Callable[[jax.Array], jax.Array] | None = None,
-        trace: bool = False,
+        probe: Callable[[Inner], Any] | None = None,
     ) -> Decoded:
         """Runs all layers.
 
@@ -105,7 +128,7 @@ class Decoder(nnx.Module):
             attend: self-attention, with what each layer keeps of it in `cache`, a pytree.
             recall: (layer, stream [B, S, D]) -> the PVM update [B, S, D]; None: no images, the update is 0.
             deepstack: [taps, B, V, D]; `place` puts one of them at its row's visual tokens: [B, V, D] -> [B, S, D].
-            trace: also return every layer's stream and update.
+            probe: takes of every layer what it returns, a pytree of arrays.
         """
         c = self.config.text
         angles = mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
@@ -121,19 +144,22 @@ class Decoder(nnx.Module):
                 block: DecoderLayer = nnx.merge(graphdef, layer_params)
                 q, k, v = block.self_attn.heads(block.input_layernorm(hidden), angles)
                 attended, cache = attend(cache, index, q, k, v)
-                hidden = hidden + block.self_attn.o_proj(merge_heads(attended))
-                update = recall(run.start, hidden) if run.pvm and recall is not None else None
-                hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+                middle = hidden + block.self_attn.o_proj(merge_heads(attended))
+                update = recall(run.start, middle) if run.pvm and recall is not None else None
+                ffn = block.mlp(block.post_attention_layernorm(middle))
+                hidden = middle + ffn
                 if update is not None:
                     hidden = hidden + update
                 if features is not None and place is not None:
                     hidden = hidden + place(features)
                 hidden = constrain(hidden, "batch", "length", "hidden")
-                return (hidden, cache), (hidden, update) if trace else None
+                branch = None if update is None else run.start
+                inner = Inner(index, branch, q, k, cache, middle, ffn, update, hidden)
+                return (hidden, cache), None if probe is None else probe(inner)
 
             return remat(layer, self.config.remat)
 
-        carry, streams, updates = (hidden, cache), [], {}
+        carry, probed = (hidden, cache), []
         for run in _runs(self.config, 0 if deepstack is None else len(deepstack)):
             layers = slice(run.start, run.stop)
             xs = (
@@ -141,10 +167,7 @@ class Decoder(nnx.Module):
                 jax.tree.map(lambda p, layers=layers: p[layers], params) if cache is None else None,
                 deepstack[layers] if deepstack is not None and run.deepstack else None,
             )
-            carry, traced = jax.lax.scan(make_layer(run), carry, xs)
-            if trace:
-                streams.append(traced[0])
-                if traced[1] is not None:
-                    updates[run.start] = traced[1][0]
+            carry, taken = jax.lax.scan(make_layer(run), carry, xs)
+            probed += [jax.tree.map(lambda x, place=place: x[place], taken) for place in range(run.stop - run.start)]
         hidden, cache = carry
-        return Decoded(self.norm(hidden), cache, jnp.concatenate(streams) if trace else None, updates)
+        return Decoded(self.norm(hidden), cache, probed)

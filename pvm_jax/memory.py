@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.attention import attention, attention_mask
+from pvm_jax.attention import attention, attention_mask, attention_weights
 from pvm_jax.config import ModelConfig
 from pvm_jax.layers import (
     Linear,
@@ -50,10 +50,13 @@ class CrossAttention(nnx.Module):
         values = split_heads(self.v_proj(compact), self.head_dim)
         return Memory(keys, values, segment_ids)
 
+    def queries(self, query: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, N, H]."""
+        return self.q_norm(split_heads(self.q_proj(query), self.head_dim))
+
     def __call__(self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None) -> jax.Array:
-        heads = self.q_norm(split_heads(self.q_proj(query), self.head_dim))
         recalled = attention(
-            heads,
+            self.queries(query),
             memory.keys,
             memory.values,
             q_segment_ids=segment_ids,
@@ -122,3 +125,12 @@ class PersistentVisualMemory(nnx.Module):
         remembers = jnp.any(attention_mask(segment_ids, memory.segment_ids, limits=limits), -1) & (segment_ids > 0)
         silent = is_visual | ~remembers
         return constrain(jnp.where(silent[..., None], 0, update), "batch", "length", "hidden")
+
+    def looks(self, stream: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None = None) -> jax.Array:
+        """How each head shares its attention among the visual tokens, arguments as of a call; for measurements alone.
+
+        Returns:
+            [B, N, S, V] float32: every head's sum is 1, or 0 where there is no visual token to recall.
+        """
+        queries = self.cross_attn.queries(self.input_norm(self.text_reducer(stream)))
+        return attention_weights(queries, memory.keys, attention_mask(segment_ids, memory.segment_ids, limits=limits))

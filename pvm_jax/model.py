@@ -1,5 +1,6 @@
 """Qwen3-VL with Persistent Visual Memory: tower + decoder + branches, a pure function of parameters and a batch."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -12,7 +13,7 @@ from pvm_jax.attention import attention, attention_mask, shared_attention
 from pvm_jax.batch import Batch
 from pvm_jax.cache import Cache, Prompts, Samples
 from pvm_jax.config import LoRAConfig, ModelConfig
-from pvm_jax.decoder import Attend, Decoded, Decoder
+from pvm_jax.decoder import Attend, Decoded, Decoder, Inner
 from pvm_jax.layers import Linear
 from pvm_jax.lora import adapt, is_adapter
 from pvm_jax.memory import Memory, PersistentVisualMemory
@@ -53,6 +54,31 @@ class _Columns(NamedTuple):
             cut(self.visual_index, -1),
             None if self.limits is None else cut(self.limits, 0),
         )
+
+
+class Piece(NamedTuple):
+    """The columns of a batch that are read together, [B, W], and what they may look at.
+
+    Attributes:
+        start: [] int32, the first of them in the batch.
+        segment_ids: [B, W], 0 is padding.
+        limits: [B, W], where each column's memory ends; None: nowhere.
+        mask: [B, W, T], the columns of the batch (filled up to whole pieces) that each of them attends to.
+        memories: each branch's memory of the batch's images, by layer.
+    """
+
+    start: jax.Array
+    segment_ids: jax.Array
+    limits: jax.Array | None
+    mask: jax.Array
+    memories: dict[str, Memory]
+
+
+Look = Callable[[Piece, Inner], Any]
+"""Takes of each layer, of each piece, what a measurement wants: a pytree of arrays."""
+
+Conclude = Callable[[Piece, jax.Array, list[Any]], Any]
+"""(piece, hidden [B, W, D] after the final norm, what `Look` took of each layer) -> what is kept of the piece."""
 
 
 class Trace(NamedTuple):
@@ -107,10 +133,21 @@ class Qwen3VL(nnx.Module):
 
     def trace(self, batch: Batch) -> Trace:
         """Every inner value that the paper's analyses read."""
-        visual, decoded = self._read(batch, trace=True)
-        assert decoded.streams is not None
+        visual, decoded = self._read(batch, probe=lambda inner: (inner.stream, inner.update))
         embeds, deepstack = visual or (None, None)
-        return Trace(embeds, deepstack, decoded.streams, decoded.updates, decoded.hidden, self.logits(decoded.hidden))
+        streams = jnp.stack([stream for stream, _ in decoded.probed])
+        updates = {layer: update for layer, (_, update) in enumerate(decoded.probed) if update is not None}
+        return Trace(embeds, deepstack, streams, updates, decoded.hidden, self.logits(decoded.hidden))
+
+    def inspect(self, batch: Batch, look: Look, conclude: Conclude, *, chunk: int) -> Any:
+        """Reads whole conversations in pieces of at most `chunk` columns, and keeps of their inner values what is asked for.
+
+        No [heads, S, S], no [L, B, S, D] and no [B, S, vocab] ever exists unless the callbacks keep one.
+
+        Returns:
+            What `conclude` gave, stacked over the pieces: [pieces, ...].
+        """
+        return self._read_pieces(batch, chunk, None, look, conclude)[2]
 
     def prefill(self, batch: Batch, *, chunk: int | None = None, past: Cache | None = None) -> tuple[jax.Array, Cache]:
         """Reads prompts, one a row, or what comes after `past` in them.
@@ -122,6 +159,18 @@ class Qwen3VL(nnx.Module):
         Returns:
             [B, 1, D] after the final norm at each row's last token, and the cache: the batch's columns are its last slots.
         """
+        hidden, cache, _ = self._read_pieces(batch, chunk, past)
+        return hidden, cache
+
+    def _read_pieces(
+        self,
+        batch: Batch,
+        chunk: int | None,
+        past: Cache | None,
+        look: Look | None = None,
+        conclude: Conclude | None = None,
+    ) -> tuple[jax.Array, Cache, Any]:
+        """What `prefill` returns, and what `inspect` does."""
         rows, length = batch.tokens.shape
         count = 1 if chunk is None else -(-length // chunk)
         columns = _Columns.of(batch, self.config.text.pvm_visibility, 0 if past is None else past.visual_tokens).chunks(count)
@@ -138,6 +187,9 @@ class Qwen3VL(nnx.Module):
             prompts, hidden = carry
             start, columns = xs
             prompts = prompts.claim(before + start, columns.segment_ids)
+            until = jnp.broadcast_to(before + start + 1 + jnp.arange(width), columns.tokens.shape)
+            mask = attention_mask(columns.segment_ids, prompts.segment_ids, limits=until)
+            piece = Piece(start, columns.segment_ids, columns.limits, mask, memories)
 
             def attend(prompts: Prompts, layer: jax.Array, q, k, v) -> tuple[jax.Array, Prompts]:
                 prompts = prompts.write(layer, before + start, k, v)
@@ -151,20 +203,22 @@ class Qwen3VL(nnx.Module):
                     q_segment_ids=columns.segment_ids,
                     kv_segment_ids=prompts.segment_ids,
                     causal=False,
-                    limits=jnp.broadcast_to(before + start + 1 + jnp.arange(width), columns.tokens.shape),
+                    limits=until,
                     kernel=self.config.attention,
                 )
                 return attended, prompts
 
-            decoded = self._decode(columns, visual, memories, attend, cache=prompts)
+            probe = None if look is None else partial(look, piece)
+            decoded = self._decode(columns, visual, memories, attend, cache=prompts, probe=probe)
+            kept = None if conclude is None else conclude(piece, decoded.hidden, decoded.probed)
             place = jnp.clip(last - start, 0, width - 1)
             here = (last - start == place)[:, None, None]
             found = jnp.take_along_axis(decoded.hidden, place[:, None, None], 1)
-            return (decoded.cache, jnp.where(here, found, hidden)), None
+            return (decoded.cache, jnp.where(here, found, hidden)), kept
 
         hidden = jnp.zeros((rows, 1, self.config.text.hidden_size), self.config.compute_dtype)
-        (prompts, hidden), _ = jax.lax.scan(read, (prompts, hidden), (width * jnp.arange(count), columns))
-        return hidden, Cache(prompts, memories)
+        (prompts, hidden), kept = jax.lax.scan(read, (prompts, hidden), (width * jnp.arange(count), columns))
+        return hidden, Cache(prompts, memories), kept
 
     def decode(
         self,
@@ -227,14 +281,14 @@ class Qwen3VL(nnx.Module):
             return {}
         return {layer: pvm.memorize(visual.embeds, batch.visual_segment_ids) for layer, pvm in self.pvm.items()}
 
-    def _read(self, batch: Batch, *, trace: bool = False) -> tuple[Visual | None, Decoded]:
+    def _read(self, batch: Batch, *, probe: Callable[[Inner], Any] | None = None) -> tuple[Visual | None, Decoded]:
         visual = self.encode(batch)
 
         def attend(cache: None, layer: jax.Array, q, k, v) -> tuple[jax.Array, None]:
             return self._attend_causally(batch.segment_ids, q, k, v), cache
 
         columns = _Columns.of(batch, self.config.text.pvm_visibility)
-        return visual, self._decode(columns, visual, self.memorize(visual, batch), attend, trace=trace)
+        return visual, self._decode(columns, visual, self.memorize(visual, batch), attend, probe=probe)
 
     def _attend_causally(self, segment_ids: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attention(
@@ -255,7 +309,7 @@ class Qwen3VL(nnx.Module):
         attend: Attend,
         *,
         cache: Any = None,
-        trace: bool = False,
+        probe: Callable[[Inner], Any] | None = None,
     ) -> Decoded:
         is_visual, seen = columns.visual_index != -1, columns.visual_index >= 0
 
@@ -278,7 +332,7 @@ class Qwen3VL(nnx.Module):
             recall=recall if memories else None,
             deepstack=None if visual is None else visual.deepstack,
             place=place,
-            trace=trace,
+            probe=probe,
         )
 
 

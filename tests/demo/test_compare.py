@@ -14,9 +14,8 @@ from flax import nnx
 
 from demo import checkpoint, compare, recall
 from demo.compare_report import Measured, write_report
-from demo.evaluate import Settings, encode
+from demo.evaluate import Settings
 from demo.run import BRANCH
-from pvm_jax.batch import Batch
 from pvm_jax.config import LoRAConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.processing import Processor
@@ -85,23 +84,6 @@ def model() -> Qwen3VL:
     return model
 
 
-def test_the_recomputed_stream_is_what_the_branch_read(model, processor):
-    encoded = encode(SETTINGS.examples(3, 2), processor)
-    batch = Batch.from_rows([[example] for example in encoded], model.config, length=64, patches=16)
-    graphdef, params = nnx.split(model)
-
-    @jax.jit
-    def updates(params):
-        model: Qwen3VL = nnx.merge(graphdef, params)
-        trace, memories = model.trace(batch), model.memorize(model.encode(batch), batch)
-        stream = recall.stream_at_branch(model, 1, trace.streams[0], batch)
-        return model.pvm["1"](stream, memories["1"], batch.segment_ids, batch.visual_index >= 0), trace.updates[1]
-
-    recomputed, own = updates(nnx.as_pure(params))
-    assert np.abs(own).max() > 0.1
-    np.testing.assert_allclose(recomputed, own, atol=1e-5)
-
-
 def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
     """All cells together have 1; keys that are alike get alike; a sharpened branch prefers one to another."""
     examples = SETTINGS.examples(0, 2)
@@ -119,19 +101,6 @@ def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
         by_cell.append(shares(sharp))
     np.testing.assert_allclose(sum(by_cell), 1, rtol=1e-5)
     assert np.ptp(by_cell) > 0.1
-
-
-def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model, processor):
-    """Its update is the one that the other image's memory gives; with the gate shut, nothing is different."""
-    encoded = encode(SETTINGS.examples(0, 2), processor)
-    batch = Batch.from_rows([[example] for example in encoded], model.config, length=64, patches=16)
-    graphdef, params = nnx.split(model)
-    shut = nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params))
-    np.testing.assert_array_equal(recall.mislead(shut)(batch), shut(batch))
-    misled, own = recall.mislead(model), model.memorize(model.encode(batch), batch)["1"]
-    other = misled.memorize(misled.encode(batch), batch)["1"]
-    np.testing.assert_array_equal(other.keys, own.keys[::-1])
-    assert np.abs(misled(batch) - model(batch)).max() > 1e-3
 
 
 def test_cells_are_visual_tokens_in_reading_order():

@@ -112,17 +112,17 @@ def test_loss_and_gradients_equal_the_formulas_in_float64(step, clip_low, clip_h
 
 
 def test_metrics_are_sums_over_the_tokens_of_the_loss():
-    logprobs = np.log([[0.5, 0.5, 0.5, 0.5, 0.9]])
-    old = np.log([[0.5, 0.25, 0.25, 0.8, 0.1]])
-    ref = np.log([[0.5, 0.5, 0.25, 0.5, 0.1]])
-    advantages, weights = np.array([[1.0, 1, -1, -1, 1]]), np.array([[0.5, 0.25, 0.25, 0.25, 0]])
+    logprobs = np.log([[0.5, 0.5, 0.5, 0.5, 0.5, 0.9]])
+    old = np.log([[0.5, 0.25, 0.25, 0.8, 0.8, 0.1]])
+    ref = np.log([[0.5, 0.5, 0.25, 0.5, 0.5, 0.1]])
+    advantages, weights = np.array([[1.0, 1, -1, -1, 1, 1]]), np.array([[0.5, 0.25, 0.25, 0.25, 0.25, 0]])
     _, sums = policy_loss(*map(jnp.asarray, (logprobs, old, advantages, weights)), ref_logprobs=jnp.asarray(ref))
     expected = {
-        "tokens": 4,
-        "ratio": 1 + 2 + 2 + 0.625,
-        "clipped_low": 1,  # the fourth
-        "clipped_high": 1,  # the second; the third's advantage is negative: its gradient goes on
-        "gap": 2 * np.log(2) + np.log(1.6),
+        "tokens": 5,
+        "ratio": 1 + 2 + 2 + 2 * 0.625,
+        "clipped_low": 1,  # the fourth; the fifth's ratio is as low, but it is to rise
+        "clipped_high": 1,  # the second; the third's ratio is as high, but it is to fall
+        "gap": 2 * np.log(2) + 2 * np.log(1.6),
         "kl": 0.5 + np.log(2) - 1,
     }
     assert sums.keys() == expected.keys()

@@ -1,0 +1,129 @@
+"""How well the answer is predicted (teacher-forced) and written (free-running), token by token."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pvm_jax.batch import Batch, Example, bucket_size
+from pvm_jax.decoder import Inner
+from pvm_jax.generation import generate
+from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, only_if, predicts_an_answer, read
+from pvm_jax.model import Piece, Qwen3VL
+
+Grade = Callable[[int, np.ndarray], np.ndarray]
+"""(number of the conversation, written token ids [T]) -> a score in [0, 1] for each position [T'], NaN where none is due."""
+
+
+class TeacherForced(NamedTuple):
+    """By answer token, of N conversations with A tokens at most (NaN beyond an answer's end), all before it being the truth.
+
+    Attributes:
+        correct: [N, A], 1 where the likeliest token is the true one, else 0.
+        loss: [N, A], -log p(true token), in nats.
+    """
+
+    correct: np.ndarray
+    loss: np.ndarray
+
+
+def teacher_forced(
+    model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256, hide: bool = False
+) -> TeacherForced:
+    """Measures `examples`, encoded conversations; see `reading.read`.
+
+    Raises:
+        ValueError: for a conversation without answer or image.
+    """
+    answers = find_answers(examples)
+    found = read(model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk, hide=hide)
+    return TeacherForced(*(answers.where_real(values) for values in found))
+
+
+def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> list[jax.Array]:
+    following = jnp.pad(jnp.asarray(batch.tokens)[:, 1:], ((0, 0), (0, 1)))
+    wanted = predicts_an_answer(batch)
+
+    def look(piece: Piece, inner: Inner) -> None:
+        return None
+
+    def conclude(piece: Piece, hidden: jax.Array, layers: list) -> tuple[jax.Array, jax.Array]:
+        def compare() -> tuple[jax.Array, jax.Array]:
+            logprobs, true = jax.nn.log_softmax(model.logits(hidden)), columns_of(following, piece)
+            loss = -jnp.take_along_axis(logprobs, true[..., None], -1)[..., 0]
+            return jnp.argmax(logprobs, -1) == true, loss
+
+        return only_if(columns_of(wanted, piece).any(), compare)
+
+    return [at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk)]
+
+
+class Written(NamedTuple):
+    """What a model wrote itself, greedily, in the place of each conversation's last answer.
+
+    Attributes:
+        score: [N, T], by position in the answer, as graded; NaN where no score is due.
+        lengths: [N], tokens written, the stop token included.
+        tokens: by conversation, the ids [length].
+    """
+
+    score: np.ndarray
+    lengths: np.ndarray
+    tokens: list[np.ndarray]
+
+
+def write(
+    model: Qwen3VL,
+    examples: Sequence[Example],
+    *,
+    stop_tokens: Sequence[int],
+    max_new_tokens: int,
+    grade: Grade | None = None,
+    rows: int = 4,
+) -> Written:
+    """Lets the model write each conversation's last answer.
+
+    Args:
+        grade: scores what was written; None: a position scores 1 while all tokens up to it are the reference's, up to the
+            reference's end or `max_new_tokens`, so that the mean over conversations is the share still exact.
+
+    Raises:
+        ValueError: for a conversation without answer or image.
+    """
+    find_answers(examples)  # refuses by number
+    cut = [prompt_of(example) for example in examples]
+    references = [reference for _, reference in cut]
+    prompts = [prompt for prompt, _ in cut]
+    length = bucket_size(max(len(prompt.input_ids) for prompt in prompts))
+    patches = bucket_size(max(prompt.num_patches for prompt in prompts))
+    rows, tokens = min(rows, len(examples)), []
+    for start in range(0, len(prompts), rows):
+        members = [prompts[i % len(prompts)] for i in range(start, start + rows)]
+        batch = Batch.from_rows([[prompt] for prompt in members], model.config, length=length, patches=patches)
+        got = generate(model, batch, max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=tuple(stop_tokens))
+        ids, lengths = np.asarray(got.tokens), np.asarray(got.lengths)
+        tokens += [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    tokens = tokens[: len(prompts)]
+    grade = grade or (lambda number, written: exact_so_far(written, references[number][:max_new_tokens]))
+    scores = [np.asarray(grade(number, written), np.float32) for number, written in enumerate(tokens)]
+    longest = max(map(len, scores))
+    padded = [np.pad(score, (0, longest - len(score)), constant_values=np.nan) for score in scores]
+    return Written(np.stack(padded), np.array([len(written) for written in tokens]), tokens)
+
+
+def exact_so_far(written: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """[len(reference)]: 1 where all tokens up to this one are the reference's, else 0."""
+    agree = np.zeros(len(reference), bool)
+    common = min(len(written), len(reference))
+    agree[:common] = written[:common] == reference[:common]
+    return np.logical_and.accumulate(agree).astype(np.float32)
+
+
+def prompt_of(example: Example) -> tuple[Example, np.ndarray]:
+    """The conversation up to its last answer, and that answer's tokens."""
+    learned = find_answers([example]).columns[0]
+    start = learned[np.flatnonzero(np.diff(learned, prepend=-2) > 1)[-1]]
+    return replace(example, input_ids=example.input_ids[:start], loss_mask=None), example.input_ids[learned[learned >= start]]

@@ -1,0 +1,174 @@
+"""What `python -m pvm_jax measure` does: a checkpoint and a file of conversations -> a report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pvm_jax.batch import Example
+from pvm_jax.checkpoint import load
+from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax.conversations import Conversations, check_learnable, open_conversations
+from pvm_jax.measure.ablations import silence, with_filler
+from pvm_jax.measure.figures import check_matplotlib
+from pvm_jax.measure.reading import find_answers
+from pvm_jax.measure.report import write_report
+from pvm_jax.measure.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
+from pvm_jax.model import Qwen3VL
+from pvm_jax.processing import Processor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        checkpoint, branch, lora: as of `load`.
+        against: another checkpoint; None: the same weights without the branch, if there is one.
+        data: the conversations, in any format of the training data; their assistant turns are the answers.
+        output: folder for the report.
+        only: names of MEASUREMENTS.
+        limit: conversations, from the front.
+        fillers: tokens of filler text for the ablation.
+        looks: tokens whose attention is drawn.
+        max_new_tokens: of a written answer; None: as many as the longest true one has.
+        batch_size, chunk: `Task.rows` and `Task.chunk`.
+        dtype: as of `load`.
+    """
+
+    checkpoint: Path
+    data: Path
+    output: Path
+    branch: Path | None
+    lora: Path | None
+    against: Path | None
+    only: Sequence[str]
+    limit: int
+    fillers: Sequence[int]
+    looks: int
+    max_new_tokens: int | None
+    batch_size: int
+    chunk: int
+    dtype: str | None
+
+
+def measure_checkpoint(request: Request) -> None:
+    """Measures, writes the report and prints what came out.
+
+    Raises:
+        FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming what is wrong.
+    """
+    for name, least in (("limit", 1), ("looks", 0), ("batch_size", 1), ("chunk", 1)):
+        if getattr(request, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(request, name)}")
+    if min(request.fillers) < 0:
+        raise ValueError(f"--fillers must be 0 or more, got {min(request.fillers)}")
+    processor = Processor.from_pretrained(request.checkpoint)
+    task = make_task(request, processor)
+    models = compared(
+        load(request.checkpoint, branch=request.branch, lora=request.lora, dtype=request.dtype),
+        {str(request.against): load(request.against, dtype=request.dtype)} if request.against else {},
+    )
+    lengths = find_answers(task.examples).lengths
+    about = [
+        f"{len(task.examples)} conversations of {request.data}, whose answers have {lengths.min():,} to {lengths.max():,} "
+        f"tokens. Measured: {', '.join(models)}. Intervals are 95%, by resampling conversations.",
+        ", ".join(
+            f"{name} {value}" for name in ("checkpoint", "branch", "lora", "against") if (value := getattr(request, name))
+        ),
+    ]
+    settings = {name: str(value) for name, value in vars(request).items()}
+    title = "What the model sees over a long answer"
+    report_on(models, task, request.output, only=request.only, title=title, about=about, settings=settings)
+
+
+def report_on(
+    models: Models,
+    task: Task,
+    output: Path,
+    *,
+    only: Sequence[str] = tuple(MEASUREMENTS),
+    title: str,
+    about: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Measures `only`, writes the report to `output` (`write_report`) and prints its facts and where it is.
+
+    Raises:
+        ImportError: without matplotlib, before anything is measured.
+    """
+    check_matplotlib()
+    sections = measure(models, task, only)
+    path = write_report(sections, output, title=title, about=about, settings=settings)
+    for section in sections:
+        for fact in section.facts:
+            print(f"{section.title}: {fact}")
+    print(f"The report: {path} (open it in a browser); every number: {path.with_suffix('.json')}")
+
+
+def measure(models: Models, task: Task, only: Sequence[str]) -> list[Section]:
+    """The measurements of these names, in the report's order; what is under way is said on stderr."""
+    console, sections = Console(stderr=True), []
+    for name, run in MEASUREMENTS.items():
+        if name in only and (name != "looked" or task.looks):
+            with console.status(f"measuring {name}"):
+                sections.append(run(models, task))
+            console.print(f"measured {name}", highlight=False)
+    return sections
+
+
+def compared(model: Qwen3VL, against: Mapping[str, Qwen3VL]) -> dict[str, Qwen3VL]:
+    """What is measured side by side: `model` and `against`, or without that, the same weights with every gate at 0."""
+    if against:
+        return {"checkpoint": model, **against}
+    layers = [int(layer) for layer in model.pvm]
+    return {WITH: model, WITHOUT: silence(model, layers)} if layers else {"checkpoint": model}
+
+
+def make_task(request: Request, processor: Processor) -> Task:
+    """The task that a file of conversations is.
+
+    Raises:
+        FileNotFoundError, ValueError: for a conversation that cannot be taken, naming its place.
+    """
+    conversations = open_conversations(request.data)
+    indices = range(min(request.limit, len(conversations)))
+    examples = [_encode(conversations, index, processor, 0) for index in indices]
+    fillers = {}
+    if "ablations" in request.only:
+        if len(examples) < 2:
+            raise ValueError(f"{request.data}: the ablations exchange images: they take at least two conversations")
+        for tokens in request.fillers:
+            longer = [_encode(conversations, index, processor, tokens) for index in indices] if tokens else examples
+            added = [len(a.input_ids) - len(b.input_ids) for a, b in zip(longer, examples, strict=True)]
+            fillers[round(float(np.mean(added)))] = longer
+    lengths = find_answers(examples).lengths
+    return Task(
+        examples=examples,
+        processor=processor,
+        stop_tokens=read_stop_tokens(request.checkpoint),
+        max_new_tokens=request.max_new_tokens or int(lengths.max()),
+        fillers=fillers,
+        looks=_spread(lengths, request.looks),
+        rows=request.batch_size,
+        chunk=request.chunk,
+    )
+
+
+def _encode(conversations: Conversations, index: int, processor: Processor, filler: int) -> Example:
+    messages = conversations[index]
+    with conversations.naming(index):
+        check_learnable(messages)
+        example = processor.encode(with_filler(messages, filler, processor))
+        if not example.num_patches:
+            raise ValueError("there is no image to look at")
+        return example
+
+
+def _spread(lengths: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """(conversation, token) of `count` tokens, one conversation after the other, ever later in the answer."""
+    numbers = np.arange(count) % len(lengths)
+    return [(int(n), int((i + 0.5) / count * lengths[n])) for i, n in enumerate(numbers)]

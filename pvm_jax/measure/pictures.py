@@ -1,0 +1,91 @@
+"""The pictures of an encoded conversation, as the model gets them: out of its patches, and back into them.
+
+A frame is an image, or a pair of frames of a video: [T, height, width, channels] in the patches' own (normalized) units.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from pvm_jax.batch import Example
+from pvm_jax.config import VisionConfig
+from pvm_jax.images import PixelSettings
+
+
+def frames(example: Example, config: VisionConfig) -> list[np.ndarray]:
+    """The images' frames, then the videos'."""
+    found = []
+    for pixels, grids in (
+        (example.pixel_values, example.image_grid_thw),
+        (example.pixel_values_videos, example.video_grid_thw),
+    ):
+        if pixels is None or grids is None:
+            continue
+        sizes = [(rows, columns) for time, rows, columns in grids.tolist() for _ in range(time)]
+        parts = np.split(pixels, np.cumsum([rows * columns for rows, columns in sizes])[:-1])
+        found += [_unfold(part, *size, config) for part, size in zip(parts, sizes, strict=True)]
+    return found
+
+
+def picture(pixels: np.ndarray, rows: int, columns: int, settings: PixelSettings, config: VisionConfig) -> np.ndarray:
+    """[height, width, 3] in [0, 1], for a person: the first frame of `pixels`, patches [rows * columns, patch_dim]."""
+    frame = _unfold(pixels, rows, columns, config)[0]
+    lowest, highest = settings.normalized()[:, 0], settings.normalized()[:, -1]
+    return np.clip((frame - lowest) / (highest - lowest), 0, 1)
+
+
+def with_frames(example: Example, new: Sequence[np.ndarray], config: VisionConfig) -> Example:
+    """`example` showing other frames, of the sizes of its own."""
+    patches = np.concatenate([_fold(frame, config) for frame in new]).astype(np.float32)
+    images = 0 if example.pixel_values is None else len(example.pixel_values)
+    return replace(
+        example,
+        pixel_values=patches[:images] if example.pixel_values is not None else None,
+        pixel_values_videos=patches[images:] if example.pixel_values_videos is not None else None,
+    )
+
+
+def exchanged(examples: Sequence[Example], config: VisionConfig) -> list[Example]:
+    """The same conversations, each about the next one's pictures, scaled to the size of its own: chance, as far as sight goes.
+
+    Raises:
+        ValueError: for a single conversation, which has no other's picture to show.
+    """
+    if len(examples) < 2:
+        raise ValueError("to exchange pictures takes at least two conversations")
+    shown = [frames(example, config) for example in examples]
+    return [
+        with_frames(example, [_resized(other[i % len(other)], mine.shape) for i, mine in enumerate(own)], config)
+        for example, own, other in zip(examples, shown, [*shown[1:], *shown[:1]], strict=True)
+    ]
+
+
+def blanked(examples: Sequence[Example]) -> list[Example]:
+    """The same conversations, every picture of one colour: the one that normalization turns to 0 (a middle grey)."""
+
+    def blank(pixels: np.ndarray | None) -> np.ndarray | None:
+        return None if pixels is None else np.zeros_like(pixels)
+
+    return [replace(e, pixel_values=blank(e.pixel_values), pixel_values_videos=blank(e.pixel_values_videos)) for e in examples]
+
+
+def _resized(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return frame if frame.shape == shape else np.asarray(jax.image.resize(frame, shape, "cubic"))
+
+
+def _unfold(patches: np.ndarray, rows: int, columns: int, config: VisionConfig) -> np.ndarray:
+    """[rows * columns, patch_dim], a visual token's patches together -> a frame."""
+    merge, side = config.spatial_merge_size, config.patch_size
+    shape = (rows // merge, columns // merge, merge, merge, config.in_channels, config.temporal_patch_size, side, side)
+    frame = patches.reshape(shape).transpose(5, 0, 2, 6, 1, 3, 7, 4)
+    return frame.reshape(config.temporal_patch_size, rows * side, columns * side, config.in_channels)
+
+
+def _fold(frame: np.ndarray, config: VisionConfig) -> np.ndarray:
+    """The inverse of `_unfold`."""
+    merge, side = config.spatial_merge_size, config.patch_size
+    time, height, width, channels = frame.shape
+    blocks = frame.reshape(time, height // (merge * side), merge, side, width // (merge * side), merge, side, channels)
+    return blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, config.patch_dim)

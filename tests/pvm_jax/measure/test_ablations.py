@@ -1,0 +1,168 @@
+"""What is taken away is what is said to be, and nothing else."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from demo.checkpoint import write_assets
+from pvm_jax import Batch, Processor, without_pvm
+from pvm_jax.images import ImageSettings, patches
+from pvm_jax.measure.ablations import (
+    AS_IT_IS,
+    BRANCH_ALONE,
+    BRANCH_MISLED,
+    BRANCH_OFF,
+    IMAGE_BLANK,
+    IMAGE_SWAPPED,
+    ablations,
+    mislead,
+    silence,
+    with_filler,
+)
+from pvm_jax.measure.accuracy import exact_so_far, prompt_of, teacher_forced, write
+from pvm_jax.measure.pictures import blanked, exchanged, frames, picture, with_frames
+from pvm_jax.measure.reading import find_answers
+from pvm_jax.model import Qwen3VL
+from pvm_jax.vision import Visual
+from tests.pvm_jax.measure.models import CONFIG, make_example, make_model
+
+EXAMPLES = [make_example(1, 7), make_example(2, 4, ((2, 6), (4, 2))), make_example(3, 6, ((6, 4),))]
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3VL:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return ablations(model, EXAMPLES, rows=2, chunk=8)
+
+
+def test_branch_off_is_the_model_without_a_branch(model, found):
+    base = teacher_forced(without_pvm(model), EXAMPLES, rows=2, chunk=8)
+    np.testing.assert_allclose(found[BRANCH_OFF].loss, base.loss, atol=1e-5)
+    np.testing.assert_array_equal(found[BRANCH_OFF].correct, base.correct)
+
+
+def test_every_ablation_is_another_model_and_none_changes_where_answers_end(found):
+    names = {
+        AS_IT_IS,
+        BRANCH_OFF,
+        "branch of layer 1 off",
+        "branch of layer 2 off",
+        BRANCH_MISLED,
+        BRANCH_ALONE,
+        IMAGE_SWAPPED,
+        IMAGE_BLANK,
+    }
+    assert set(found) == names
+    losses = [one.loss for one in found.values()]
+    for number, loss in enumerate(losses):
+        assert np.array_equal(np.isfinite(loss), find_answers(EXAMPLES).real)
+        for other in losses[:number]:
+            assert np.nanmax(np.abs(loss - other)) > 1e-3
+
+
+def test_silencing_a_layer_shuts_its_gate_and_touches_nothing_else(model):
+    before, after = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, silence(model, [1])))
+    changed = [path for path in before if not np.array_equal(before[path][...], after[path][...])]
+    assert changed == [("pvm", "1", "gate_alpha")]
+    assert not np.asarray(after[changed[0]][...]).any()
+    with pytest.raises(ValueError, match=r"no branch at layers \[0\]: there is one at \[1, 2\]"):
+        silence(model, [0, 1])
+
+
+def test_exchanged_conversations_differ_in_what_is_shown_alone():
+    for mine, other in zip(EXAMPLES, exchanged(EXAMPLES, CONFIG.vision), strict=True):
+        np.testing.assert_array_equal(mine.input_ids, other.input_ids)
+        np.testing.assert_array_equal(mine.image_grid_thw, other.image_grid_thw)
+        assert mine.pixel_values.shape == other.pixel_values.shape
+        assert np.abs(mine.pixel_values - other.pixel_values).max() > 0.1
+    same = [make_example(seed, 3) for seed in range(3)]
+    for shown, other in zip(exchanged(same, CONFIG.vision), [*same[1:], same[0]], strict=True):
+        np.testing.assert_array_equal(shown.pixel_values, other.pixel_values)
+    with pytest.raises(ValueError, match="at least two conversations"):
+        exchanged(EXAMPLES[:1], CONFIG.vision)
+    for mine, blank in zip(EXAMPLES, blanked(EXAMPLES), strict=True):
+        np.testing.assert_array_equal(mine.input_ids, blank.input_ids)
+        assert not blank.pixel_values.any()
+
+
+def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model):
+    """Its memory is the other image's, also in the last batch, which is filled up; with the gates shut, nothing differs."""
+    misled, batch = mislead(model), Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=64, patches=64)
+    visual = Visual(np.random.default_rng(0).normal(size=(3, 16, 32)).astype(np.float32), None)
+    own, other = (one.memorize(visual, batch)["1"] for one in (model, misled))
+    np.testing.assert_array_equal(other.keys, np.roll(own.keys, 1, axis=0))
+    shut = silence(model, [1, 2])
+    for one, differs in ((shut, False), (model, True)):  # two rows, three conversations: the last batch is filled up
+        own, other = (teacher_forced(m, EXAMPLES, rows=2, chunk=8).loss for m in (one, mislead(one)))
+        assert ((np.nanmax(np.abs(own - other), axis=1) > 1e-3) == differs).all()
+
+
+def test_pictures_come_out_of_their_patches_and_go_back():
+    """A picture that is not square, whose size needs no scaling: every pixel is where it was."""
+    settings = ImageSettings(min_pixels=32**2, max_pixels=10**6, patch_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    flat, (_, rows, columns) = patches([Image.fromarray(pixels)], settings)
+    config = replace(CONFIG.vision, patch_size=16)
+    np.testing.assert_allclose(picture(flat, rows, columns, settings, config), pixels / 255, atol=1e-6)
+    example = replace(EXAMPLES[0], pixel_values=flat, image_grid_thw=np.array([[1, rows, columns]]))
+    (frame,) = frames(example, config)
+    assert frame.shape == (2, 64, 96, 3)
+    np.testing.assert_array_equal(with_frames(example, [frame], config).pixel_values, flat)
+
+
+def test_filler_stands_between_image_and_question(tmp_path: Path):
+    write_assets(tmp_path)
+    processor = Processor.from_pretrained(tmp_path)
+    image = {"type": "image", "image": Image.new("RGB", (64, 32))}
+    messages = [
+        {"role": "user", "content": [image, {"type": "text", "text": "List ink"}]},
+        {"role": "assistant", "content": "A1 ink red\n"},
+    ]
+    plain = processor.encode(messages)
+    for wanted in (1, 40):
+        longer = processor.encode(with_filler(messages, wanted, processor))
+        added = len(longer.input_ids) - len(plain.input_ids)
+        assert wanted <= added < wanted + 12  # whole words
+        end = int(np.flatnonzero(plain.input_ids == processor.tokenizer.convert_tokens_to_ids("<|vision_end|>"))[0]) + 1
+        np.testing.assert_array_equal(np.delete(longer.input_ids, np.arange(end, end + added)), plain.input_ids)
+        np.testing.assert_array_equal(longer.pixel_values, plain.pixel_values)
+    assert with_filler(messages, 0, processor) is messages
+    with pytest.raises(ValueError, match="no user turn shows an image"):
+        with_filler([{"role": "user", "content": "List"}], 5, processor)
+
+
+def test_what_is_written_is_exact_up_to_the_first_difference(model):
+    written = write(model, EXAMPLES, stop_tokens=(), max_new_tokens=5, rows=2)
+    assert written.score.shape == (3, 5)
+    np.testing.assert_array_equal(written.lengths, 5)
+    for tokens, score, example in zip(written.tokens, written.score, EXAMPLES, strict=True):
+        reference = prompt_of(example)[1][:5]
+        assert np.array_equal(score[: len(reference)], exact_so_far(tokens, reference))
+        assert np.isnan(score[len(reference) :]).all()
+    prompts = [prompt_of(example)[0] for example in EXAMPLES]
+    ids = [np.concatenate([prompt.input_ids, tokens]) for prompt, tokens in zip(prompts, written.tokens, strict=True)]
+    oracle = [replace(e, input_ids=i, loss_mask=np.arange(len(i)) >= len(i) - 5) for e, i in zip(EXAMPLES, ids, strict=True)]
+    assert write(model, oracle, stop_tokens=(), max_new_tokens=5, rows=2).score.all()
+    graded = write(model, EXAMPLES, stop_tokens=(), max_new_tokens=5, rows=2, grade=lambda number, ids: np.full(2, number))
+    np.testing.assert_array_equal(graded.score, [[0, 0], [1, 1], [2, 2]])
+
+
+def test_exact_so_far_counts_what_was_not_written():
+    a, b = np.array([4, 5, 6]), np.array([4, 5, 6, 7])
+    assert exact_so_far(a, b).tolist() == [1, 1, 1, 0]
+    assert exact_so_far(np.array([4, 9, 6, 7]), b).tolist() == [1, 0, 0, 0]
+
+
+def test_conversations_without_answer_or_image_are_refused():
+    with pytest.raises(ValueError, match="conversation 1 has no assistant turn"):
+        find_answers([EXAMPLES[0], replace(EXAMPLES[0], loss_mask=None)])
+    with pytest.raises(ValueError, match="conversation 0 shows no image"):
+        find_answers([replace(EXAMPLES[0], pixel_values=None, image_grid_thw=None)])

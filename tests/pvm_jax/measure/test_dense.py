@@ -1,0 +1,155 @@
+"""What is measured in pieces, against whole matrices: every layer of the goldens' model written out once more, in NumPy."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from pvm_jax.batch import Batch, _split_rows
+from pvm_jax.decoder import DecoderLayer
+from pvm_jax.measure.accuracy import teacher_forced
+from pvm_jax.measure.dilution import dilution
+from pvm_jax.measure.lens import lens
+from pvm_jax.measure.looked import looked
+from pvm_jax.measure.reading import find_answers
+from pvm_jax.rope import mrope_angles
+
+BAR = 1e-5
+CHUNK = 16  # no multiple of the rows' lengths: several pieces, the last one filled up
+
+
+class Dense(NamedTuple):
+    """Attention [L, B, N, S, S], the branch's [P, B, N, S, V], norms [P, B, S], log-probabilities [L, B, S, vocab]."""
+
+    attention: np.ndarray
+    branch: np.ndarray
+    ffn: np.ndarray
+    update: np.ndarray
+    logprobs: np.ndarray
+
+
+@pytest.fixture
+def examples(golden, golden_model):
+    """The goldens' rows with images, several of them and a video; as answers, their text from the sixth token on."""
+    rows, _ = _split_rows(load_file(golden / "forward_inputs.safetensors"), golden_model.config)
+    visual = (golden_model.config.image_token_id, golden_model.config.video_token_id)
+    return [
+        replace(row, loss_mask=~np.isin(row.input_ids, visual) & (np.arange(len(row.input_ids)) > 5))
+        for row in rows
+        if row.num_patches
+    ]
+
+
+@pytest.fixture
+def reference(golden_model, examples) -> Dense:
+    length = max(len(example.input_ids) for example in examples)
+    patches = max(example.num_patches for example in examples)
+    batch = Batch.from_rows([[example] for example in examples], golden_model.config, length=length, patches=patches)
+    graphdef, params = nnx.split(golden_model)
+    inner = jax.jit(lambda params: _inner(nnx.merge(graphdef, params), batch))(params)
+    return _dense(golden_model, batch, jax.device_get(inner))
+
+
+def _inner(model, batch: Batch):
+    """Every layer's queries, keys, stream before the FFN, FFN, and what the branches have: from the traced streams alone."""
+    c, decoder, trace = model.config.text, model.language_model, model.trace(batch)
+    embeds = decoder.embed_tokens(batch.tokens, jnp.float32)
+    visual = jnp.take_along_axis(trace.embeds, jnp.maximum(batch.visual_index, 0)[..., None], 1)
+    entering = jnp.concatenate([jnp.where((batch.visual_index >= 0)[..., None], visual, embeds)[None], trace.streams[:-1]])
+    angles = mrope_angles(batch.positions, c.head_dim, c.rope_theta, c.mrope_section)
+    graphdef, stacked = nnx.split(decoder.layers)
+    layers = []
+    for layer, stream in enumerate(entering):
+        block: DecoderLayer = nnx.merge(graphdef, jax.tree.map(lambda p, layer=layer: p[layer], nnx.as_pure(stacked)))
+        q, k, v = block.self_attn.heads(block.input_layernorm(stream), angles)
+        group = q.shape[2] // k.shape[2]
+        weights = _softmax(q, jnp.repeat(k, group, 2), _causal(batch))
+        attended = jnp.einsum("bnst,btnh->bsnh", weights, jnp.repeat(v, group, 2))
+        middle = stream + block.self_attn.o_proj(attended.reshape(*attended.shape[:2], -1))
+        ffn = block.mlp(block.post_attention_layernorm(middle))
+        branch = None
+        if str(layer) in model.pvm:
+            pvm = model.pvm[str(layer)]
+            read = pvm.cross_attn
+            heads = lambda x, read=read: x.reshape(*x.shape[:2], -1, read.head_dim)  # noqa: E731
+            keys = read.k_norm(heads(read.k_proj(pvm.vision_reducer(trace.embeds))))
+            asked = read.q_norm(heads(read.q_proj(pvm.input_norm(pvm.text_reducer(middle)))))
+            own = (batch.segment_ids[:, :, None] == batch.visual_segment_ids[:, None]) & (batch.segment_ids > 0)[:, :, None]
+            branch = _softmax(asked, jnp.repeat(keys, asked.shape[2] // keys.shape[2], 2), own)
+        layers.append((weights, ffn, branch))
+    logits = jnp.stack([model.logits(decoder.norm(stream)) for stream in trace.streams])
+    return layers, trace.updates, jax.nn.log_softmax(logits)
+
+
+def _causal(batch: Batch) -> np.ndarray:
+    same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None]
+    return same & np.tri(batch.tokens.shape[1], dtype=bool)
+
+
+def _softmax(q, k, mask):
+    scores = jnp.einsum("bsnh,btnh->bnst", q, k) / np.sqrt(q.shape[-1])
+    weights = jnp.where(mask[:, None], jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
+    return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+
+
+def _dense(model, batch: Batch, inner) -> Dense:
+    layers, updates, logprobs = inner
+    with_branch = sorted(model.config.text.pvm_layers)
+    return Dense(
+        np.stack([weights for weights, _, _ in layers]),
+        np.stack([layers[layer][2] for layer in with_branch]),
+        np.stack([np.linalg.norm(layers[layer][1], axis=-1) for layer in with_branch]),
+        np.stack([np.linalg.norm(updates[layer], axis=-1) for layer in with_branch]),
+        logprobs,
+    )
+
+
+@pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)  # images of two sizes and a video, four queries a key
+def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(golden_model, examples, reference):
+    answers = find_answers(examples)
+    visual = [np.isin(e.input_ids, (golden_model.config.image_token_id, golden_model.config.video_token_id)) for e in examples]
+    diluted = dilution(golden_model, examples, rows=2, chunk=CHUNK)
+    seen = looked(golden_model, examples, answers.columns, rows=2, chunk=CHUNK)
+    inner = lens(golden_model, examples, rows=2, chunk=CHUNK)
+    forced = teacher_forced(golden_model, examples, rows=2, chunk=CHUNK)
+    for row, example in enumerate(examples):
+        before = answers.columns[row][answers.real[row]] - 1
+        count, ends = len(before), len(example.input_ids)
+        on_visual = reference.attention[:, row, :, before][..., :ends][..., visual[row]].mean(2)  # [A, L, visual]
+        np.testing.assert_allclose(diluted.mass[row, :, :count].T, on_visual.sum(-1), atol=BAR)
+        np.testing.assert_allclose(diluted.uniform[row, :count], np.cumsum(visual[row])[before] / (before + 1), rtol=BAR)
+        for got, want in ((diluted.ffn, reference.ffn), (diluted.update, reference.update)):
+            np.testing.assert_allclose(got[row, :, :count], want[:, row, before], rtol=1e-4)
+        tokens = visual[row].sum()
+        np.testing.assert_allclose(seen.decoder[row, :, :count, :tokens], np.moveaxis(on_visual, 0, 1), atol=BAR)
+        branch = reference.branch[:, row][:, :, before]
+        np.testing.assert_allclose(seen.branch[row, :, :, :count, :tokens], branch[..., :tokens], atol=BAR)
+        np.testing.assert_allclose(seen.branch[row, :, :, :count].sum(-1), 1, atol=BAR)
+        assert not seen.branch[row, ..., tokens:].any()
+
+        own, final = reference.logprobs[:, row, before], reference.logprobs[-1, row, before]
+        token = final.argmax(-1)
+        chosen = np.take_along_axis(own, np.broadcast_to(token, own.shape[:-1])[..., None], -1)
+        np.testing.assert_allclose(inner.probability[row, :, :count], np.exp(chosen[..., 0]), atol=BAR)
+        np.testing.assert_array_equal(inner.rank[row, :, :count], (own > chosen).sum(-1))
+        np.testing.assert_allclose(inner.kl[row, :, :count], (np.exp(final) * (final - own)).sum(-1), rtol=BAR, atol=BAR)
+        true = example.input_ids[before + 1]
+        np.testing.assert_allclose(forced.loss[row, :count], -final[np.arange(count), true], atol=BAR)
+        np.testing.assert_array_equal(forced.correct[row, :count], token == true)
+        for values in (diluted.mass, inner.kl, forced.loss[:, None]):
+            assert np.isnan(values[row, :, count:]).all()
+    assert np.ptp(diluted.mass[np.isfinite(diluted.mass)]) > 0.01  # not all alike: the comparison says something
+
+
+@pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)
+def test_a_token_settles_where_its_rank_is_first_0_for_good(golden_model, examples):
+    found = lens(golden_model, examples, rows=2, chunk=CHUNK)
+    for rank, settled in zip(np.moveaxis(found.rank, 1, 2).reshape(-1, 5), found.settled.reshape(-1), strict=True):
+        if np.isfinite(settled):
+            assert not rank[int(settled) :].any()
+            assert settled == 0 or rank[int(settled) - 1] > 0

@@ -1,0 +1,168 @@
+"""The command, from a checkpoint and a file of conversations to a page that needs no network; and what it must fit in."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from demo.checkpoint import make_config, make_tokenizer, write_assets
+from demo.task import Mixture, draw, make_example
+from pvm_jax import Batch, abstract_model, save
+from pvm_jax.__main__ import main
+from pvm_jax.measure import dilution, figures, lens, reading
+from pvm_jax.measure.figures import Look, Panel, Series
+from pvm_jax.measure.intervals import Estimate
+from pvm_jax.measure.report import write_report
+from pvm_jax.measure.sections import MEASUREMENTS, Section
+from tests.pvm_jax.measure.models import make_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The demo's model with one layer of every kind, an open branch, and nothing learned."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = write_assets(folder / "assets").with_pvm((1,), 32)
+    text = replace(config.text, num_hidden_layers=2, hidden_size=64, intermediate_size=64)
+    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,), out_hidden_size=64)
+    save(folder / "checkpoint", make_model(replace(config, text=text, vision=vision), 0.1), assets=folder / "assets")
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Three conversations, the second about two pictures, one of them not square."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for number in range(3):
+        example = make_example(Mixture(sizes=(2,), lines=(2, 4), digits="heldout"), number)
+        draw(example.scene).save(folder / f"{number}.png")
+        messages = example.messages(f"{number}.png")
+        if number == 1:
+            Image.new("RGB", (96, 32), (200, 40, 40)).save(folder / "wide.png")
+            messages[0]["content"].insert(1, {"type": "image", "image": "wide.png"})
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (folder / "data.jsonl").write_text("".join(lines))
+    return folder / "data.jsonl"
+
+
+def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["measure", "--checkpoint", str(checkpoint), "--data", str(data), "--output", str(out), *more]
+
+
+def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
+    """All six measurements; every figure has numbers and is drawn; nothing is fetched from anywhere."""
+    main(arguments(checkpoint, data, tmp_path, "--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"))
+    said = capsys.readouterr().out
+    assert f"The report: {tmp_path / 'report.html'}" in said
+    assert "0 tokens of filler: with the branch minus without, paired: " in said
+
+    page = (tmp_path / "report.html").read_text()
+    fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(\s*["']?([^"')]*)|@import""", page)
+    assert fetched
+    assert all((a or b).startswith(("#", "data:")) for a, b in fetched)
+    assert "<script" not in page
+    assert 'name="viewport"' in page
+
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert list(content["sections"]) == list(MEASUREMENTS)
+    figures_of = {key: section["figures"] for key, section in content["sections"].items()}
+    drawn = [key for panels in figures_of.values() for key in panels]
+    assert page.count("<figure>") == page.count("<svg ") == len(drawn) == len(set(drawn))
+    assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(drawn)
+    for key, panels in figures_of.items():
+        for name, panel in panels.items():
+            if key == "looked":
+                branch, decoder = (sum(np.sum(m) for m in maps) for maps in panel["maps"].values())
+                assert branch == pytest.approx(1, abs=1e-4)
+                assert 0 < decoder < 1
+            else:
+                assert panel["series"], name
+                for series in panel["series"].values():
+                    assert len(series["x"]) == len(series["mean"]) > 0, name
+                    assert all(value is not None for value in series["mean"]), name
+    for maps in figures_of["looked"]["looked_1"]["maps"].values():
+        assert [np.shape(m) for m in maps] == [(2, 2), (1, 3)]
+    _, weights, _, memory, _ = content["sections"]["cost"]["table"]
+    assert weights[1] != weights[2]
+    assert memory[1:] == ["2.00 KiB", "0"]  # four visual tokens, a key and a value of 32 numbers
+    assert set(figures_of["dilution"]["dilution"]["series"]) >= {"with the branch", "without"}
+    assert set(figures_of["ablations"]["filler"]["series"]) == {"with the branch", "without", "another image"}
+
+
+def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(checkpoint, data, tmp_path):
+    more = ["--only", "lens", "--against", str(checkpoint)]
+    main(arguments(checkpoint, data, tmp_path, *more))
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert list(content["sections"]) == ["lens"]
+    series = content["sections"]["lens"]["figures"]["lens_kl"]["series"]
+    assert list(series) == ["checkpoint", str(checkpoint)]
+    assert series["checkpoint"] == series[str(checkpoint)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--fillers", "-5", "9"], "--fillers must be 0 or more, got -5"),
+        (["--limit", "1"], "take at least two conversations"),
+        (["--branch", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(checkpoint, data, tmp_path, wrong, named):
+    with pytest.raises(SystemExit, match=named):
+        main(arguments(checkpoint, data, tmp_path, *wrong))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_conversation_without_an_image_is_named_by_its_line(checkpoint, data, tmp_path):
+    text = {"messages": [{"role": "user", "content": "List"}, {"role": "assistant", "content": "A1 ink red\n"}]}
+    bad = data.with_name("bad.jsonl")
+    bad.write_text(data.read_text() + json.dumps(text) + "\n")
+    with pytest.raises(SystemExit, match=r"bad\.jsonl:4: there is no image to look at"):
+        main(arguments(checkpoint, bad, tmp_path, "--only", "dilution"))
+
+
+def test_without_matplotlib_it_says_what_to_install_before_it_measures(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr("pvm_jax.measure.command.measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=r"pip install 'pvm-jax\[measure\]'"):
+        main(arguments(checkpoint, data, tmp_path, "--only", "lens"))
+
+
+def test_figures_draw_what_is_missing_as_missing(tmp_path):
+    """A single conversation has no interval, an empty series no line; the JSON says null, not NaN."""
+    nan = float("nan")
+    panels = [
+        Panel(
+            "line", "A <b>", "", "x", "y", [Series("one", [1, 2], [Estimate(0.1, nan, nan), Estimate(0.2, 0.1, 0.3)])], log="xy"
+        ),
+        Panel("empty", "Empty", "", "x", "y", [Series("none", [], []), Series("ref", [1, 2], [Estimate(1, 1, 1)] * 2, True)]),
+        Panel("bars", "Bars", "", "x", "", [Series("one", [0], [Estimate(0.5, nan, nan)])], names=["a"], bounds=(0, 1)),
+        Look("look", "Look", "", [np.zeros((32, 96, 3))], {"branch": [np.zeros((1, 3))]}),
+    ]
+    page = write_report([Section("all", "All", panels)], tmp_path, title="T").read_text()
+    assert "A &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert json.loads((tmp_path / "report.json").read_text())["sections"]["all"]["figures"]["line"]["series"]["one"]["low"] == [
+        None,
+        0.1,
+    ]
+    assert (tmp_path / "figures" / "line.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("measurement", [dilution, lens], ids=["dilution", "lens"])
+def test_8192_tokens_are_measured_in_under_2_gib(measurement):
+    """Compiled at the demo's size: arguments, results and all that the program holds in between."""
+    config = make_config(make_tokenizer()).with_pvm((1, 2), 128)
+    batch = Batch.empty(config, rows=1, length=8192, patches=64)
+    graphdef, params = nnx.split(abstract_model(config))
+    columns = np.zeros((1, 8000), np.int32)
+    compiled = reading._run.lower(graphdef, nnx.as_pure(params), batch, columns, measurement._program, 256).compile()
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert 2**20 < total < 2 * 2**30
