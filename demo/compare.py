@@ -28,7 +28,7 @@ from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from train.config import Trainable
 from train.events import read_values
-from train.loop import RESULTS
+from train.run import RESULTS
 from train.step import split_model
 
 EXAMPLES = "demo/branch_data.yaml"

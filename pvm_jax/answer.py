@@ -16,7 +16,7 @@ from pvm_jax.batch import Batch, Example, bucket_size
 from pvm_jax.conversations import Conversations, open_conversations
 from pvm_jax.generation import Chat, Settings, generate
 from pvm_jax.images import image_size
-from pvm_jax.messages import Messages
+from pvm_jax.messages import asked
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 
@@ -141,7 +141,7 @@ def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int)
             indices, examples = left[first : first + batch_size], []
             for index in indices:
                 with conversations.naming(index):
-                    prompt = _prompt(conversations[index])
+                    prompt = asked(conversations[index])
                     examples.append(answerer.processor.encode(prompt, add_generation_prompt=True))
             for index, answers in zip(indices, answerer.answers(examples, seeds=indices), strict=True):
                 line = {"source": conversations.where(index), "index": index, "answers": answers}
@@ -150,13 +150,6 @@ def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int)
             progress.advance(task, len(indices))
     seconds = time.perf_counter() - start
     print(f"[{len(left)} answered in {seconds:.1f} s; {target} holds all {len(conversations)}]", file=sys.stderr)
-
-
-def _prompt(messages: Messages) -> Messages:
-    prompt = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-    if not prompt or prompt[-1].get("role") == "assistant":
-        raise ValueError("the conversation has no turn to answer: its last one, the assistant's left out, must be the user's")
-    return prompt
 
 
 def _answered(conversations: Conversations, target: Path) -> set[int]:

@@ -69,6 +69,12 @@ class Conversations(Sequence[Messages]):
         with self.naming(index):
             return record_messages(self._record(range(len(self))[index]), self._root)
 
+    def columns(self, index: int) -> dict[str, Any]:
+        """What the record of conversation `index` holds besides messages and pictures, as a solution (of tables: where they
+        were opened with `every_column`)."""
+        with self.naming(index):
+            return {name: value for name, value in self._record(index).items() if name not in _COLUMNS}
+
     @contextmanager
     def naming(self, index: int) -> Iterator[None]:
         """Turns what conversation `index` is refused for into a ValueError that names its place."""
@@ -83,8 +89,11 @@ class Conversations(Sequence[Messages]):
         return self.path if self.path.is_dir() else self.path.parent
 
 
-def open_conversations(path: str | Path) -> Conversations:
+def open_conversations(path: str | Path, *, every_column: bool = False) -> Conversations:
     """Opens a JSONL or Parquet file, several Parquet files (`data/train-*.parquet`), or a directory of another format.
+
+    Args:
+        every_column: also read what a table holds besides messages and pictures (`Conversations.columns`).
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -93,9 +102,9 @@ def open_conversations(path: str | Path) -> Conversations:
     """
     path = Path(path)
     if has_magic(str(path)) and not path.exists():
-        return ParquetFiles(path, sorted(Path(path.parent).glob(path.name)))
+        return ParquetFiles(path, sorted(Path(path.parent).glob(path.name)), every_column)
     if path.is_file():
-        return ParquetFiles(path, [path]) if path.suffix == ".parquet" else JsonLines(path)
+        return ParquetFiles(path, [path], every_column) if path.suffix == ".parquet" else JsonLines(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or directory of conversations")
     if (path / SHARDS_INDEX).is_file():
@@ -104,9 +113,9 @@ def open_conversations(path: str | Path) -> Conversations:
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         raise ValueError(f"{path} holds several splits: choose one, {' or '.join(str(path / split) for split in splits)}")
     if (path / "state.json").is_file():
-        return SavedDataset(path)
+        return SavedDataset(path, every_column)
     if parquet := sorted(path.glob("*.parquet")):
-        return ParquetFiles(path, parquet)
+        return ParquetFiles(path, parquet, every_column)
     raise ValueError(
         f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset), no state.json "
         "(datasets.Dataset.save_to_disk) and no *.parquet files"
@@ -197,11 +206,11 @@ class ParquetFiles(_Parts):
     to be converted (`python -m convert.dataset`).
     """
 
-    def __init__(self, path: Path, files: Sequence[Path]):
+    def __init__(self, path: Path, files: Sequence[Path], every_column: bool = False):
         """Reads the files' footers. Raises FileNotFoundError if there is no file, ValueError for another table."""
         if not files:
             raise FileNotFoundError(f"{path}: no such Parquet file")
-        self.path = path
+        self.path, self._every_column = path, every_column
         parquet = _pyarrow("parquet")
         self._open = [_checked(file, parquet.ParquetFile) for file in files]
         for file, opened in zip(files, self._open, strict=True):
@@ -222,7 +231,7 @@ class ParquetFiles(_Parts):
             table = self._cache.pop(part, None)
             if table is None:
                 file = self._open[self._file_of_part[part]]
-                columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+                columns = _wanted(file.schema_arrow.names, self._every_column)
                 table = file.read_row_group(int(self._group_of_part[part]), columns=columns)
             self._cache[part] = table
             while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > ROW_GROUP_CACHE_BYTES:
@@ -233,7 +242,7 @@ class ParquetFiles(_Parts):
 class SavedDataset(_Parts):
     """A directory that `datasets.Dataset.save_to_disk` wrote: Arrow files, mapped into memory."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, every_column: bool = False):
         """Reads the files' record batches' headers. Raises ValueError if a file is missing, broken or another table."""
         self.path = path
         names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
@@ -244,7 +253,7 @@ class SavedDataset(_Parts):
         for file, batches in zip(files, tables, strict=True):
             if batches:
                 _check_columns(file, batches[0].schema.names)
-        self._batches = [batch.select([n for n in _COLUMNS if n in batch.schema.names]) for one in tables for batch in one]
+        self._batches = [batch.select(_wanted(batch.schema.names, every_column)) for one in tables for batch in one]
         self._set_parts(files, [[batch.num_rows for batch in batches] for batches in tables])
 
     def _record(self, index: int) -> Any:
@@ -394,6 +403,10 @@ def _mapped_batches(file: Path) -> list[Any]:
     """The record batches of an Arrow stream; their contents stay on disk until they are read."""
     reader = _pyarrow("ipc").open_stream(_pyarrow("lib").memory_map(str(file)))
     return list(reader)
+
+
+def _wanted(names: Sequence[str], every_column: bool) -> list[str]:
+    return [name for name in names if every_column or name in _COLUMNS]
 
 
 def _check_columns(file: Path, names: Sequence[str]) -> None:

@@ -67,6 +67,18 @@ def parse(messages: Messages, reserved: Sequence[str]) -> Conversation:
     return conversation
 
 
+def asked(messages: Messages) -> Messages:
+    """The conversation without its last turn, if that is the assistant's: what there is to answer.
+
+    Raises:
+        ValueError: if that is nothing.
+    """
+    asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    if not asked or asked[-1].get("role") == "assistant":
+        raise ValueError("the conversation has no turn to answer: its last one, the assistant's left out, must be the user's")
+    return asked
+
+
 @contextmanager
 def naming(where: str) -> Iterator[None]:
     """Puts `where` in front of an error's message."""

@@ -28,11 +28,13 @@ class Compiled:
         total: bytes at once: arguments, results that do not replace them, and temporaries.
         seconds: that the compilation took.
         refusal: what the compiler said where the program does not fit; None where it compiled.
+        results: the shardings of what it returns, where it compiled.
     """
 
     total: int
     seconds: float
     refusal: str | None = None
+    results: Any = None
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -78,19 +80,24 @@ def gpu_devices(count: int) -> list[Any]:
     return list(topologies.get_topology_desc(platform=jax.default_backend(), topology=topology).devices)
 
 
-def compile_ahead(function: Any, *args: Any, mesh: Mesh) -> Compiled:
-    """Compiles the jitted `function` for ShapeDtypeStructs `args` whose shardings lie on `mesh`. Nothing runs."""
+def compile_ahead(function: Any, *args: Any, mesh: Mesh, **static: Any) -> Compiled:
+    """Compiles the jitted `function` for ShapeDtypeStructs `args` whose shardings lie on `mesh`. Nothing runs.
+
+    Args:
+        static: its static arguments.
+    """
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         try:
-            sizes = function.lower(*args).compile().memory_analysis()
+            program = function.lower(*args, **static).compile()
         except jax.errors.JaxRuntimeError as error:
             if (total := _refused(str(error), device_bytes(args))) is None:
                 raise
             return Compiled(total, time.perf_counter() - start, str(error))
+    sizes = program.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
-    return Compiled(total, time.perf_counter() - start)
+    return Compiled(total, time.perf_counter() - start, results=program.output_shardings)
 
 
 def _refused(message: str, arguments: int) -> int | None:

@@ -1,9 +1,9 @@
-"""What a supervised fine-tuning run is told, as frozen dataclasses; YAML files and the command line fill them in."""
+"""What a run is told, as frozen dataclasses; YAML files and the command line fill them in."""
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from types import MappingProxyType
 from typing import Literal, NoReturn, TypeVar
 
@@ -54,16 +54,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Examples, and the rows that they are laid out in.
+class ExamplesConfig:
+    """Examples, and the shapes that they are padded to.
 
     Attributes:
         sources: a path, or several; {path: ..., weight: ...} for one that an epoch reads more or less often than once.
         buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One compilation each.
-        packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
-            counts rows. Without it a row is one example.
-        hide_images: share of a batch's rows whose images the decoder does not see, only the branch's memory: what the decoder
-            can still find itself, a fresh branch is slow to learn (docs/compare.md). 0, as published, hides none.
         too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
@@ -71,8 +67,7 @@ class DataConfig:
 
     sources: str | list[str | Source]
     buckets: list[Bucket]
-    packing: bool = True
-    hide_images: float = 0.0
+    _: KW_ONLY
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
@@ -82,8 +77,6 @@ class DataConfig:
             raise ValueError("data.sources: needs at least one path")
         if not self.buckets:
             raise ValueError("data.buckets: needs at least one bucket")
-        if not 0 <= self.hide_images <= 1:
-            raise ValueError(f"data.hide_images is a share of the rows in [0, 1], got {self.hide_images}")
         if self.threads < 1 or self.prefetch < 1:
             raise ValueError(f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1")
 
@@ -92,6 +85,27 @@ class DataConfig:
         """The sources, each with its weight."""
         sources = [self.sources] if isinstance(self.sources, str) else self.sources
         return [source if isinstance(source, Source) else Source(source) for source in sources]
+
+
+@dataclass(frozen=True)
+class DataConfig(ExamplesConfig):
+    """Examples, and the rows that they are laid out in.
+
+    Attributes:
+        packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
+            counts rows. Without it a row is one example.
+        hide_images: share of a batch's rows whose images the decoder does not see, only the branch's memory: what the decoder
+            can still find itself, a fresh branch is slow to learn (docs/compare.md). 0, as published, hides none.
+    """
+
+    _: KW_ONLY
+    packing: bool = True
+    hide_images: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.hide_images <= 1:
+            raise ValueError(f"data.hide_images is a share of the rows in [0, 1], got {self.hide_images}")
 
 
 @dataclass(frozen=True)
@@ -195,18 +209,16 @@ class HeldOutConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning. The defaults are the paper's alignment stage.
+class RunConfig:
+    """What every training run is told.
 
     Attributes:
         checkpoint: Orbax directory written by convert.hf_to_orbax.
         run_dir: receives step checkpoints, TensorBoard events and the result; a run found there is continued.
-        data: the training examples.
         branch: checkpoint to take the PVM branch from (None: the one in `checkpoint`).
         trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head and branch) or "all" (the
             vision tower too).
         lora: the adapters, with trainable "lora".
-        batch_size: rows of one optimizer step, over all devices; a row is one example, or several with data.packing.
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.
@@ -214,13 +226,12 @@ class SFTConfig:
         remat: what the backward pass recomputes: "none", "dots" (keeps matrix products) or "full" (keeps layer inputs).
         attention: attention kernel; None picks by platform.
         loss_chunk: positions of a row whose logits exist at the same time.
-        seed: order of the examples.
+        seed: order of the examples, and whatever else is drawn.
         not_finite: whether a step whose loss or gradient is not finite ends the run ("stop"), or is reported with its
             examples and leaves the parameters as they were ("skip"; ten in a row end the run).
         log_every: steps between two reads of the metrics; every step's values are written then.
         checkpoint_every: steps between two checkpoints.
         keep: step checkpoints kept, newest first.
-        held_out: what is measured while the run goes on; nothing by default.
         optimizer: AdamW and its schedule.
         mesh: how devices share the work.
         distributed: how the processes of a run on several hosts find each other.
@@ -228,11 +239,10 @@ class SFTConfig:
 
     checkpoint: str
     run_dir: str
-    data: DataConfig
+    _: KW_ONLY
     branch: str | None = None
     trainable: Trainable = "pvm"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    batch_size: int = 64
     accumulation: int = 1
     epochs: int = 1
     max_steps: int | None = None
@@ -245,17 +255,37 @@ class SFTConfig:
     checkpoint_every: int = 500
     keep: int = 2
     not_finite: Literal["stop", "skip"] = "stop"
-    held_out: HeldOutConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulation", "epochs", "loss_chunk", "log_every", "checkpoint_every", "keep"):
+        for name in ("accumulation", "epochs", "loss_chunk", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+
+
+@dataclass(frozen=True)
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning. The defaults are the paper's alignment stage.
+
+    Attributes:
+        data: the training examples.
+        batch_size: rows of one optimizer step, over all devices; a row is one example, or several with data.packing.
+        held_out: what is measured while the run goes on; nothing by default.
+    """
+
+    data: DataConfig
+    _: KW_ONLY
+    batch_size: int = 64
+    held_out: HeldOutConfig | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
 

@@ -7,7 +7,9 @@ example is never truncated: it goes into a row that holds all of it, or nowhere.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -20,34 +22,50 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.conversations import Conversations, open_conversations, size_of
 from pvm_jax.messages import Messages
 from pvm_jax.processing import Processor
-from train.config import Bucket, DataConfig, Source
+from train.config import Bucket, DataConfig, ExamplesConfig, Source
 from train.packing import Plan, bucket_of_examples, make_plan, padding, padding_of_single_examples
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """The batches of a run.
+class PlannedExamples:
+    """Which examples each step of a run reads.
 
     Attributes:
-        batches: element i is this host's rows of step i's batch, NumPy leaves.
-        report: what became of the examples, for the log.
         plan: the examples of every row, as places in the sources one after the other.
+        buckets: the plan's, smallest first.
         sources: the opened sources.
+        report: what became of the examples, for the log.
     """
 
-    batches: grain.MapDataset[Batch]
-    report: str
     plan: Plan
+    buckets: Sequence[Bucket]
     sources: Sequence[Conversations]
+    report: str
 
     def examples(self, step: int) -> list[list[str]]:
         """File and place of the examples in each row of the whole batch of `step`, whatever part of it this host reads."""
         return [[_where(self.sources, example) for example in row] for row in self.plan.rows(step)]
 
+
+@dataclass(frozen=True)
+class TrainingData(PlannedExamples):
+    """The batches of a run.
+
+    Attributes:
+        batches: element i is this host's rows of step i's batch, NumPy leaves.
+    """
+
+    batches: grain.MapDataset[Batch]
+
     def iterator(self, start: int, threads: int, prefetch: int) -> Iterator[Batch]:
         """The batches from step `start` on, read ahead in `threads` threads."""
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        return iter(self.batches[start:].to_iter_dataset(options))
+        return read_ahead(self.batches, start, threads, prefetch)
+
+
+def read_ahead(steps: grain.MapDataset[Any], start: int, threads: int, prefetch: int) -> Iterator[Any]:
+    """What `steps` holds from step `start` on, read ahead in `threads` threads."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(steps[start:].to_iter_dataset(options))
 
 
 def load_training_data(
@@ -82,7 +100,51 @@ def load_training_data(
     """
     sources = [open_conversations(source.path) for source in data.mixture]
     stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
-    sizes = _cached(sizes_file, lambda: np.concatenate([_sizes(source, processor, data.threads) for source in sources]))
+    planned = plan_examples(
+        data,
+        sources,
+        lambda: np.concatenate([_sizes(source, processor, data.threads) for source in sources]),
+        batch_size=batch_size,
+        packing=data.packing,
+        epochs=epochs,
+        max_steps=max_steps,
+        seed=seed,
+        sizes_file=sizes_file,
+        fill_last=fill_last,
+    )
+    mine = range(batch_size) if rows is None else rows
+
+    def read(step: int) -> Batch:
+        bucket = planned.buckets[planned.plan.bucket(step)]
+        members = planned.plan.rows(step)
+        examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
+        batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+        return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
+
+    report = planned.report
+    if stale:
+        report += (
+            f". Measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
+        )
+    batches = grain.MapDataset.range(len(planned.plan)).map(read)
+    return TrainingData(planned.plan, planned.buckets, sources, report, batches)
+
+
+def plan_examples(
+    data: ExamplesConfig,
+    sources: Sequence[Conversations],
+    measure_all: Callable[[], np.ndarray],
+    *,
+    batch_size: int,
+    packing: bool,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    seed: int = 0,
+    sizes_file: Path | None = None,
+    fill_last: bool = False,
+) -> PlannedExamples:
+    """The plan of `load_training_data`, by its arguments; `measure_all` gives (tokens, patches) of all examples, [N, 2]."""
+    sizes = _cached(sizes_file, measure_all)
     buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
     too_long = np.flatnonzero(bucket_of_examples(sizes, buckets) < 0)
     if len(too_long) and data.too_long == "error":
@@ -96,7 +158,7 @@ def load_training_data(
         [epoch_readings(data.mixture, list(map(len, sources)), seed, epoch) for epoch in range(epochs)],
         buckets,
         batch_size=batch_size,
-        packing=data.packing,
+        packing=packing,
         seed=seed,
         max_steps=max_steps,
         fill_last=fill_last,
@@ -104,25 +166,10 @@ def load_training_data(
     if not len(plan):
         raise ValueError(
             f"{', '.join(source.path for source in data.mixture)}: no bucket has the {batch_size} rows of one batch; "
-            f"{len(too_long)} of {len(sizes)} examples are too long. Lower batch_size, or change data.buckets or data.packing"
+            f"{len(too_long)} of {len(sizes)} examples are too long. Make the batch smaller, or change data.buckets"
+            f"{' or data.packing' if packing else ''}"
         )
-
-    mine = range(batch_size) if rows is None else rows
-
-    def read(step: int) -> Batch:
-        bucket = buckets[plan.bucket(step)]
-        members = plan.rows(step)
-        examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
-        batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
-        return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
-
-    batches = grain.MapDataset.range(len(plan)).map(read)
-    report = _report(plan, sizes, buckets, epochs, too_long)
-    if stale:
-        report += (
-            f". Measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
-        )
-    return TrainingData(batches, report, plan, sources)
+    return PlannedExamples(plan, buckets, sources, _report(plan, sizes, buckets, epochs, too_long))
 
 
 def _is_hidden(row: int, share: float) -> bool:
@@ -159,7 +206,7 @@ def measure(conversations: Conversations, count: Callable[[Messages], tuple[int,
     def size(index: int) -> tuple[int, int]:
         messages = conversations[index]
         with conversations.naming(index):
-            return size_of(messages, count)
+            return count(messages)
 
     starts = range(0, len(conversations), _MEASURE_CHUNK)
     with ThreadPoolExecutor(threads) as pool:
@@ -181,7 +228,7 @@ def _sizes(conversations: Conversations, processor: Processor, threads: int) -> 
     """The sizes that the data bring, if this very processor measured them, else measured now."""
     if conversations.sizes is not None and not _measured_by_another(conversations, processor):
         return conversations.sizes
-    return measure(conversations, processor.count, threads)
+    return measure(conversations, partial(size_of, count=processor.count), threads)
 
 
 def _measured_by_another(conversations: Conversations, processor: Processor) -> bool:
@@ -200,18 +247,18 @@ def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def _encode(sources: Sequence[Conversations], processor: Processor, example: int):
-    source, index = _place(sources, example)
+    source, index = place_of(sources, example)
     messages = source[index]
     with source.naming(index):
         return processor.encode(messages)
 
 
 def _where(sources: Sequence[Conversations], example: int) -> str:
-    source, index = _place(sources, example)
+    source, index = place_of(sources, example)
     return source.where(index)
 
 
-def _place(sources: Sequence[Conversations], example: int) -> tuple[Conversations, int]:
+def place_of(sources: Sequence[Conversations], example: int) -> tuple[Conversations, int]:
     """The source that holds an example, and its place there."""
     for source in sources:
         if example < len(source):

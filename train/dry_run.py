@@ -23,7 +23,7 @@ def dry_run(config: SFTConfig) -> None:
     """Prints mesh, data, shapes, shardings, memory and the losses of two steps.
 
     Raises:
-        What `train.loop.run` would raise while it builds the same.
+        What `train.run.run` would raise while it builds the same.
     """
     console = Console(quiet=jax.process_index() != 0, highlight=False)
     if not console.is_terminal:

@@ -1,10 +1,12 @@
 """Does a run fit? Compiles its real step for a TPU slice that is not here, or for more GPUs than are: no weights, no data."""
 
+import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 
+import yaml
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -14,21 +16,24 @@ from pvm_jax.sharding import make_mesh
 from train.ahead import compile_ahead, device_bytes, gpu_devices, tpu_devices, usable_bytes
 from train.config import Bucket, SFTConfig, parse
 from train.flops import Work, peak_flops
-from train.program import make_program, rows_per_shard, step_costs
+from train.grpo_config import GRPOConfig
+from train.program import SFTProgram, rows_per_shard, step_costs
 
 EXAMPLES = """
 examples:
   python -m train.fit --config configs/sft_qwen3_vl_8b.yaml --model 8b --topology v5e:4x4 --accumulation 4
   python -m train.fit --config configs/sft_qwen3_vl_8b.yaml --model 8b --topology v5p:2x2x1 --accumulation 16 --trainable all
   python -m train.fit --config configs/sft_qwen3_vl_4b.yaml --devices 8
-Takes every key of train.sft. A TPU slice needs libtpu, the compiler, and no TPU (pip install 'jax[tpu]').
+  python -m train.fit --config configs/grpo_qwen3_vl_8b.yaml --model 8b --topology v5p:2x2x2
+Takes every key of train.sft or, where one is given that only train.grpo has, every key of that.
+A TPU slice needs libtpu, the compiler, and no TPU (pip install 'jax[tpu]').
 The exit status is 0 where every shape fits, 1 where one does not, 2 for an error.
 """
 
 
 @dataclass(frozen=True)
-class FitConfig(SFTConfig):
-    """A run, and the devices that it might have. Nothing of `checkpoint` is read but its config.json, of `data` the buckets.
+class Target:
+    """The devices that a run might have. Nothing of `checkpoint` is read but its config.json, of `data` the buckets.
 
     Attributes:
         topology: TPU slice by generation and chips: v5e:4x4, v5p:2x2x1 (which is sold as v5p-8), v6e:2x4, ...
@@ -37,21 +42,52 @@ class FitConfig(SFTConfig):
             branch at its default layers).
     """
 
+    _: KW_ONLY
     topology: str | None = None
     devices: int | None = None
     model: str | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises ValueError unless there is one kind of devices."""
         if (self.topology is None) == (self.devices is None):
             raise ValueError("give either topology (a TPU slice, as in v5e:4x4) or devices (a number of GPUs)")
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices must be at least 1, got {self.devices}")
 
 
+@dataclass(frozen=True)
+class FitConfig(Target, SFTConfig):
+    """A run of supervised fine-tuning, and the devices that it might have."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check()
+
+
+@dataclass(frozen=True)
+class FitGRPOConfig(Target, GRPOConfig):
+    """A run of GRPO, and the devices that it might have."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check()
+
+
+def recipe(argv: Sequence[str] | None) -> type[FitConfig] | type[FitGRPOConfig]:
+    """The kind of run that `argv` asks about: GRPO's if a key is given that no other has."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    known, others = parser.parse_known_args(argv)
+    given = {option.removeprefix("--").partition("=")[0].partition(".")[0] for option in others if option.startswith("--")}
+    for file in filter(Path.is_file, map(Path, known.config)):
+        given |= set(yaml.safe_load(file.read_text()) or {})
+    names, others = ({field.name for field in fields(cls)} for cls in (GRPOConfig, SFTConfig))
+    return FitGRPOConfig if given & (names - others) else FitConfig
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line), prints what a step takes, and exits with the status that EXAMPLES names."""
-    config, _ = parse(FitConfig, argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES)
+    config, _ = parse(recipe(argv), argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES)
     console, fits = Console(highlight=False, soft_wrap=True), True
     try:
         devices = tpu_devices(config.topology) if config.topology else gpu_devices(config.devices or 0)
@@ -59,10 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_config, usable = read_model_config(config), usable_bytes(mesh)
         console.print(
             f"{config.model or config.checkpoint}, trainable {config.trainable!r}, on {mesh.size} x {devices[0].device_kind} "
-            f"of {_gib(usable)} usable, {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
+            f"of {gib(usable)} usable, {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
+        if isinstance(config, FitGRPOConfig):
+            from train.grpo_fit import check  # which needs this module
+
+            sys.exit(0 if check(config, model_config, mesh, usable, console) else 1)
         for bucket in largest(config.data.buckets):
-            rows = rows_per_shard(config, mesh)
+            rows = rows_per_shard(config.batch_size, config.accumulation, mesh)
             console.print(
                 f"rows of {bucket.tokens:,} tokens and {bucket.patches:,} patches, {config.batch_size} a step, {rows} a chip "
                 "at a time: compiling, which takes minutes ..."
@@ -76,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(0 if fits else 1)
 
 
-def read_model_config(config: FitConfig) -> ModelConfig:
+def read_model_config(config: FitConfig | FitGRPOConfig) -> ModelConfig:
     """Of the model that would train, with its branch.
 
     Raises:
@@ -93,7 +133,7 @@ def read_model_config(config: FitConfig) -> ModelConfig:
             raise ValueError(f"model {config.model!r}: no such file, and {error.args[0]}") from None
     else:
         raise FileNotFoundError(f"no checkpoint at {source}: say what it will be, as in --model 8b or --model DIR/config.json")
-    if config.branch:
+    if config.branch and not (config.model and not Path(config.branch).exists()):
         branch = ModelConfig.from_hf(config.branch).text
         return model_config.with_pvm(branch.pvm_layers, branch.pvm_hidden_size)
     if config.model and not model_config.text.pvm_layers:
@@ -124,7 +164,7 @@ class Footprint:
         flops: FLOPs of a step without padding, one example and one image a row: no step of this shape has more.
     """
 
-    config: SFTConfig
+    config: SFTConfig | GRPOConfig
     bucket: Bucket
     mesh: Mesh
     rows: int
@@ -162,9 +202,9 @@ class Footprint:
             ("batch, and the next one", self.batches),
             ("temporaries: activations, gradients, gathered weights", self.temporaries),
         ):
-            table.add_row(name, _gib(size))
+            table.add_row(name, gib(size))
         table.add_section()
-        table.add_row("total", _gib(self.total))
+        table.add_row("total", gib(self.total))
         return table
 
     def verdict(self) -> list[str]:
@@ -175,10 +215,8 @@ class Footprint:
             lines.append(f"at 40 to 50 % MFU that would be {slow:.1f} to {fast:.1f} s: arithmetic, not a measurement")
         left = self.usable - self.total
         if self.fits:
-            return [*lines, f"fits: {_gib(left)} of {_gib(self.usable)} are left"]
-        over = (
-            f"{_gib(-left)} more than the usable {_gib(self.usable)}" if left < 0 else f"the compiler refuses: {self.refusal}"
-        )
+            return [*lines, f"fits: {gib(left)} of {gib(self.usable)} are left"]
+        over = f"{gib(-left)} more than the usable {gib(self.usable)}" if left < 0 else f"the compiler refuses: {self.refusal}"
         return [*lines, f"does not fit: {over}. What would help, by this program's own figures:", *self.advice()]
 
     def advice(self) -> list[str]:
@@ -206,7 +244,7 @@ class Footprint:
         if (room := self.usable - (self.total - by_chips)) > 0:
             chips = -(-by_chips * self.mesh.size // room)
             what = "parameters, gradients and optimizer state"
-            found.append((f"{chips} such chips: {what} take {_gib(by_chips)} of each of the {self.mesh.size}", over))
+            found.append((f"{chips} such chips: {what} take {gib(by_chips)} of each of the {self.mesh.size}", over))
         if config.trainable in ("decoder", "all"):
             rest = self.params // 2 if config.dtype == "bfloat16" else self.params
             found.append(("trainable: pvm or lora", by_chips - self.frozen - rest))
@@ -214,7 +252,7 @@ class Footprint:
             largest = f"{{tokens: {self.bucket.tokens}, patches: {self.bucket.patches}}}"
             found.append((f"data.buckets without {largest}: longer examples are left out", None))
         return [
-            f"  - {change}" + (f" (about {_gib(saves)} less{', enough' if saves >= over else ''})" if saves is not None else "")
+            f"  - {change}" + (f" (about {gib(saves)} less{', enough' if saves >= over else ''})" if saves is not None else "")
             for change, saves in found
         ]
 
@@ -225,9 +263,9 @@ def measure(config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: 
     Raises:
         ValueError: if the batch does not divide over the mesh, or nothing would train.
     """
-    rows = rows_per_shard(config, mesh)
-    program = make_program(config, model_config, 1, mesh)
-    batch = program.abstract_batch(bucket)
+    rows = rows_per_shard(config.batch_size, config.accumulation, mesh)
+    program = SFTProgram.of(config, model_config, 1, mesh)
+    batch = program.abstract_batch(bucket, config.batch_size)
     compiled = compile_ahead(program.step, program.state, program.frozen, batch, mesh=mesh)
     work = Work.full(config.batch_size, bucket.tokens, bucket.patches, model_config.vision.merge_factor)
     inputs = {
@@ -255,7 +293,8 @@ def _divisors(number: int) -> list[int]:
     return [k for k in range(2, number + 1) if number % k == 0]
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in GiB, to print."""
     return f"{size / 2**30:.2f} GiB"
 
 

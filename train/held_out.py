@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -14,8 +13,7 @@ from pvm_jax.batch import Batch
 from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.config import ModelConfig
 from pvm_jax.generation import generate
-from pvm_jax.images import read_image
-from pvm_jax.messages import Messages, parse
+from pvm_jax.messages import Messages
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import local_rows, place_rows
@@ -24,16 +22,8 @@ from train.data import load_training_data
 from train.log import RunLog
 from train.loss import chunked_cross_entropy
 from train.program import Program
+from train.samples import Sample, first_image, text_of
 from train.step import Metrics, TrainState
-
-
-class Sample(NamedTuple):
-    """One generated answer: the question, the first image [H, W, 3] uint8 if there is one, what was and what should be said."""
-
-    question: str
-    image: np.ndarray | None
-    answer: str
-    truth: str
 
 
 class HeldOut:
@@ -73,8 +63,7 @@ class HeldOut:
             log.scalars(step, values)
             log.print(f"step {step}: held-out loss {values['held_out/loss']:.4f}")
             for number, sample in enumerate(self.samples(self._program.model(state, frozen))):
-                text = "\n\n".join([sample.question, "**answered**", sample.answer, "**truth**", sample.truth])
-                log.sample(step, f"sample/{number}", text, sample.image)
+                log.sample(step, f"sample/{number}", sample.markdown, sample.image)
 
     def measure(self, state: TrainState, frozen: Any) -> dict[str, float]:
         """Means over the answers' tokens: held_out/loss, and update_share/l of each branch (`make_measurement`)."""
@@ -104,7 +93,7 @@ class HeldOut:
         tokens, lengths = multihost_utils.process_allgather((generation.tokens, generation.lengths), tiled=True)
         answers = [self._processor.decode(tokens[row, : lengths[row]]) for row in range(len(prompts))]
         return [
-            Sample(_text(prompt), _first_image(prompt), answer, _text([messages[turn]]))
+            Sample(text_of(prompt), first_image(prompt), answer, text_of([messages[turn]]))
             for prompt, answer, messages, turn in zip(prompts, answers, self._samples, turns, strict=True)
         ]
 
@@ -134,14 +123,3 @@ def _norm(x: jax.Array) -> jax.Array:
 def _first_answer(messages: Messages) -> int:
     """The place of the first assistant turn; `load_training_data` has seen that there is one."""
     return next(place for place, message in enumerate(messages) if message["role"] == "assistant")
-
-
-def _text(messages: Messages) -> str:
-    contents = [message["content"] for message in messages]
-    parts = [[{"type": "text", "text": content}] if isinstance(content, str) else content for content in contents]
-    return "\n\n".join(part["text"] for content in parts for part in content if part["type"] == "text")
-
-
-def _first_image(messages: Messages) -> np.ndarray | None:
-    images = parse(messages, ()).images
-    return np.asarray(read_image(images[0][1]).convert("RGB")) if images else None

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -14,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.events import EventWriter
-from train.step import Metrics
 
+HEADLINE = {"loss": "loss {:.4f}", "grad_norm": "grad {:.3g}", "learning_rate": "lr {:.2e}"}
 _QUIET_SECONDS = 60
 _MOST_SKIPS = 10
 
@@ -36,16 +37,21 @@ class RunLog:
         peak: float | None,
         not_finite: Literal["stop", "skip"] = "stop",
         examples: Callable[[int], list[list[str]]] = lambda step: [],
+        headline: Mapping[str, str] = MappingProxyType(HEADLINE),
+        apart: Sequence[str] = (),
     ):
         """Args:
         peak: FLOP/s of all devices together; None where unknown (no MFU is logged then).
         not_finite: whether a step whose loss or gradient is not finite ends the run, or is reported.
         examples: step -> the names of what each row of its batch holds, for that report.
+        headline: metrics that the line of progress shows, each with how it is written.
+        apart: phases of a step whose time is no part of the speed, since nothing is trained in it.
         """
         self.total, self.every, self.peak, self.not_finite, self.examples = total, every, peak, not_finite, examples
+        self._headline, self._apart = headline, apart
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
         self._writer = EventWriter(directory, start=start) if jax.process_index() == 0 else None
-        self._pending: list[tuple[int, Metrics]] = []
+        self._pending: list[tuple[int, Mapping[str, Any]]] = []
         self._phases: dict[str, float] = {}
         self._skipped_in_a_row = 0
         self._started = time.perf_counter()
@@ -78,11 +84,12 @@ class RunLog:
         """One line on the console, above the progress line."""
         self.console.print(message, markup=False)
 
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of step `step` (from 0); reads them when enough have come."""
+    def add(self, step: int, metrics: Mapping[str, Any], *, timed: bool = True) -> None:
+        """Takes the metrics of step `step` (from 0); reads them when enough have come, or at once, without a speed, unless
+        `timed` (the step had to be compiled)."""
         self._pending.append((step, metrics))
-        if (step + 1) % self.every == 0:
-            self.flush()
+        if not timed or (step + 1) % self.every == 0:
+            self.flush(timed=timed)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes values that belong to step `step`, by their TensorBoard names."""
@@ -129,9 +136,10 @@ class RunLog:
             self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in metrics.items()})
             self._check(step, metrics)
         if timed:
-            speed = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / seconds}
+            training = seconds - sum(self._phases.get(name, 0) for name in self._apart)
+            speed = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / training}
             if self.peak:
-                speed["mfu"] = sum(float(metrics["flops"]) for metrics in values) / seconds / self.peak
+                speed["mfu"] = sum(float(metrics["flops"]) for metrics in values) / training / self.peak
             times = {"step": seconds} | self._phases
             last = self._pending[-1][0]
             self.scalars(last, {f"train/{name}": value for name, value in speed.items()})
@@ -159,7 +167,7 @@ class RunLog:
             raise FloatingPointError(f"the last {_MOST_SKIPS} steps were not finite: the run cannot recover. {what}")
 
     def _report(self, done: int, values: Mapping[str, Any], seconds_per_step: float) -> None:
-        line = f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3g}  lr {values['learning_rate']:.2e}"
+        line = "  ".join(written.format(values[name]) for name, written in self._headline.items())
         line += "".join(f"  {name} {value:+.4f}" for name, value in values.items() if name.startswith("gate/"))
         line += f"  {values['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in values:

@@ -1,19 +1,20 @@
-"""Next-token cross-entropy over a large vocabulary without the logits of a whole batch."""
+"""What a large vocabulary says of a batch's tokens, without the logits of the whole batch."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pvm_jax.sharding import constrain
 
+OfLogits = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
+"""(logits [B, C, V] float32, targets [B, C]) -> arrays [B, C]."""
+
 
 def chunked_cross_entropy(
     hidden: jax.Array, head: jax.Array, tokens: jax.Array, loss_weights: jax.Array, *, chunk: int = 512
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over positions of weight x -log p(token), and the sum of the weights: their quotient is the mean loss.
-
-    Each row's positions that carry loss are brought to its front, so that a chunk in which no row has any is skipped:
-    prompts and padding never meet the vocabulary, and at most [B, chunk, V] logits exist at a time (recomputed in the
-    backward pass).
 
     Args:
         hidden: [B, S, D] after the final norm.
@@ -25,41 +26,99 @@ def chunked_cross_entropy(
     Returns:
         Two float32 scalars.
     """
-    hidden, targets, weights = _front(hidden[:, :-1], tokens[:, 1:], loss_weights[:, 1:].astype(jnp.float32))
+    weights = loss_weights[:, 1:].astype(jnp.float32)
+    (logprobs,) = _chunked(lambda *logits: (_logprob(*logits),), hidden, head, tokens, loss_weights != 0, chunk)
+    return -(weights * logprobs[:, 1:]).sum(), weights.sum()
+
+
+def chunked_logprobs(
+    hidden: jax.Array, head: jax.Array, tokens: jax.Array, wanted: jax.Array, *, temperature: float = 1.0, chunk: int = 512
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of every wanted token under softmax(logits / temperature), and that distribution's entropy.
+
+    As `pvm_jax.generate` reports them: over the whole vocabulary, before top-k and top-p.
+
+    Args:
+        hidden: [B, S, D] after the final norm.
+        head: [V, D]; products are computed in hidden's dtype and accumulated in float32.
+        tokens: [B, S].
+        wanted: [B, S] bool; token s is predicted from the hidden state at s - 1, so that no row's first token can be.
+        temperature: of the sampling.
+        chunk: positions of a row that are computed together.
+
+    Returns:
+        Two [B, S] float32 arrays, in nats, 0 where not wanted. The entropy passes no gradient on.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(
+            f"temperature must be positive, got {temperature}: greedy decoding has no log-probabilities to train on"
+        )
+
+    def read(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+        logits = logits / temperature
+        return _logprob(logits, targets), _entropy(jax.lax.stop_gradient(logits))
+
+    logprobs, entropy = _chunked(read, hidden, head, tokens, wanted, chunk)
+    return logprobs, entropy
+
+
+def _chunked(
+    read: OfLogits, hidden: jax.Array, head: jax.Array, tokens: jax.Array, wanted: jax.Array, chunk: int
+) -> tuple[jax.Array, ...]:
+    """What `read` makes of the logits of the wanted tokens: arrays [B, S], 0 elsewhere.
+
+    Each row's wanted positions are brought to its front, so that a chunk in which no row has any is skipped: prompts and
+    padding never meet the vocabulary, and at most [B, chunk, V] logits exist at a time (recomputed in the backward pass).
+    """
+    wanted = wanted[:, 1:]
+    # Every row is reordered on its own: nothing moves between devices.
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    hidden = jnp.take_along_axis(hidden[:, :-1], order[..., None], axis=1)
+    targets, wanted = (jnp.take_along_axis(x, order, axis=1) for x in (tokens[:, 1:], wanted))
     # Gathered once here: inside the scan a head that is split over fsdp would be gathered for every chunk.
     head = constrain(head, "vocab", "hidden")
 
-    def add_chunk(total: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        hidden, targets, weights = parts
-        loss = jax.lax.cond(weights.any(), _weighted_loss, lambda *_: jnp.float32(0), hidden, head, targets, weights)
-        return total + loss, None
+    def of_chunk(hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jnp.where(wanted, x, 0) for x in read(_logits(hidden, head), targets))
 
-    chunks = [_chunks(x, min(chunk, x.shape[1])) for x in (hidden, targets, weights)]
-    total, _ = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), jnp.float32(0), chunks)
-    return total, weights.sum()
+    def skipped(hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_chunk, hidden, targets, wanted))
 
+    def add_chunk(_: None, parts: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+        return None, jax.lax.cond(parts[2].any(), of_chunk, skipped, *parts)
 
-def _front(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, ...]:
-    """Reorders every row on its own (nothing moves between devices): first what carries loss."""
-    order = jnp.argsort(weights == 0, axis=1, stable=True)
-    return (
-        jnp.take_along_axis(hidden, order[..., None], axis=1),
-        jnp.take_along_axis(targets, order, axis=1),
-        jnp.take_along_axis(weights, order, axis=1),
-    )
+    chunks = tuple(_chunks(x, min(chunk, x.shape[1])) for x in (hidden, targets, wanted))
+    _, found = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), None, chunks)
+    back = jnp.argsort(order, axis=1)
+    return tuple(jnp.pad(jnp.take_along_axis(_rows(x, order.shape[1]), back, axis=1), [(0, 0), (1, 0)]) for x in found)
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, ...] -> [ceil(S / chunk), B, chunk, ...]; the last one is filled up with zeros (weight 0)."""
+    """[B, S, ...] -> [ceil(S / chunk), B, chunk, ...]; the last one is filled up with zeros (not wanted)."""
     missing = -x.shape[1] % chunk
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _weighted_loss(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+def _rows(x: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_chunks` for [chunks, B, chunk]: [B, length]."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
+
+
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     logits = jnp.einsum("bcd,vd->bcv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", "length", "vocab")
+    return constrain(logits, "batch", "length", "vocab")
+
+
+def _logprob(logits: jax.Array, targets: jax.Array) -> jax.Array:
     # A comparison in place of a gather: it fuses, and it stays local where the vocabulary is split.
-    is_target = jnp.arange(head.shape[0]) == targets[..., None]
-    log_likelihood = jnp.where(is_target, logits, 0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
-    return -(weights * log_likelihood).sum()
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.where(is_target, logits, 0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _entropy(logits: jax.Array) -> jax.Array:
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return -(jnp.exp(logprobs) * logprobs).sum(-1)

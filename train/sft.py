@@ -29,10 +29,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # After parsing: --help and errors need not wait for JAX.
     from train.distributed import joined
     from train.dry_run import dry_run
-    from train.loop import run
+    from train.loop import prepare, train
+    from train.run import run
 
     with joined(config.distributed):
-        (dry_run if flags else run)(config)
+        if flags:
+            dry_run(config)
+        else:
+            run(config, prepare, train)
 
 
 if __name__ == "__main__":

@@ -115,36 +115,56 @@ def make_step(
 
     A step whose loss or gradient is not finite counts, but leaves parameters and moments as they were.
 
-    Metrics are scalars: loss, grad_norm (before clipping), learning_rate, tokens and patches (padding not counted),
-    loss_tokens, padding/tokens and padding/patches (shares of the batch's columns) and, for each PVM layer l, gate/l; all but
-    the gates' are of the step, the gates' are those that the step started from. With `costs` (FLOPs by what causes them) also
-    flops, padding not counted.
+    Metrics are those of `apply_gradients` and `count`, as `with_padding` gives them.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         mean, gradients = loss_and_gradient(loss, state.params, frozen, batch, accumulation=accumulation)
-        norm = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.params, updates), opt_state),
-            (state.params, state.opt_state),
-        )
-        metrics = {
-            "loss": mean,
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "loss_tokens": (batch.loss_weights > 0).sum(),
-        }
-        for name, segment_ids in (("tokens", batch.segment_ids), ("patches", batch.patch_segment_ids)):
-            metrics[name] = (segment_ids > 0).sum()
-            metrics[f"padding/{name}"] = 1 - metrics[name] / segment_ids.size if segment_ids.size else jnp.float32(0)
-        if costs:
-            metrics["flops"] = Work.of(batch).flops(costs)
-        return TrainState(params, opt_state, state.step + 1), metrics | gates(state.params)
+        state, metrics = apply_gradients(state, mean, gradients, optimizer, schedule)
+        return state, metrics | with_padding(count(batch, costs))
 
     return step
+
+
+def apply_gradients(
+    state: TrainState, loss: jax.Array, gradients: Any, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> tuple[TrainState, Metrics]:
+    """The state after a step with these gradients; where they or the loss are not finite, with the count alone changed.
+
+    Metrics are scalars: loss, grad_norm (before clipping), learning_rate and, for each PVM layer l, gate/l, from which the
+    step started.
+    """
+    norm = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    rate = jnp.asarray(schedule(state.step), jnp.float32)
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate} | gates(state.params)
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def count(batch: Batch, costs: Work | None = None) -> Metrics:
+    """What a batch holds, in scalars that can be added up: tokens and patches (padding not counted), columns/tokens and
+    columns/patches (padding counted), loss_tokens; with `costs` (FLOPs by what causes them) also flops, padding not counted.
+    """
+    metrics = {"loss_tokens": (batch.loss_weights != 0).sum()}
+    for name, segment_ids in (("tokens", batch.segment_ids), ("patches", batch.patch_segment_ids)):
+        metrics |= {name: (segment_ids > 0).sum(), f"columns/{name}": jnp.asarray(segment_ids.size, jnp.float32)}
+    return metrics | ({"flops": Work.of(batch).flops(costs)} if costs else {})
+
+
+def with_padding(counts: Metrics) -> Metrics:
+    """Sums of `count`, with the shares padding/tokens and padding/patches in place of the columns."""
+    metrics = {name: value for name, value in counts.items() if not name.startswith("columns/")}
+    shares = {
+        f"padding/{name}": jnp.where(columns > 0, 1 - counts[name] / jnp.maximum(columns, 1), 0)
+        for name, columns in ((name, counts[f"columns/{name}"]) for name in ("tokens", "patches"))
+    }
+    return metrics | shares
 
 
 def gates(params: Any) -> Metrics:

@@ -1,4 +1,4 @@
-"""Runs of `python -m train.sft` in processes of their own, on a tiny checkpoint."""
+"""Runs of `python -m train.sft` and `train.grpo` in processes of their own, on a tiny checkpoint."""
 
 import json
 import os
@@ -52,8 +52,23 @@ def arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
     ]
 
 
-def start(root: Path, run_dir: str | Path, *more: str, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+def grpo_arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
+    """Of train.grpo, for a run of the workplace `root` in float32: steps of 8 prompts with 2 completions each."""
+    return [
+        *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.sources={root / 'data.jsonl'}"),
+        *("--data.buckets=[{tokens: 24, patches: 8}]", "--prompts_per_step=8", "--group_size=2", "--max_completion_tokens=16"),
+        *("--rewards=[{function: 'tests.train.reward_functions:letters'}]", "--reward_workers=1", "--mask_truncated=false"),
+        *("--trainable=pvm", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2", "--temperature=0.8"),
+        *("--checkpoint_every=2", "--epochs=2"),
+        *more,
+    ]
+
+
+def start(
+    root: Path, run_dir: str | Path, *more: str, processes: int = 1, devices: int = 1, module: str = "train.sft"
+) -> list[subprocess.Popen]:
     """Starts a run on `processes` x `devices` simulated devices, programs cached in `root`; output goes to files in `root`."""
+    make = {"train.sft": arguments, "train.grpo": grpo_arguments}[module]
     coordinator = f"127.0.0.1:{free_port()}"
     started = []
     for process in range(processes):
@@ -63,7 +78,7 @@ def start(root: Path, run_dir: str | Path, *more: str, processes: int = 1, devic
         with open(output_file(root, run_dir, process), "a") as output:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "train.sft", *arguments(root, run_dir, *found, *more)],
+                    [sys.executable, "-m", module, *make(root, run_dir, *found, *more)],
                     cwd=ROOT,
                     env=environment(devices=devices) | cache,
                     stdout=output,

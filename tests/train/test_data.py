@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from pvm_jax.conversations import open_conversations
+from pvm_jax.conversations import open_conversations, size_of
 from train import data as train_data
 from train.config import Bucket, DataConfig, Source
 from train.data import epoch_readings, load_training_data
@@ -228,4 +229,4 @@ def test_an_example_without_an_assistant_turn_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "0 1 4"}]}')
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no assistant turn"):
-        train_data.measure(open_conversations(path), FakeProcessor().count, 1)
+        train_data.measure(open_conversations(path), partial(size_of, count=FakeProcessor().count), 1)

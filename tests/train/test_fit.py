@@ -17,7 +17,7 @@ from train import fit
 from train.ahead import _refused, gpu_devices, tpu_devices
 from train.config import Bucket, DataConfig
 from train.fit import FitConfig, largest, measure, read_model_config
-from train.program import make_program
+from train.program import SFTProgram
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "shape_8b"
@@ -46,7 +46,7 @@ def branch(model_config):
 
 def test_parts_are_what_a_device_holds_of_real_arrays(branch, model_config):
     config, mesh, footprint = branch
-    program = make_program(config, model_config, 1, mesh)
+    program = SFTProgram.of(config, model_config, 1, mesh)
 
     def held(tree) -> int:
         arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), tree)
@@ -56,7 +56,7 @@ def test_parts_are_what_a_device_holds_of_real_arrays(branch, model_config):
     assert footprint.frozen == held(program.frozen) > 0
     assert footprint.params == held(program.state.params)
     assert footprint.moments == held((program.state.opt_state, program.state.step)) > 2 * footprint.params
-    assert footprint.batch == held(program.abstract_batch(BUCKET))
+    assert footprint.batch == held(program.abstract_batch(BUCKET, config.batch_size))
     assert footprint.temporaries > 2 * footprint.params  # gradients, and their sum over micro-batches
 
 
@@ -164,9 +164,10 @@ needs_libtpu = pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu, the TPU'
 @needs_libtpu
 def test_a_program_for_tpus_has_their_attention_kernel(model_config):
     mesh = make_mesh(devices=tpu_devices("v5e:2x2"))
-    program = make_program(fit_config(), model_config, 1, mesh)
+    config = fit_config()
+    program = SFTProgram.of(config, model_config, 1, mesh)
     with jax.set_mesh(mesh):
-        lowered = program.step.lower(program.state, program.frozen, program.abstract_batch(BUCKET))
+        lowered = program.step.lower(program.state, program.frozen, program.abstract_batch(BUCKET, config.batch_size))
     assert "tpu_custom_call" in lowered.as_text()
 
 

@@ -19,8 +19,9 @@ from train.config import Bucket, DataConfig, HeldOutConfig, SFTConfig
 from train.events import read_values
 from train.held_out import HeldOut
 from train.log import RunLog
-from train.loop import export, prepare
-from train.program import make_program
+from train.loop import prepare
+from train.program import SFTProgram
+from train.run import export
 
 STEPS = 6
 
@@ -52,8 +53,8 @@ def sft_run(workplace, monkeypatch):
             losses.update({step: float(values["train/loss"])} if "train/loss" in values else {})
             write(log, step, values)
 
-        def stop(log, step, *args):
-            add(log, step, *args)
+        def stop(log, step, *args, **options):
+            add(log, step, *args, **options)
             if step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -112,7 +113,7 @@ def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         model = load(config.checkpoint, mesh=mesh)
-        program = make_program(config, model.config, 1, mesh)
+        program = SFTProgram.of(config, model.config, 1, mesh)
         state, frozen = program.begin(model)
         chex.assert_trees_all_equal_shapes_and_dtypes((state, frozen), (program.state, program.frozen))
         state = replace(state, params=jax.tree.map(lambda x: x + 1, state.params))

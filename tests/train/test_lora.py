@@ -19,8 +19,8 @@ from pvm_jax.model import abstract_model, add_lora
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh
 from train.config import Bucket, DataConfig, OptimizerConfig, SFTConfig, parse
 from train.flops import count_flops
-from train.loop import export
-from train.program import make_program
+from train.program import SFTProgram
+from train.run import export
 from train.step import loss_and_gradient, make_loss, split_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -91,7 +91,7 @@ def train(model, batch, mesh, *, steps, **values):
     """(losses, state, frozen) of a run's own program."""
     config = sft_config(**values)
     with jax.set_mesh(mesh):
-        program = make_program(config, model.config, steps, mesh)
+        program = SFTProgram.of(config, model.config, steps, mesh)
         state, frozen = program.begin(add_lora(model, config.lora, mesh=mesh))
         chex.assert_trees_all_equal_shapes_and_dtypes((state, frozen), (program.state, program.frozen))
         batch, losses = jax.device_put(batch, batch_sharding(mesh)), []
@@ -136,7 +136,7 @@ def test_result_is_the_adapter(model, tmp_path):
     config, mesh = sft_config(), one_device()
     with jax.set_mesh(mesh):
         adapted = add_lora(model, config.lora, mesh=mesh)
-        program = make_program(config, adapted.config, 1, mesh)
+        program = SFTProgram.of(config, adapted.config, 1, mesh)
         state, frozen = program.begin(adapted)
         state = replace(state, params=jax.tree.map(lambda x: x + 1, state.params))
         export(config, mesh, program.model(state, frozen), tmp_path / "lora")

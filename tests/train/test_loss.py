@@ -7,7 +7,7 @@ import pytest
 from jax.extend import core as jex
 
 from pvm_jax.sharding import batch_sharding, make_mesh
-from train.loss import chunked_cross_entropy
+from train.loss import chunked_cross_entropy, chunked_logprobs
 
 B, S, D, V = 8, 37, 16, 211
 
@@ -62,11 +62,57 @@ def test_no_weights_is_zero_loss(inputs):
     assert (float(total), float(weight)) == (0, 0)
 
 
-def test_logits_of_the_whole_batch_never_exist(inputs):
-    def mean(hidden, head, tokens, weights):
-        return chunked_cross_entropy(hidden, head, tokens, weights, chunk=8)[0]
+def dense_logprobs(hidden, head, tokens, wanted, temperature):
+    """In float64, where wanted."""
+    logits = np.asarray(hidden[:, :-1], np.float64) @ np.asarray(head, np.float64).T / temperature
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    logprobs = np.take_along_axis(log_probs, np.asarray(tokens)[:, 1:, None], -1)[..., 0]
+    entropy = -(np.exp(log_probs) * log_probs).sum(-1)
+    return [np.pad(x * np.asarray(wanted)[:, 1:], [(0, 0), (1, 0)]) for x in (logprobs, entropy)]
 
-    jaxpr = jax.make_jaxpr(jax.grad(mean, argnums=(0, 1)))(*inputs).jaxpr
+
+@pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (8, 0.7), (36, 1.0), (512, 2.5)])
+def test_logprobs_and_entropy_equal_the_dense_formulas(inputs, chunk, temperature):
+    hidden, head, tokens, weights = inputs
+    wanted = weights != 0
+    chunked = jax.jit(lambda *args: chunked_logprobs(*args, temperature=temperature, chunk=chunk))
+    actual, expected = chunked(hidden, head, tokens, wanted), dense_logprobs(hidden, head, tokens, wanted, temperature)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+        assert not np.asarray(a)[~np.asarray(wanted)].any()
+
+
+def test_entropy_passes_no_gradient_on(inputs):
+    hidden, head, tokens, weights = inputs
+    gradient = jax.grad(lambda h: chunked_logprobs(h, head, tokens, weights != 0, chunk=8)[1].sum())(hidden)
+    assert not gradient.any()
+
+
+def test_sharded_logprobs_equal_unsharded(inputs):
+    hidden, head, tokens, weights = inputs
+    wanted = weights != 0
+    expected = chunked_logprobs(hidden, head, tokens, wanted, chunk=8)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        rows = jax.device_put((hidden, tokens, wanted), batch_sharding(mesh))
+        actual = jax.jit(lambda h, w, t, n: chunked_logprobs(h, w, t, n, chunk=8))(rows[0], head, *rows[1:])
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
+
+
+def test_logprobs_at_temperature_0_are_refused(inputs):
+    hidden, head, tokens, weights = inputs
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        chunked_logprobs(hidden, head, tokens, weights != 0, temperature=0.0)
+
+
+@pytest.mark.parametrize("loss", [chunked_cross_entropy, chunked_logprobs])
+def test_logits_of_the_whole_batch_never_exist(inputs, loss):
+    hidden, head, tokens, weights = inputs
+
+    def total(hidden, head):
+        return loss(hidden, head, tokens, weights != 0, chunk=8)[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, head).jaxpr
     largest = max(np.prod(shape) for shape in _shapes(jaxpr) if V in shape)
     assert largest == B * 8 * V
 

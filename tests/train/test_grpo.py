@@ -1,0 +1,159 @@
+"""Whole runs of `train.grpo` on a tiny checkpoint: rollouts, updates, interruption and continuation, several processes."""
+
+import os
+import signal
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from pvm_jax.checkpoint import load
+from pvm_jax.vision import VisionTower
+from tests.train import runs
+from train import grpo
+from train.events import read_values
+from train.grpo_loop import _TRAINING_STREAM
+from train.log import RunLog
+from train.rollout import Sampler
+
+PROMPTS, GROUP, STEPS = 8, 2, 4
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
+    root = tmp_path_factory.mktemp("grpo")
+    runs.write_workplace(root, examples=PROMPTS * STEPS // 2)
+    settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield root
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def grpo_run(workplace):
+    """(run_dir, *arguments, stop_at) -> ({step: metrics}, [completions of each rollout]) of what the command did."""
+
+    def run(run_dir, *more, stop_at=None):
+        metrics, rollouts, add, sample = {}, [], RunLog.add, Sampler.__call__
+
+        def record(log, step, values, **options):
+            metrics[step] = {name: value for name, value in values.items() if "per_second" not in name}
+            add(log, step, values, **options)
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def keep(sampler, *args, **options):
+            completions = sample(sampler, *args, **options)
+            if options["draw"][1] == _TRAINING_STREAM:
+                rollouts.append(completions)
+            return completions
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunLog, "add", record)
+            patch.setattr(Sampler, "__call__", keep)
+            grpo.main(runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more))
+        return metrics, rollouts
+
+    return run
+
+
+UPDATES = ("--num_iterations=2", "--beta=0.1")
+
+
+@pytest.fixture(scope="module")
+def whole(grpo_run):
+    """A run of four steps with two updates each: metrics, rollouts, and the rows of every call of the vision tower."""
+    encoded, encode = [], VisionTower.__call__
+
+    def count(self, patches, *rest):
+        encoded.append(patches.shape[0])
+        return encode(self, patches, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTower, "__call__", count)
+        return *grpo_run("whole", *UPDATES), encoded
+
+
+def test_trainer_and_sampler_agree_on_what_was_drawn(whole):
+    metrics, rollouts, _ = whole
+    assert sorted(metrics) == list(range(STEPS))
+    for values, rollout in zip(metrics.values(), rollouts, strict=True):
+        assert 0 < values["policy/largest_gap"] < 1e-4
+        assert values["policy/gap"] <= values["policy/largest_gap"]
+        assert (rollout.logprobs[rollout.mask] < 0).all()
+        assert values["loss_tokens"] == 2 * rollout.lengths.sum()  # in two updates, none of them masked
+    assert metrics[STEPS - 1]["policy/kl"] > metrics[0]["policy/kl"] >= 0
+    assert metrics[STEPS - 1]["gate/1"] != 0
+
+
+def test_a_group_shares_the_encoding_of_its_prompt(whole):
+    """One program reads the prompts, a row for each; those that train have a row for each completion."""
+    _, rollouts, encoded = whole
+    assert rollouts[0].tokens.shape == (PROMPTS * GROUP, 16)
+    assert encoded.count(PROMPTS) == 1
+    assert set(encoded) == {PROMPTS, PROMPTS * GROUP}
+
+
+def test_the_completions_of_a_group_and_of_two_steps_differ(whole):
+    tokens = np.stack([rollout.tokens for rollout in whole[1]])
+    assert len(np.unique(tokens.reshape(-1, tokens.shape[-1]), axis=0)) == STEPS * PROMPTS * GROUP
+
+
+@pytest.fixture(scope="module")
+def parts(workplace, grpo_run, whole):
+    """The same run, stopped after two steps and continued, with held-out measurements between its steps."""
+    held_out = f"--held_out={{sources: {workplace / 'data.jsonl'}, every: 2, temperature: 0.8, samples: 2, shown: 2}}"
+    return grpo_run("parts", *UPDATES, held_out, stop_at=1), grpo_run("parts", *UPDATES, held_out)
+
+
+def test_an_interrupted_run_continues_bit_for_bit(workplace, grpo_run, whole, parts):
+    (metrics, rollouts), (more_metrics, more_rollouts) = parts
+    assert sorted(metrics) == [0, 1]
+    assert metrics | more_metrics == whole[0]
+    for one, other in zip(rollouts + more_rollouts, whole[1], strict=True):
+        chex.assert_trees_all_equal(one, other)
+    branches = [nnx.state(load(workplace / "base", branch=workplace / run / "branch"))["pvm"] for run in ("whole", "parts")]
+    chex.assert_trees_all_equal(*branches)
+    with pytest.raises(ValueError, match="another clip_low"):
+        grpo_run("parts", *UPDATES, "--clip_low=0.1")
+
+
+def test_meshes_and_parts_change_nothing_but_the_last_bits(grpo_run, whole):
+    elsewhere = ("--mesh.fsdp=2", "--mesh.tensor=4", "--rollout_mesh={data: 4, fsdp: 1, tensor: 2}")
+    metrics, (rollout,) = grpo_run("spread", *UPDATES, *elsewhere, "--rollout_parts=2", "--accumulation=4", "--max_steps=1")
+    np.testing.assert_array_equal(rollout.tokens, whole[1][0].tokens)
+    same = ("loss", "grad_norm", "reward/mean", "policy/entropy", "policy/kl", "tokens", "patches", "loss_tokens")
+    for name in same:
+        assert metrics[0][name] == pytest.approx(whole[0][0][name], rel=1e-4, abs=1e-6), name
+
+
+def test_held_out_prompts_are_answered_and_graded(workplace, parts):
+    values = read_values(workplace / "parts" / "log")
+    steps, rewards = zip(*values["held_out/reward/mean"], strict=True)
+    assert steps == (0, 2, 4)
+    assert all(0 < reward < 1 for reward in rewards)
+    assert rewards[0] != rewards[2]
+    assert "B3 ground navy" in values["sample/1/text_summary"][0][1]
+    assert "sample/2" not in values
+    assert values["rollout/sample"][0][1].startswith(b"\x89PNG")
+    names = {"reward/std", "reward/zero_spread", "completion/truncated", "policy/ratio", "gate/1", "time/rollout"}
+    assert names | {"rollout/tokens_per_second", "train/tokens_per_second", "policy/entropy"} <= set(values)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(workplace, whole):
+    started = runs.start(workplace, "two", *UPDATES, processes=2, devices=4, module="train.grpo")
+    runs.finish(workplace, "two", started)
+    values, alone = (read_values(workplace / run / "log") for run in ("two", "whole"))
+    for name in ("completion/length", "reward/mean", "train/tokens"):
+        assert values[name] == alone[name], name
+    losses, expected = (np.array([value for _, value in log["train/loss"]]) for log in (values, alone))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-7)
+    texts = [[text for _, text in log["rollout/sample/text_summary"]] for log in (values, alone)]
+    assert texts[0] == texts[1]

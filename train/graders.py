@@ -1,0 +1,146 @@
+"""What a completion is worth: functions (completion, example) -> float, which train.reward_worker calls in its own process.
+
+Importing this imports nothing heavy: a worker must start fast, and without JAX.
+"""
+
+# ruff: noqa: RUF001 (letters that look like others are what this is about)
+import importlib
+import logging
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+Grader = Callable[[str, Mapping[str, Any]], float]
+
+SOLUTION = "solution"
+"""The example's key that `accuracy_reward` compares with."""
+
+
+def load_grader(function: str) -> Grader:
+    """The grader called "format" or "accuracy", or the user's own at "package.module:function".
+
+    Raises:
+        ValueError: if there is none, naming `function` and what is wrong.
+    """
+    if function == "format":
+        return format_reward
+    if function == "accuracy":
+        try:
+            same_answer("$1$", "1")  # imports math-verify and fills its tables: the first completion's time is its own
+        except ImportError as error:
+            raise ValueError("reward 'accuracy' needs math-verify: pip install 'pvm-jax[rl]'") from error
+        return accuracy_reward
+    module, colon, name = function.partition(":")
+    if not colon:
+        raise ValueError(f'reward {function!r} is neither "format", "accuracy" nor an import path "package.module:function"')
+    try:
+        grader = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ValueError(f"reward {function!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(grader):
+        raise ValueError(f"reward {function!r} is no function but {grader!r}")
+    return cast(Grader, grader)
+
+
+_THINK_THEN_ANSWER = re.compile(
+    r"<think>(?:(?!</think>).)*</think>\s*<answer>(?:(?!</answer>).)*</answer>\s*",
+    re.DOTALL,
+)
+
+
+def format_reward(completion: str, example: Mapping[str, Any]) -> float:
+    """1 if the whole completion is <think>…</think>, white space, <answer>…</answer>, white space; else 0.
+
+    Neither content may hold its own closing tag.
+    """
+    del example
+    return float(_THINK_THEN_ANSWER.fullmatch(completion) is not None)
+
+
+def accuracy_reward(completion: str, example: Mapping[str, Any]) -> float:
+    """1 if what stands in the completion's first <answer> equals `example["solution"]`, as `same_answer` says; else 0."""
+    after = completion.partition("<answer>")[2]
+    answer, closed, _ = after.partition("</answer>")
+    return float(bool(closed) and same_answer(str(example[SOLUTION]), answer))
+
+
+def same_answer(solution: str, answer: str) -> bool:
+    """Whether two final answers are equal.
+
+    Where the solution is a multiple-choice letter, alone or with the option's text ("B", "(B)", "B. 12 cm"), the answer's
+    letter decides; an answer without a letter must equal the option's text. Words are compared as words, without regard to
+    case and punctuation. Everything else (numbers, LaTeX, intervals, sets, equations, …) is compared by math-verify, which
+    takes no account of units.
+
+    It may take for ever ("10^{10^{10}}"): whoever calls it limits its time.
+    """
+    right, chosen = _CHOICE.fullmatch(_plain(solution)), _ANSWERED_CHOICE.fullmatch(_plain(answer))
+    if right and chosen:
+        return right["letter"].upper() == chosen["letter"].upper()
+    if right:
+        return bool(right["text"]) and _same_value(right["text"], answer)
+    return _same_value(solution, answer) or bool(chosen and chosen["text"] and _same_value(solution, chosen["text"]))
+
+
+# A letter alone, or marked and followed by the option's text: "A. text", "(A) text", "A: text". What names several options
+# ("A, C", "A or B") is no choice. A bare lower-case letter is a variable in a solution; an answer may be careless.
+_MARKED = r"(?:[)\].:：．、]+\s*(?P<text>.*))?"
+_CHOICE = re.compile(rf"[(\[]?(?P<letter>[A-Z]|(?<=\()[a-z](?=\))){_MARKED}", re.DOTALL)
+_ANSWERED_CHOICE = re.compile(
+    r"(?:(?:the\s+)?(?:correct\s+|final\s+|right\s+)?(?:answer|option|choice)(?:\s+is\b)?[\s:：]*)*"
+    rf"[(\[]?(?P<letter>[A-Z]){_MARKED}",
+    re.DOTALL | re.IGNORECASE,
+)
+_WRAPPING = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf|mbox)\b|\\[()\[\]]|[{}$`]|\*\*")
+
+
+def _plain(text: str) -> str:
+    """The text without what LaTeX and Markdown wrap a word or a letter in."""
+    return _WRAPPING.sub("", text).strip()
+
+
+def _same_value(solution: str, answer: str) -> bool:
+    if solution.split() == answer.split():
+        return bool(solution.strip())
+    solution, answer = _to_latex(solution), _to_latex(answer)
+    words = _words(solution)
+    return words == _words(answer) if words else _verified(solution, answer)
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text that is nothing but words (their letters would be factors of a product), else none."""
+    text = _plain(text)
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    only_words = re.fullmatch(r"[^\W\d_]+(?:[\s'’,;-]+[^\W\d_]+)*[.!。！]?", text)
+    return words if only_words and any(len(word) > 1 or not word.isascii() for word in words) else []
+
+
+_SYMBOLS = str.maketrans(
+    {"−": "-", "–": "-", "⁄": "/", "÷": "/", "×": r"\times ", "·": r"\cdot ", "√": r"\sqrt ", "π": r"\pi ", "°": r"^\circ "}
+    | {"∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∠": r"\angle "}
+)
+
+
+def _to_latex(text: str) -> str:
+    """Unicode's fractions, exponents, wide letters and signs as math-verify reads them."""
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: f"^{{{run[0]}}}", text)
+    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda run: f"_{{{run[0]}}}", text)
+    text = re.sub(
+        r"[¼-¾⅐-⅞]", lambda sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄")), text
+    )
+    return unicodedata.normalize("NFKC", text).translate(_SYMBOLS).strip()
+
+
+def _verified(solution: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    # Its own time limits are signals, which a library in C can hold up: the worker's limit is the one that holds.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has none
+    expected, found = (parse(_delimited(text), parsing_timeout=0) for text in (solution, answer))
+    return verify(expected, found, allow_set_relation_comp=True, timeout_seconds=0)
+
+
+def _delimited(text: str) -> str:
+    """With the $…$ that math-verify needs to take LaTeX for LaTeX."""
+    return text if re.search(r"\$|\\\(|\\\[|\\boxed", text) else f"${text}$"

@@ -1,0 +1,31 @@
+"""GRPO refinement on images (decoder, PVM branch, LoRA adapters or everything): `python -m train.grpo --config FILE`."""
+
+import sys
+from collections.abc import Sequence
+
+from train.config import parse
+from train.grpo_config import GRPOConfig
+
+EXAMPLES = """
+examples:
+  python -m train.grpo --config configs/grpo_qwen3_vl_8b.yaml
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --trainable pvm --optimizer.learning_rate 1e-5
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --rewards '[{function: my_package.rewards:shortness}]'
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --print_config
+A run that was stopped continues from its last checkpoint when the same command is given again.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (default: the command line) and runs the training."""
+    config, _ = parse(GRPOConfig, argv, prog="python -m train.grpo", description=__doc__ or "", examples=EXAMPLES)
+    # After parsing: --help and errors need not wait for JAX.
+    from train.distributed import joined
+    from train.grpo_loop import train_grpo
+
+    with joined(config.distributed):
+        train_grpo(config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

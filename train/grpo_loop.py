@@ -1,0 +1,140 @@
+"""GRPO: what a run of it is made of, and its steps: prompts, a rollout, rewards, updates."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from pvm_jax.checkpoint import backbone_identity
+from pvm_jax.processing import Processor
+from pvm_jax.train_checkpoints import TrainCheckpoints
+from train.config import Bucket
+from train.grading import completion_values, grading, reward_values, sample_of
+from train.grpo_config import GRPOConfig
+from train.grpo_held_out import Evaluation
+from train.grpo_program import Fixed, GRPOProgram
+from train.grpo_step import Graded, parts_of, train_on, weigh
+from train.log import HEADLINE, RunLog
+from train.program import rows_per_shard
+from train.prompts import Prompts, load_prompts
+from train.rollout import Sampler, check_prompts, rollout_mesh
+from train.run import Prepared, load_model, run
+from train.step import TrainState, cast, split_model
+
+_TRAINING_STREAM, _HELD_OUT_STREAM = range(2)
+
+
+@dataclass(frozen=True)
+class PreparedGRPO(Prepared):
+    """What a run of GRPO is made of. `reference`: the trained parameters as they were at the start, with beta > 0."""
+
+    config: GRPOConfig
+    data: Prompts
+    program: GRPOProgram
+    reference: Any = None
+
+
+def train_grpo(config: GRPOConfig) -> None:
+    """Trains as `config` says; see `train.run.run`."""
+    headline = {"reward/mean": "reward {:.3f}", "completion/length": "length {:.0f}", "policy/entropy": "entropy {:.2f}"}
+    run(config, prepare, train, headline=headline | HEADLINE, apart=("data", "rollout", "rewards"))
+
+
+def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -> PreparedGRPO:
+    """Loads the model onto `mesh`, measures the prompts and builds the program; writes nothing but `sizes_file`.
+
+    Raises:
+        ValueError: if prompts or rows do not divide over their meshes, or the data gives no batch.
+        FileNotFoundError, CheckpointError: for the checkpoint, as `pvm_jax.load`.
+    """
+    rows_per_shard(config.rows, config.accumulation, mesh, name="prompts_per_step x group_size")
+    check_prompts(config, rollout_mesh(config.rollout_mesh, mesh))
+    model = load_model(config, mesh)
+    processor = Processor.from_pretrained(config.checkpoint)
+    data = load_prompts(
+        config.data,
+        processor,
+        batch_size=config.prompts_per_step,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        sizes_file=sizes_file,
+    )
+    program = GRPOProgram.of(config, model.config, len(data.plan) * config.num_iterations, mesh)
+    # Read from the checkpoint at every start, so that a run that goes on has the reference that it began with.
+    reference = cast(nnx.as_pure(split_model(model, config.trainable)[1]), config.dtype) if config.beta else None
+    state, frozen = program.begin(model)
+    identity = backbone_identity(nnx.state(model))
+    work = (config, mesh, processor, model.config, identity, data, program, state, frozen)
+    return PreparedGRPO(*work, updates=config.num_iterations, reference=reference)
+
+
+def train(work: PreparedGRPO, checkpoints: TrainCheckpoints, log: RunLog, stop_requested: Callable[[], bool]) -> TrainState:
+    """Steps from the state's to the last, or until `stop_requested`, with a step checkpoint at the end of either."""
+    config, program, state, frozen, total = work.config, work.program, work.state, work.frozen, work.total
+    sampler, fixed = Sampler(config, program, work.mesh), Fixed(frozen, work.reference)
+    batches = work.data.iterator(work.done, config.data.threads, config.data.prefetch)
+    seen: set[Bucket] = set()
+    with grading(config, work.processor, log) as grade:
+        held_out = None
+        if config.held_out:
+            held_out = Evaluation(config, config.held_out, work.processor, sampler, grade, draw=(config.seed, _HELD_OUT_STREAM))
+        for number in range(work.done, total):
+            if held_out and number % held_out.config.every == 0:
+                log.flush()
+                held_out.write(log, number, sampler.model(state, frozen))
+            with log.phase("data"):
+                batch = next(batches)
+            start = time.perf_counter()
+            with log.phase("rollout"):
+                completions = sampler(
+                    sampler.model(state, frozen),
+                    batch,
+                    draw=(config.seed, _TRAINING_STREAM, number),
+                    seeds=range(len(batch.prompts)),
+                    samples=config.group_size,
+                    temperature=config.temperature,
+                )
+                rollout_seconds = time.perf_counter() - start
+            with log.phase("rewards"):
+                rewards, table = grade(completions, batch.prompts)
+            graded = weigh(config, batch, completions, rewards)
+            shapes = {part.shape for part in parts_of(config, graded)}
+            if new_shape := not shapes <= seen:
+                log.flush()
+                seen |= shapes
+            state, metrics = train_on(program, state, fixed, graded)
+            metrics |= describe(graded, rewards, config.group_size) | reward_values("reward", table)
+            if not new_shape:
+                metrics["rollout/tokens_per_second"] = float(completions.lengths.sum() / rollout_seconds)
+            log.add(number, metrics, timed=not new_shape)
+            if new_shape:
+                rows = ", ".join(f"{shape.tokens} tokens" for shape in sorted(shapes, key=lambda shape: shape.tokens))
+                log.print(f"compiled rows of {rows}, {batch.bucket.patches} patches: {time.perf_counter() - start:.1f} s")
+            if (number + 1) % config.log_every == 0:
+                text = work.processor.decode(completions.tokens[0, : completions.lengths[0]])
+                sample = sample_of(batch.prompts[0], text, rewards[0])
+                log.sample(number, "rollout/sample", sample.markdown, sample.image)
+            stopping = stop_requested()
+            if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
+                log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
+                with log.phase("checkpoint", number):
+                    checkpoints.save(number + 1, state)
+            if stopping:
+                return state
+        if held_out:
+            held_out.write(log, total, sampler.model(state, frozen))
+    return state
+
+
+def describe(graded: Graded, rewards: np.ndarray, group_size: int) -> dict[str, float]:
+    """Scalars for the log: the completions' lengths, and the share of groups whose `rewards` [N] are all equal, so that they
+    teach nothing."""
+    groups = rewards.reshape(-1, group_size)
+    alike = np.ptp(groups, axis=1) == 0
+    return completion_values("completion", graded.completions) | {"reward/zero_spread": alike.mean()}
