@@ -44,10 +44,10 @@ class Settings:
     """
 
     distances: tuple[int, ...] = (0, 100, 200, 400, 800)
-    scenes: int = 48
+    scenes: int = 32
     lines: int = 48
     size: int = 4
-    long_scenes: int = 24
+    long_scenes: int = 16
     shortest: int = 8
     distance: int = 200
     looks: int = 6

@@ -257,7 +257,7 @@ def _draw_look(look: Look) -> "Figure":
     height, width = look.frames[0].shape[:2]
     columns = 1 + len(look.maps)
     side = WIDTH / columns
-    size = (WIDTH, len(look.frames) * (side * min(max(height / width, 0.4), 2) + 0.05) + 0.3)
+    size = (WIDTH, len(look.frames) * (side * min(max(height / width, 0.4), 2) + 0.05) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(look.frames), columns, squeeze=False)
     top = {name: max(float(m.max()) for m in maps) or 1.0 for name, maps in look.maps.items()}
@@ -266,11 +266,11 @@ def _draw_look(look: Look) -> "Figure":
         axes[0].imshow(frame, extent=extent)
         for axis, (name, maps) in zip(axes[1:], look.maps.items(), strict=True):
             axis.imshow(frame.mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1)
-            axis.imshow(maps[row], extent=extent, cmap="inferno", vmin=0, vmax=top[name], alpha=0.7, interpolation="nearest")
+            axis.imshow(maps[row], extent=extent, cmap="inferno", vmin=0, vmax=top[name], alpha=0.8, interpolation="nearest")
         if row == 0:
-            axes[0].set_title("image")
+            axes[0].set_title("image", fontsize=9)
             for axis, (name, maps) in zip(axes[1:], look.maps.items(), strict=True):
-                axis.set_title(f"{name}: {sum(float(m.sum()) for m in maps):.0%}")
+                axis.set_title(f"{name}\n{sum(float(m.sum()) for m in maps):.0%} on the image", fontsize=9)
         for axis in axes:
             axis.set_axis_off()
     return figure

@@ -58,10 +58,12 @@ class Bucket(NamedTuple):
 
 
 def doubling_buckets(longest: int, first: int = 8) -> list[Bucket]:
-    """1 to `first`, then ranges that end at twice the last's end, up to `longest`."""
+    """1 to `first`, then ranges that end at twice the last's end, up to `longest`; a short last one joins the one before."""
     ends = [min(first, longest)]
     while ends[-1] < longest:
         ends.append(min(2 * ends[-1], longest))
+    if len(ends) > 1 and ends[-1] - ends[-2] < ends[-2] / 2:
+        del ends[-2]
     return [Bucket(start + 1, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 

@@ -281,10 +281,8 @@ def measure_looks(models: Models, task: Task) -> Section:
     for place, (example, (number, token)) in enumerate(zip(examples, task.looks, strict=True)):
         seen = visual_runs(example, model.config)
         column = int(columns[place, 0])
-        before, said = (
-            task.processor.decode(ids, skip_special_tokens=False).strip()
-            for ids in (example.input_ids[max(column - 4, 0) : column], example.input_ids[column : column + 1])
-        )
+        before = task.processor.decode(example.input_ids[max(column - 4, 0) : column]).strip()
+        said = task.processor.decode(example.input_ids[column : column + 1], skip_special_tokens=False).strip()
         panels.append(
             Look(
                 f"looked_{place}",

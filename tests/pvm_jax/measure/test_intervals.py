@@ -33,6 +33,7 @@ def test_buckets_hold_every_position_once():
         buckets = doubling_buckets(longest)
         held = [token for bucket in buckets for token in range(bucket.first, bucket.last + 1)]
         assert held == list(range(1, longest + 1))
+    assert doubling_buckets(145)[-2:] == [Bucket(33, 64), Bucket(65, 145)]
     values = np.arange(1.0, 13)[None]
     assert [e.mean for e in by_position(values, doubling_buckets(12))] == [4.5, 10.5]
     lengths = np.array([3, 9, 12])
