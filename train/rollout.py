@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +64,7 @@ class Sampler:
     def abstract_weights(self) -> nnx.State:
         """All parameters where they lie while they generate: ShapeDtypeStructs, in the compute dtype."""
         _, params = nnx.split(abstract_model(self.model_config))
-        shapes = jax.eval_shape(lambda: cast(nnx.as_pure(params), self.config.dtype))
+        shapes = jax.eval_shape(partial(cast, dtype=self.config.dtype), nnx.as_pure(params))
         return placed(shapes, param_shardings(params, self.mesh))
 
     def abstract_batch(self, bucket: Bucket) -> Batch:
