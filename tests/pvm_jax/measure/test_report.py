@@ -89,7 +89,7 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
         assert [np.shape(m) for m in maps] == [(2, 2), (1, 3)]
     _, weights, _, memory, _ = content["sections"]["cost"]["table"]
     assert weights[1] != weights[2]
-    assert memory[1:] == ["2.00 KiB", "0"]  # four visual tokens, a key and a value of 32 numbers
+    assert memory[1:] == ["4.06 KiB", "0"]  # sixteen columns, each a key and a value of 32 numbers and a segment id
     assert set(figures_of["dilution"]["dilution"]["series"]) >= {"with the branch", "without"}
     assert set(figures_of["ablations"]["filler"]["series"]) == {"with the branch", "without", "another image"}
 
