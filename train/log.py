@@ -135,7 +135,7 @@ class RunLog:
         for (step, _), metrics in zip(self._pending, values, strict=True):
             self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in metrics.items()})
             self._check(step, metrics)
-        if timed:
+        if timed and self._writer:
             training = seconds - sum(self._phases.get(name, 0) for name in self._apart)
             speed = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / training}
             if self.peak:

@@ -154,6 +154,6 @@ def test_two_processes_compute_what_one_does(workplace, whole):
     for name in ("completion/length", "reward/mean", "train/tokens"):
         assert values[name] == alone[name], name
     losses, expected = (np.array([value for _, value in log["train/loss"]]) for log in (values, alone))
-    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(losses, expected, atol=1e-6)  # sums of terms of the size of 1 that cancel each other
     texts = [[text for _, text in log["rollout/sample/text_summary"]] for log in (values, alone)]
     assert texts[0] == texts[1]
