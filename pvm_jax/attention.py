@@ -89,7 +89,8 @@ def shared_attention(
     mask = jnp.concatenate(masks, -1)[:, :, None, None]
     weights = jax.nn.softmax(_masked(jnp.concatenate(scores, -1) * q.shape[-1] ** -0.5, mask), -1).astype(q.dtype)
     of_shared, of_own = jnp.split(weights, [shared_mask.shape[-1]], -1)
-    attended = jnp.einsum("bnkgt,bkth->bnkgh", of_shared, shared[1], preferred_element_type=jnp.float32)
+    # In this order of axes, the other way round in bfloat16 is a product that XLA's CPU does not know.
+    attended = jnp.einsum("bnkgt,bkth->bkngh", of_shared, shared[1], preferred_element_type=jnp.float32).swapaxes(1, 2)
     attended += jnp.einsum("bnkgt,bnkth->bnkgh", of_own, own[1], preferred_element_type=jnp.float32)
     return attended.astype(q.dtype).reshape(q.shape)
 

@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import pairwise
 
 import chex
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pvm_jax.attention import attention
+from pvm_jax.attention import attention, shared_attention
 from pvm_jax.sharding import make_mesh
 
 
@@ -94,3 +95,17 @@ def test_unknown_kernel_is_named():
     ids = jnp.ones((2, 4), jnp.int32)
     with pytest.raises(ValueError, match="flash9"):
         attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, causal=True, kernel="flash9")
+
+
+def test_samples_attend_in_bfloat16_on_the_cpu_too():
+    """Some of the products that einsum can make of several rows have no kernel there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8)))
+    own = [rng.normal(size=(2, 3, 2, 6, 8)).astype(np.float32) for _ in range(2)]
+    masks = {"shared_mask": np.ones((2, 3, 5), bool), "own_mask": np.ones((1, 1, 6), bool)}
+
+    def attend(dtype):
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), (q, (k, v), tuple(own)))
+        return np.asarray(jax.jit(partial(shared_attention, **masks))(*arrays), np.float32)
+
+    np.testing.assert_allclose(attend("bfloat16"), attend("float32"), atol=0.03)
