@@ -17,6 +17,9 @@ from pvm_jax.model import Qwen3VL
 FIRST_SLOTS = 256
 """Generated tokens that the first cache has slots for; a full one is doubled. One compilation of the loop for each size."""
 
+PREFILL_CHUNK = 1024
+"""Columns of the prompts that are read at a time, at most, unless the caller says otherwise."""
+
 
 class Generation(NamedTuple):
     """What was generated; row p * num_samples + n is sample n of prompt p.
@@ -171,7 +174,7 @@ def _start(
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
     rng: jax.Array | None = None,
-    prefill_chunk: int = 1024,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> tuple[_Run, _State]:
     """Checks the settings and prefills."""
     rows, vocab_size = batch.tokens.shape[0], model.config.text.vocab_size

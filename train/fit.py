@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 
@@ -150,6 +150,17 @@ def largest(buckets: Sequence[Bucket]) -> list[Bucket]:
     return [bucket for bucket in buckets if not any(covers(other, bucket) for other in buckets)]
 
 
+def table_of(parts: Mapping[str, int], total: int) -> Table:
+    """Bytes of a device by part, and in all."""
+    table = Table("part", "a chip")
+    table.columns[1].justify = "right"
+    for name, size in parts.items():
+        table.add_row(name, gib(size))
+    table.add_section()
+    table.add_row("total", gib(total))
+    return table
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What a run's step takes of each device, in rows of one bucket: bytes, unless said otherwise.
@@ -193,19 +204,14 @@ class Footprint:
 
     def table(self) -> Table:
         """Bytes of a device by part."""
-        table = Table("part", "a chip")
-        table.columns[1].justify = "right"
-        for name, size in (
-            (f"frozen parameters, {self.config.dtype}", self.frozen),
-            ("trained parameters, float32", self.params),
-            ("optimizer state", self.moments),
-            ("batch, and the next one", self.batches),
-            ("temporaries: activations, gradients, gathered weights", self.temporaries),
-        ):
-            table.add_row(name, gib(size))
-        table.add_section()
-        table.add_row("total", gib(self.total))
-        return table
+        parts = {
+            f"frozen parameters, {self.config.dtype}": self.frozen,
+            "trained parameters, float32": self.params,
+            "optimizer state": self.moments,
+            "batch, and the next one": self.batches,
+            "temporaries: activations, gradients, gathered weights": self.temporaries,
+        }
+        return table_of(parts, self.total)
 
     def verdict(self) -> list[str]:
         """Lines below the table: time, work, whether it fits and, if not, what to change."""

@@ -11,18 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.generation import FIRST_SLOTS, _loop, _prefill, _Sampling  # what `generate` runs, compiled here and not run
+from pvm_jax.generation import FIRST_SLOTS, PREFILL_CHUNK, _loop, _prefill, _Sampling  # what `generate` runs, not run here
 from pvm_jax.model import abstract_model
 from train.ahead import compile_ahead, device_bytes
 from train.config import Bucket
-from train.fit import Footprint, gib, largest
+from train.fit import Footprint, gib, largest, table_of
 from train.flops import Work
 from train.grpo_config import GRPOConfig
 from train.grpo_program import GRPOProgram
 from train.program import placed, rows_per_shard, step_costs
 from train.rollout import Sampler, check_prompts
-
-_PREFILL_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -61,19 +59,14 @@ class RolloutFootprint:
 
     def table(self) -> Table:
         """Bytes of a device by part."""
-        table = Table("part", "a chip")
-        table.columns[1].justify = "right"
-        for name, size in (
-            ("trained parameters in float32 and optimizer state, waiting", self.state),
-            (f"weights that generate, {self.config.dtype}, and frozen ones that wait", self.weights),
-            ("cache of the prompts, memories of their images", self.prompt_cache),
-            (f"cache of the completions, {self.config.max_completion_tokens:,} tokens each", self.sample_cache),
-            ("temporaries: prefill, a decoding step or the cache's growth", self.temporaries),
-        ):
-            table.add_row(name, gib(size))
-        table.add_section()
-        table.add_row("total", gib(self.total))
-        return table
+        parts = {
+            "trained parameters in float32 and optimizer state, waiting": self.state,
+            f"weights that generate, {self.config.dtype}, and frozen ones that wait": self.weights,
+            "cache of the prompts, memories of their images": self.prompt_cache,
+            f"cache of the completions, {self.config.max_completion_tokens:,} tokens each": self.sample_cache,
+            "temporaries: prefill, a decoding step or the cache's growth": self.temporaries,
+        }
+        return table_of(parts, self.total)
 
     def verdict(self) -> list[str]:
         """Lines below the table: whether it fits and, if not, what to change."""
@@ -160,7 +153,7 @@ def measure_rollout(program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: in
     longest = config.max_completion_tokens
     sampling = _Sampling(config.temperature, None, config.top_p if config.top_p < 1 else None, (0,))
     graphdef = nnx.graphdef(abstract_model(program.model_config))
-    static = {"sampling": sampling, "max_new_tokens": longest, "chunk": _PREFILL_CHUNK}
+    static = {"sampling": sampling, "max_new_tokens": longest, "chunk": PREFILL_CHUNK}
     arguments = (graphdef, weights, batch, keys, None)
     first = min(FIRST_SLOTS, longest)
     read = compile_ahead(_prefill, *arguments, mesh=place, slots=first, **static)

@@ -1,40 +1,19 @@
 """A tiny model whose branch is open, and conversations for it: images of any grid, an answer at the end."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pvm_jax import Example, ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model
+from pvm_jax import Example, ModelConfig, Qwen3VL, abstract_model
+from tests.pvm_jax import test_model
 
-CONFIG = ModelConfig(
-    text=TextConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        mrope_section=(4, 2, 2),
-        pvm_layers=(1, 2),
-        pvm_hidden_size=32,
-    ),
-    vision=VisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        depth=2,
-        num_heads=2,
-        out_hidden_size=32,
-        num_position_embeddings=36,
-        deepstack_visual_indexes=(0,),
-        patch_size=4,
-    ),
-    tie_word_embeddings=True,
-    image_token_id=90,
-    video_token_id=91,
-    vision_start_token_id=92,
-    vision_end_token_id=93,
+CONFIG = replace(
+    test_model.CONFIG,
+    text=replace(test_model.CONFIG.text, num_hidden_layers=3, pvm_layers=(1, 2)),
+    vision=replace(test_model.CONFIG.vision, depth=2, deepstack_visual_indexes=(0,)),
 )
 
 
