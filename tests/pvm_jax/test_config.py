@@ -36,7 +36,7 @@ def test_reads_rope_parameters_as_transformers_5_writes_them():
         (changed(vision_config={"hidden_act": "relu"}), "hidden_act"),
         (changed(vision_config={"rope_parameters": {"rope_theta": 5e4}}), "rope_theta"),
         (changed(text_config={"pvm_layers": [3, 1]}), "pvm_layers must be ascending"),
-        (changed(text_config={"pvm_layers": [7]}), r"pvm_layers must be ascending and in \[0, 5\)"),
+        (changed(text_config={"pvm_layers": [7]}), r"pvm_layers must be ascending and in \[0, 3\)"),
         (changed(text_config={"pvm_hidden_size": 40}), "pvm_hidden_size 40 must be a multiple"),
         (changed(text_config={"num_key_value_heads": 3}), "num_key_value_heads 3"),
         (changed(vision_config={"out_hidden_size": 64}), "out_hidden_size 64"),

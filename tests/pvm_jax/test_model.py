@@ -32,22 +32,22 @@ CONFIG = ModelConfig(
         vocab_size=96,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=5,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
         mrope_section=(4, 2, 2),
-        pvm_layers=(1, 3),
+        pvm_layers=(1, 2),
         pvm_hidden_size=32,
     ),
     vision=VisionConfig(
         hidden_size=32,
         intermediate_size=48,
-        depth=4,
+        depth=2,
         num_heads=2,
         out_hidden_size=32,
         num_position_embeddings=36,
-        deepstack_visual_indexes=(0, 1, 2),
+        deepstack_visual_indexes=(0,),
         patch_size=4,
     ),
     tie_word_embeddings=True,
@@ -87,17 +87,17 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3VL:
-    return randomized(CONFIG)
+    return randomized()
 
 
-def randomized(config: ModelConfig) -> Qwen3VL:
+def randomized(config: ModelConfig = CONFIG, scale: float = 0.2) -> Qwen3VL:
     """Random, with gates that are open and norms that are not 1: nothing is neutral by accident."""
     graphdef, params = nnx.split(abstract_model(config))
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):
-        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(mean + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
+        mean = 1.0 if any(name in jax.tree_util.keystr(path) for name in ("norm", "gate_alpha")) else 0.0
+        return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), leaf.dtype)
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
 
@@ -297,7 +297,7 @@ def shallow() -> Qwen3VL:
     return randomized(dataclasses.replace(CONFIG, text=text, vision=vision))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
 def test_sharded_equals_unsharded(shallow, shape):
     """Values and gradients. Four heads do not divide over eight devices: there they stay whole."""
     batch = Batch.from_rows([[e] for e in EXAMPLES * 2], CONFIG, length=48, patches=64)
@@ -314,9 +314,8 @@ def test_sharded_equals_unsharded(shallow, shape):
     with jax.set_mesh(mesh):
         placed = jax.device_put(nnx.as_pure(params), shardings)
         got = jax.jit(step, out_shardings=(shardings, None))(placed, jax.device_put(batch, batch_sharding(mesh)))
-    if shape[1] * shape[2] > 1:
-        largest = max(jax.tree.leaves(placed), key=lambda leaf: leaf.size)
-        assert not largest.sharding.is_fully_replicated
+    largest = max(jax.tree.leaves(placed), key=lambda leaf: leaf.size)
+    assert not largest.sharding.is_fully_replicated
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(want))
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), atol=2e-5 * scale)
 

@@ -115,7 +115,7 @@ def losses(root: Path, run_dir: str | Path) -> dict[int, set[float]]:
 
 def environment(*, devices: int) -> dict[str, str]:
     """Of a process with `devices` simulated devices, compiling as tests/conftest.py has it."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 

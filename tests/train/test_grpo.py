@@ -133,6 +133,19 @@ def test_meshes_and_parts_change_nothing_but_the_last_bits(grpo_run, whole):
         assert metrics[0][name] == pytest.approx(whole[0][0][name], rel=1e-4, abs=1e-6), name
 
 
+def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole, capsys):
+    """The steps of a run: the first one's rewards are those of `whole`."""
+    grpo_run("dry", *UPDATES, "--dry-run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"step 0: reward {whole[0][0]['reward/mean']:.3f}, loss" in said
+    assert f"step 1: reward {whole[0][1]['reward/mean']:.3f}, loss" in said
+    assert "step 2" not in said
+    assert "16 completions of 8 prompts" in said
+    assert "GiB more within a step" in said
+    assert "weights that generate" in said
+    assert not (workplace / "dry").exists()
+
+
 def test_held_out_prompts_are_answered_and_graded(workplace, parts):
     values = read_values(workplace / "parts" / "log")
     steps, rewards = zip(*values["held_out/reward/mean"], strict=True)

@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 from demo.checkpoint import write_assets
-from pvm_jax import Batch, Processor, without_pvm
+from pvm_jax import Batch, Example, Processor, without_pvm
 from pvm_jax.images import ImageSettings, patches
 from pvm_jax.measure.ablations import (
     AS_IT_IS,
@@ -28,14 +28,29 @@ from pvm_jax.measure.pictures import blanked, exchanged, frames, picture, with_f
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model import Qwen3VL
 from pvm_jax.vision import Visual
-from tests.pvm_jax.measure.models import CONFIG, make_example, make_model
+from tests.pvm_jax.test_model import CONFIG, randomized
+
+
+def make_example(seed: int, answer: int, grids: tuple[tuple[int, int], ...] = ((4, 4),), question: int = 5) -> Example:
+    """Images of (rows, columns) patches, `question` tokens, then `answer` tokens to say."""
+    rng = np.random.default_rng(seed)
+    images = [np.array([92, *[90] * (rows * columns // 4), 93]) for rows, columns in grids]
+    ids = np.concatenate([*images, rng.integers(1, 80, question + answer)])
+    pixels = rng.uniform(-1, 1, (sum(rows * columns for rows, columns in grids), CONFIG.vision.patch_dim))
+    return Example(
+        input_ids=ids,
+        pixel_values=pixels.astype(np.float32),
+        image_grid_thw=np.array([(1, *grid) for grid in grids]),
+        loss_mask=np.arange(len(ids)) >= len(ids) - answer,
+    )
+
 
 EXAMPLES = [make_example(1, 7), make_example(2, 4, ((2, 6), (4, 2))), make_example(3, 6, ((6, 4),))]
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3VL:
-    return make_model()
+    return randomized()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pvm_jax.measure.figures import Look, Panel, Series
 from pvm_jax.measure.intervals import Estimate
 from pvm_jax.measure.report import write_report
 from pvm_jax.measure.sections import MEASUREMENTS, Section
-from tests.pvm_jax.measure.models import make_model
+from tests.pvm_jax.test_model import randomized
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
     config = write_assets(folder / "assets").with_pvm((1,), 32)
     text = replace(config.text, num_hidden_layers=2, hidden_size=64, intermediate_size=64)
     vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,), out_hidden_size=64)
-    save(folder / "checkpoint", make_model(replace(config, text=text, vision=vision), 0.1), assets=folder / "assets")
+    save(folder / "checkpoint", randomized(replace(config, text=text, vision=vision), 0.1), assets=folder / "assets")
     return folder / "checkpoint"
 
 
