@@ -1,6 +1,6 @@
 """`--dry-run`: everything that a run builds, two steps on its real data, and not a file written."""
 
-import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -9,18 +9,22 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax.checkpoint import by_path
-from pvm_jax.sharding import make_mesh, place_rows
+from pvm_jax.sharding import make_mesh
 from train.ahead import device_bytes
-from train.config import SFTConfig
-from train.loop import prepare
+from train.config import RunConfig
+from train.run import Prepared
 
 STEPS = 2
 _LARGEST = 8
 _PLAIN_WIDTH = 140
 
 
-def dry_run(config: SFTConfig) -> None:
-    """Prints mesh, data, shapes, shardings, memory and the losses of two steps.
+def dry_run(config: RunConfig, prepare: Callable[..., Prepared], steps: Callable[[Any, Console], None]) -> None:
+    """Prints mesh, data, shapes and shardings, and what `steps` prints.
+
+    Args:
+        prepare: as of `train.run.run`.
+        steps: (prepared, console): does `STEPS` steps and prints what they took and gave.
 
     Raises:
         What `train.run.run` would raise while it builds the same.
@@ -31,7 +35,7 @@ def dry_run(config: SFTConfig) -> None:
     mesh = make_mesh(**asdict(config.mesh))
     with jax.set_mesh(mesh):
         work = prepare(config, mesh)
-        program, state = work.program, work.state
+        program = work.program
         console.print(f"mesh: {dict(mesh.shape)} of {jax.device_count()} x {jax.devices()[0].device_kind}", markup=False)
         console.print(work.data.report, markup=False)
         for title, tree in (
@@ -40,23 +44,11 @@ def dry_run(config: SFTConfig) -> None:
             ("frozen", program.frozen),
         ):
             console.print(shardings_table(title, tree))
-        batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
-        compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
-        for number in range(min(STEPS, len(work.data.batches))):
-            batch = place_rows(next(batches), program.batch_sharding, config.batch_size)
-            shape = (batch.tokens.shape[1], batch.patches.shape[1])
-            if shape not in compiled:
-                console.print(shardings_table("batch", batch))
-                start = time.perf_counter()
-                compiled[shape] = program.step.lower(state, work.frozen, batch).compile()
-                console.print(f"compiled in {time.perf_counter() - start:.1f} s; {_memory(compiled[shape])}", markup=False)
-            start = time.perf_counter()
-            state, metrics = compiled[shape](state, work.frozen, batch)
-            loss = float(metrics["loss"])
-            console.print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", markup=False)
+        steps(work, console)
 
 
-def _memory(compiled: jax.stages.Compiled) -> str:
+def memory_of(compiled: jax.stages.Compiled) -> str:
+    """What a program takes of a device, in words."""
     sizes = compiled.memory_analysis()
     assert sizes is not None
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes

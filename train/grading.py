@@ -1,6 +1,6 @@
 """Rewards of completions as a run needs them: process 0 grades, all others are told; and what the log shows of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
@@ -9,7 +9,6 @@ from jax.experimental import multihost_utils
 
 from pvm_jax.processing import Processor
 from train.grpo_config import GRPOConfig
-from train.log import RunLog
 from train.prompts import Prompt
 from train.rewards import Rewards, RewardTable
 from train.rollout import Completions
@@ -22,9 +21,12 @@ class Grader:
     A limit of time that one process's grader keeps and another's misses would part the processes for good: one grades for all.
     """
 
-    def __init__(self, rewards: Rewards | None, processor: Processor, log: RunLog):
-        """Args: rewards: None on every process but the first."""
-        self._rewards, self._processor, self._log = rewards, processor, log
+    def __init__(self, rewards: Rewards | None, processor: Processor, say: Callable[[str], None]):
+        """Args:
+        rewards: None on every process but the first.
+        say: takes a line about rewards that failed.
+        """
+        self._rewards, self._processor, self._say = rewards, processor, say
 
     def __call__(self, completions: Completions, prompts: Sequence[Prompt]) -> tuple[np.ndarray, RewardTable | None]:
         count = len(completions.tokens)
@@ -33,7 +35,7 @@ class Grader:
             examples = [prompts[number * len(prompts) // count].columns for number in range(count)]
             table = self._rewards(texts_of(completions, self._processor), examples)
             for name, error in table.errors.items():
-                self._log.print(f"reward {name} failed on {table.failures[name]} of {count} completions, which get 0: {error}")
+                self._say(f"reward {name} failed on {table.failures[name]} of {count} completions, which get 0: {error}")
             totals = table.totals.astype(np.float32)
         if jax.process_count() > 1:
             totals = multihost_utils.broadcast_one_to_all(totals)
@@ -41,17 +43,17 @@ class Grader:
 
 
 @contextmanager
-def grading(config: GRPOConfig, processor: Processor, log: RunLog) -> Iterator[Grader]:
+def grading(config: GRPOConfig, processor: Processor, say: Callable[[str], None]) -> Iterator[Grader]:
     """A grader with its worker processes.
 
     Raises:
         ValueError: for a reward function that cannot be imported.
     """
     if jax.process_index() != 0:
-        yield Grader(None, processor, log)
+        yield Grader(None, processor, say)
         return
     with Rewards(config.rewards, time_limit=config.reward_time_limit, workers=config.reward_workers) as rewards:
-        yield Grader(rewards, processor, log)
+        yield Grader(rewards, processor, say)
 
 
 def texts_of(completions: Completions, processor: Processor) -> list[str]:

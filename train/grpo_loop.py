@@ -3,17 +3,21 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from rich.console import Console
 
 from pvm_jax.checkpoint import backbone_identity
 from pvm_jax.processing import Processor
 from pvm_jax.train_checkpoints import TrainCheckpoints
 from train.config import Bucket
+from train.dry_run import STEPS as DRY_STEPS
+from train.dry_run import memory_of, shardings_table
 from train.grading import completion_values, grading, reward_values, sample_of
 from train.grpo_config import GRPOConfig
 from train.grpo_held_out import Evaluation
@@ -21,8 +25,8 @@ from train.grpo_program import Fixed, GRPOProgram
 from train.grpo_step import Graded, parts_of, train_on, weigh
 from train.log import HEADLINE, RunLog
 from train.program import rows_per_shard
-from train.prompts import Prompts, load_prompts
-from train.rollout import Sampler, check_prompts, rollout_mesh
+from train.prompts import PromptBatch, Prompts, load_prompts
+from train.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.run import Prepared, load_model, run
 from train.step import TrainState, cast, split_model
 
@@ -80,7 +84,7 @@ def train(work: PreparedGRPO, checkpoints: TrainCheckpoints, log: RunLog, stop_r
     sampler, fixed = Sampler(config, program, work.mesh), Fixed(frozen, work.reference)
     batches = work.data.iterator(work.done, config.data.threads, config.data.prefetch)
     seen: set[Bucket] = set()
-    with grading(config, work.processor, log) as grade:
+    with grading(config, work.processor, log.print) as grade:
         held_out = None
         if config.held_out:
             held_out = Evaluation(config, config.held_out, work.processor, sampler, grade, draw=(config.seed, _HELD_OUT_STREAM))
@@ -92,14 +96,7 @@ def train(work: PreparedGRPO, checkpoints: TrainCheckpoints, log: RunLog, stop_r
                 batch = next(batches)
             start = time.perf_counter()
             with log.phase("rollout"):
-                completions = sampler(
-                    sampler.model(state, frozen),
-                    batch,
-                    draw=(config.seed, _TRAINING_STREAM, number),
-                    seeds=range(len(batch.prompts)),
-                    samples=config.group_size,
-                    temperature=config.temperature,
-                )
+                completions = roll_out(work, sampler, state, batch, number)
                 rollout_seconds = time.perf_counter() - start
             with log.phase("rewards"):
                 rewards, table = grade(completions, batch.prompts)
@@ -130,6 +127,55 @@ def train(work: PreparedGRPO, checkpoints: TrainCheckpoints, log: RunLog, stop_r
         if held_out:
             held_out.write(log, total, sampler.model(state, frozen))
     return state
+
+
+def roll_out(work: PreparedGRPO, sampler: Sampler, state: TrainState, batch: PromptBatch, number: int) -> Completions:
+    """The completions of step `number`: what is drawn depends on the seed and the number alone."""
+    return sampler(
+        sampler.model(state, work.frozen),
+        batch,
+        draw=(work.config.seed, _TRAINING_STREAM, number),
+        seeds=range(len(batch.prompts)),
+        samples=work.config.group_size,
+        temperature=work.config.temperature,
+    )
+
+
+def dry_steps(work: PreparedGRPO, console: Console) -> None:
+    """Whole steps for `train.dry_run`: rollout, rewards, updates."""
+    config, program, state = work.config, work.program, work.state
+    sampler, fixed = Sampler(config, program, work.mesh), Fixed(work.frozen, work.reference)
+    console.print(shardings_table("weights that generate", sampler.abstract_weights))
+    batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
+    seen: set[Bucket] = set()
+    with grading(config, work.processor, partial(console.print, markup=False)) as grade:
+        for number in range(min(DRY_STEPS, work.total)):
+            batch = next(batches)
+            start = time.perf_counter()
+            completions = roll_out(work, sampler, state, batch, number)
+            console.print(
+                f"step {number}: {len(completions.tokens)} completions of {len(batch.prompts)} prompts of at most "
+                f"{batch.bucket.tokens:,} tokens and {batch.bucket.patches:,} patches, {completions.lengths.mean():.0f} tokens "
+                f"long on average, {completions.truncated.mean():.0%} truncated, {time.perf_counter() - start:.2f} s"
+            )
+            rewards, _ = grade(completions, batch.prompts)
+            graded = weigh(config, batch, completions, rewards)
+            for shape in dict.fromkeys(part.shape for part in parts_of(config, graded)):
+                if shape not in seen:
+                    seen.add(shape)
+                    rows = program.abstract_rows(shape, config.rows // config.accumulation)
+                    console.print(shardings_table("rows that train", rows))
+                    start = time.perf_counter()
+                    compiled = program.accumulate.lower(
+                        program.abstract_totals, program.state.params, program.fixed, rows
+                    ).compile()
+                    console.print(f"compiled in {time.perf_counter() - start:.1f} s; {memory_of(compiled)}", markup=False)
+            start = time.perf_counter()
+            state, metrics = train_on(program, state, fixed, graded)
+            console.print(
+                f"step {number}: reward {rewards.mean():.3f}, loss {metrics['loss']:.4f}, largest gap between trainer and "
+                f"sampler {metrics['policy/largest_gap']:.1e}, {time.perf_counter() - start:.2f} s"
+            )
 
 
 def describe(graded: Graded, rewards: np.ndarray, group_size: int) -> dict[str, float]:

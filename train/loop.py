@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from rich.console import Console
 
 from pvm_jax.checkpoint import backbone_identity
 from pvm_jax.processing import Processor
@@ -15,6 +16,8 @@ from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from pvm_jax.train_checkpoints import TrainCheckpoints
 from train.config import SFTConfig
 from train.data import TrainingData, load_training_data
+from train.dry_run import STEPS as DRY_STEPS
+from train.dry_run import memory_of, shardings_table
 from train.held_out import HeldOut
 from train.log import RunLog
 from train.program import SFTProgram, rows_per_shard
@@ -97,3 +100,22 @@ def train(
     if held_out:
         held_out.write(log, total, state, frozen)
     return state
+
+
+def dry_steps(work: PreparedSFT, console: Console) -> None:
+    """Steps for `train.dry_run`: what they take of a device, and their losses."""
+    config, program, state = work.config, work.program, work.state
+    batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
+    compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
+    for number in range(min(DRY_STEPS, work.total)):
+        batch = place_rows(next(batches), program.batch_sharding, config.batch_size)
+        shape = (batch.tokens.shape[1], batch.patches.shape[1])
+        if shape not in compiled:
+            console.print(shardings_table("batch", batch))
+            start = time.perf_counter()
+            compiled[shape] = program.step.lower(state, work.frozen, batch).compile()
+            console.print(f"compiled in {time.perf_counter() - start:.1f} s; {memory_of(compiled[shape])}", markup=False)
+        start = time.perf_counter()
+        state, metrics = compiled[shape](state, work.frozen, batch)
+        loss = float(metrics["loss"])
+        console.print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", markup=False)

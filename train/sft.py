@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # After parsing: --help and errors need not wait for JAX.
     from train.distributed import joined
     from train.dry_run import dry_run
-    from train.loop import prepare, train
+    from train.loop import dry_steps, prepare, train
     from train.run import run
 
     with joined(config.distributed):
         if flags:
-            dry_run(config)
+            dry_run(config, prepare, dry_steps)
         else:
             run(config, prepare, train)
 
