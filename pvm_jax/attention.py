@@ -65,34 +65,39 @@ def shared_attention(
     q: jax.Array,
     shared: tuple[jax.Array, jax.Array],
     own: tuple[jax.Array, jax.Array],
+    new: tuple[jax.Array, jax.Array],
     *,
     shared_mask: jax.Array,
     own_mask: jax.Array,
 ) -> jax.Array:
-    """One softmax over keys that a row's N queries share and keys that each of them has for itself: a decoding step.
+    """One softmax over keys that a row's N queries share, keys that each of them has for itself, and its newest: a decoding
+    step.
 
     Args:
         q: [B, N, heads, H], N queries that do not see each other.
         shared: keys and values [B, K, T, H].
-        own: keys and values [B, N, K, U, H].
+        own: keys and values [B, K, N, U, H].
+        new: key and value [B, K, N, H] of the query's own token.
         shared_mask: [B, N, T], own_mask: broadcastable to [B, N, U], True where the query may look.
 
     Returns:
         [B, N, heads, H].
     """
-    grouped = q.reshape(*q.shape[:2], shared[0].shape[1], -1, q.shape[-1])
+    # [B, K, N, heads / K, H]: batch axes lead in one order in all operands, so that no product wants keys or values copied.
+    grouped = q.reshape(*q.shape[:2], shared[0].shape[1], -1, q.shape[-1]).swapaxes(1, 2)
     scores = [
-        jnp.einsum("bnkgh,bkth->bnkgt", grouped, shared[0], preferred_element_type=jnp.float32),
-        jnp.einsum("bnkgh,bnkth->bnkgt", grouped, own[0], preferred_element_type=jnp.float32),
+        jnp.einsum("bkngh,bkth->bkngt", grouped, shared[0], preferred_element_type=jnp.float32),
+        jnp.einsum("bkngh,bknth->bkngt", grouped, own[0], preferred_element_type=jnp.float32),
+        jnp.einsum("bkngh,bknh->bkng", grouped, new[0], preferred_element_type=jnp.float32)[..., None],
     ]
-    masks = [jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1])) for mask in (shared_mask, own_mask)]
-    mask = jnp.concatenate(masks, -1)[:, :, None, None]
+    masks = [jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1])) for mask in (shared_mask, own_mask, jnp.array([True]))]
+    mask = jnp.concatenate(masks, -1)[:, None, :, None]
     weights = jax.nn.softmax(_masked(jnp.concatenate(scores, -1) * q.shape[-1] ** -0.5, mask), -1).astype(q.dtype)
-    of_shared, of_own = jnp.split(weights, [shared_mask.shape[-1]], -1)
-    # In this order of axes, the other way round in bfloat16 is a product that XLA's CPU does not know.
-    attended = jnp.einsum("bnkgt,bkth->bkngh", of_shared, shared[1], preferred_element_type=jnp.float32).swapaxes(1, 2)
-    attended += jnp.einsum("bnkgt,bnkth->bnkgh", of_own, own[1], preferred_element_type=jnp.float32)
-    return attended.astype(q.dtype).reshape(q.shape)
+    of_shared, of_own, of_new = jnp.split(weights, [shared_mask.shape[-1], weights.shape[-1] - 1], -1)
+    attended = jnp.einsum("bkngt,bkth->bkngh", of_shared, shared[1], preferred_element_type=jnp.float32)
+    attended += jnp.einsum("bkngt,bknth->bkngh", of_own, own[1], preferred_element_type=jnp.float32)
+    attended += of_new.astype(jnp.float32) * new[1][:, :, :, None].astype(jnp.float32)
+    return attended.swapaxes(1, 2).astype(q.dtype).reshape(q.shape)
 
 
 def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:

@@ -61,7 +61,7 @@ class Prompts(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """The keys and values of what is generated: [L, B, N, K, T, H] each, for N samples of every prompt."""
+    """The keys and values of what is generated: [L, B, K, N, T, H] each, for N samples of every prompt."""
 
     keys: jax.Array
     values: jax.Array
@@ -69,8 +69,8 @@ class Samples(NamedTuple):
     @classmethod
     def empty(cls, config: ModelConfig, rows: int, samples: int, slots: int) -> Self:
         c = config.text
-        shape = (c.num_hidden_layers, rows, samples, c.num_key_value_heads, slots, c.head_dim)
-        names = ("layers", "batch", "samples", "kv_heads", "length", "head_dim")
+        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, samples, slots, c.head_dim)
+        names = ("layers", "batch", "kv_heads", "samples", "length", "head_dim")
         return cls(*_two_empty(shape, names, config))
 
     @property
@@ -82,10 +82,26 @@ class Samples(NamedTuple):
         more = [(0, 0)] * 4 + [(0, slots - self.slots), (0, 0)]
         return type(self)(jnp.pad(self.keys, more), jnp.pad(self.values, more))
 
-    def write(self, layer: jax.Array, slot: jax.Array, k: jax.Array, v: jax.Array) -> Self:
-        """With k, v [B, N, K, H] in one slot of one layer."""
-        start = (layer, 0, 0, 0, slot, 0)
-        return type(self)(_put(self.keys, k[:, :, :, None], start), _put(self.values, v[:, :, :, None], start))
+    def unwritten(self) -> "Written":
+        """Room for one token's keys and values."""
+        return Written(*(jnp.zeros_like(x[:, :, :, :, 0]) for x in self))
+
+    def write(self, slot: jax.Array, written: "Written") -> Self:
+        """With them in one slot of every layer."""
+        pairs = zip(self, written, strict=True)
+        return type(self)(*(jax.lax.dynamic_update_slice_in_dim(x, new[..., None, :], slot, 4) for x, new in pairs))
+
+
+class Written(NamedTuple):
+    """The keys and values of one token of every sample: [L, B, K, N, H] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    def put(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Self:
+        """With k, v [B, K, N, H] as one layer's."""
+        start = (layer, 0, 0, 0, 0)
+        return type(self)(_put(self.keys, k, start), _put(self.values, v, start))
 
 
 class Cache(NamedTuple):

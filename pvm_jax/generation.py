@@ -274,7 +274,7 @@ def _fold(cache: Cache, state: _State, slots: int) -> Cache:
     """The prompts' cache with what their one sample read in it, in `slots` slots, the empty ones last."""
     written = jnp.arange(state.samples.slots) < state.output.lengths - 1  # the last token was emitted, but never read
     segment_ids = jnp.where(written, state.segment_ids[:, None], 0)
-    whole = cache.prompts.followed_by(Prompts(state.samples.keys[:, :, 0], state.samples.values[:, :, 0], segment_ids))
+    whole = cache.prompts.followed_by(Prompts(state.samples.keys[:, :, :, 0], state.samples.values[:, :, :, 0], segment_ids))
     return cache._replace(prompts=whole.compacted(slots))
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from pvm_jax.attention import attention, attention_mask, shared_attention
 from pvm_jax.batch import Batch
-from pvm_jax.cache import Cache, Prompts, Samples
+from pvm_jax.cache import Cache, Prompts, Samples, Written
 from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.decoder import Attend, Decoded, Decoder, Inner
 from pvm_jax.layers import Linear
@@ -242,16 +242,19 @@ class Qwen3VL(nnx.Module):
         segment_ids = jnp.broadcast_to(segment_ids[:, None], tokens.shape)
         columns = _Columns(tokens, jnp.repeat(positions[:, None], 3, 1), segment_ids, jnp.full_like(tokens, -1), None)
         shared_mask = attention_mask(segment_ids, cache.prompts.segment_ids)
-        own_mask = (jnp.arange(samples.slots) <= slot)[None, None]
+        own_mask = (jnp.arange(samples.slots) < slot)[None, None]
 
-        def attend(samples: Samples, layer: jax.Array, q, k, v) -> tuple[jax.Array, Samples]:
-            samples = samples.write(layer, slot, k, v)
+        # What the layers write goes into the cache at the end, in one piece: written by each layer, a loop over layers would
+        # carry the cache, and XLA's TPU compiler copies it into another layout for that loop and back, whole, at every token.
+        def attend(written: Written, layer: jax.Array, q, k, v) -> tuple[jax.Array, Written]:
             shared = cache.prompts.keys[layer], cache.prompts.values[layer]
             own = samples.keys[layer], samples.values[layer]
-            return shared_attention(q, shared, own, shared_mask=shared_mask, own_mask=own_mask), samples
+            new = k.swapaxes(1, 2), v.swapaxes(1, 2)
+            attended = shared_attention(q, shared, own, new, shared_mask=shared_mask, own_mask=own_mask)
+            return attended, written.put(layer, *new)
 
-        decoded = self._decode(columns, None, cache.memories, attend, cache=samples)
-        return decoded.hidden, decoded.cache
+        decoded = self._decode(columns, None, cache.memories, attend, cache=samples.unwritten())
+        return decoded.hidden, samples.write(slot, decoded.cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., vocab] float32."""

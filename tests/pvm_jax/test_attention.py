@@ -101,11 +101,11 @@ def test_samples_attend_in_bfloat16_on_the_cpu_too():
     """Some of the products that einsum can make of several rows have no kernel there."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8)))
-    own = [rng.normal(size=(2, 3, 2, 6, 8)).astype(np.float32) for _ in range(2)]
+    own, new = ([rng.normal(size=shape).astype(np.float32) for _ in "kv"] for shape in ((2, 2, 3, 6, 8), (2, 2, 3, 8)))
     masks = {"shared_mask": np.ones((2, 3, 5), bool), "own_mask": np.ones((1, 1, 6), bool)}
 
     def attend(dtype):
-        arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), (q, (k, v), tuple(own)))
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, dtype), (q, (k, v), tuple(own), tuple(new)))
         return np.asarray(jax.jit(partial(shared_attention, **masks))(*arrays), np.float32)
 
     np.testing.assert_allclose(attend("bfloat16"), attend("float32"), atol=0.03)

@@ -70,7 +70,7 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
     assert encoded == [len(EXAMPLES)]
     assert {leaf.shape[0] for leaf in jax.tree.leaves(shared.cache.memories)} == {len(EXAMPLES)}
     assert shared.cache.prompts.keys.shape[1] == len(EXAMPLES)
-    assert state.samples.keys.shape[1:3] == (len(EXAMPLES), 3)
+    assert state.samples.keys.shape[1:4:2] == (len(EXAMPLES), 3)
     got = generate(model, batch, max_new_tokens=STEPS, temperature=0.0, num_samples=3)
     np.testing.assert_array_equal(got.tokens, np.repeat(greedy.tokens, 3, 0))
     np.testing.assert_array_equal(got.lengths, np.repeat(greedy.lengths, 3))
