@@ -76,6 +76,22 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
     np.testing.assert_array_equal(got.lengths, np.repeat(greedy.lengths, 3))
 
 
+def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch):  # noqa: F811
+    """They read it where it lies, and the token is written into all layers at once (Qwen3VL.decode says why)."""
+    run, state = _start(model, batch, STEPS, temperature=0.0)
+    positions = np.zeros(state.token.shape, np.int32)
+    args = (state.token, positions, state.segment_ids, run.cache, state.samples, state.emitted - 1)
+    step = jax.make_jaxpr(model.decode)(*args)
+    scans = [equation for equation in step.eqns if equation.primitive.name == "scan"]
+    carried = [eqn.invars[eqn.params["num_consts"] :][: eqn.params["num_carry"]] for eqn in scans]
+    shapes = {variable.aval.shape for variables in carried for variable in variables}
+    written = tuple(np.delete(state.samples.keys.shape, 4))
+    assert written in shapes
+    assert state.samples.keys.shape not in shapes
+    writes = [equation for equation in step.eqns if equation.primitive.name == "dynamic_update_slice"]
+    assert [write.outvars[0].aval.shape for write in writes] == [state.samples.keys.shape] * 2
+
+
 def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch):  # noqa: F811
     """Alone with other padding, or with other prompts; one of two samples, or the only one. Others differ."""
     together = generate(model, batch, max_new_tokens=STEPS, num_samples=2, seeds=(7, 8, 9, 8), rng=jax.random.key(1))
