@@ -1,6 +1,6 @@
 """What a run survives, by doing it to real processes: signals, kills, a full disk, damaged files.
 
-`make faults` kills a run twenty times; the default suite three times.
+`make faults` kills a run of SFT twenty times and one of GRPO ten times; the default suite the former three times.
 """
 
 import os
@@ -29,7 +29,7 @@ def root(workplace_with_a_run):
     return workplace_with_a_run
 
 
-def kill_until_it_ends(root: Path, run_dir: str, epochs: str, kills: int) -> int:
+def kill_until_it_ends(root: Path, run_dir: str, *more: str, kills: int, module: str = "train.sft") -> int:
     """Starts a run again and again, ends it `kills` times with SIGKILL at random moments and lets it finish then.
 
     A third of the moments are in the start of a process, a third some steps after it goes on, a third while a checkpoint is
@@ -38,7 +38,7 @@ def kill_until_it_ends(root: Path, run_dir: str, epochs: str, kills: int) -> int
     """
     rng, half_written, expected = random.Random(kills), 0, [0]
     for kill in range(kills):
-        (process,) = runs.start(root, run_dir, epochs)
+        (process,) = runs.start(root, run_dir, *more, module=module)
         try:
             _await_moment(root, run_dir, process, ("writing", "stepping", "starting")[kill % 3], rng)
             assert process.poll() is None, f"it ended before kill {kill}: {runs.output_file(root, run_dir, 0).read_text()}"
@@ -51,7 +51,7 @@ def kill_until_it_ends(root: Path, run_dir: str, epochs: str, kills: int) -> int
         assert started == expected[: len(started)], "a life went on from a step that was not the newest complete one"
         expected = [*started, max(complete, default=0)]
         print(f"kill {kill + 1}: complete steps {complete}, half-written {torn}")
-    runs.finish(root, run_dir, runs.start(root, run_dir, epochs))
+    runs.finish(root, run_dir, runs.start(root, run_dir, *more, module=module))
     assert read_starts(root / run_dir / "log") == expected
     return half_written
 
@@ -107,6 +107,17 @@ def test_twenty_kills(root):
     print(f"a half-written checkpoint lay there after {half_written} of 20 kills")
     assert half_written >= 5
     assert_equal_endings(root, "killed_longer", "longer", steps)
+
+
+@pytest.mark.slow
+def test_kills_of_grpo(root):
+    """In rollouts, rewards, updates and while a checkpoint is written."""
+    more = ("--epochs=10", "--log_every=1")
+    runs.finish(root, "grpo", runs.start(root, "grpo", *more, module="train.grpo"))
+    half_written = kill_until_it_ends(root, "grpo_killed", *more, kills=10, module="train.grpo")
+    print(f"a half-written checkpoint lay there after {half_written} of 10 kills")
+    assert half_written > 0
+    assert_equal_endings(root, "grpo_killed", "grpo")
 
 
 def test_sigterm_saves_and_exits_clean_and_a_full_disk_is_named(root):
