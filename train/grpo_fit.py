@@ -33,8 +33,8 @@ class RolloutFootprint:
         weights: what generates, in the compute dtype, and the frozen parameters where they lie while they train.
         prompt_cache: keys and values of the prompts, and the branches' memories.
         sample_cache: keys and values of completions of the longest length, with the slots still empty.
-        temporaries: what lives within the reading of the prompts, a decoding step, or the last growth of the cache (half of it,
-            beside the whole), whichever is most.
+        temporaries: what lives within the reading of the prompts, a decoding step, the last growth of the cache (half of it,
+            beside the whole) or, before there is a cache, the move of the weights onto the rollout's mesh, whichever is most.
     """
 
     config: GRPOConfig
@@ -64,7 +64,7 @@ class RolloutFootprint:
             f"weights that generate, {self.config.dtype}, and frozen ones that wait": self.weights,
             "cache of the prompts, memories of their images": self.prompt_cache,
             f"cache of the completions, {self.config.max_completion_tokens:,} tokens each": self.sample_cache,
-            "temporaries: prefill, a decoding step or the cache's growth": self.temporaries,
+            "temporaries: the most of any moment": self.temporaries,
         }
         return table_of(parts, self.total)
 
@@ -167,7 +167,10 @@ def measure_rollout(program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: in
     # While the cache grows for the last time, the half that was full lies beside the whole.
     here = device_bytes(weights)
     within = [*(one.total - here for one in compiled), sum(caches) + caches[1] // 2]
-    moved = config.rollout_mesh is not None
+    if moved := config.rollout_mesh is not None:
+        trained = program.state.params, program.frozen
+        compiled.append(compile_ahead(sampler.move, *trained, mesh=mesh))
+        within.append(compiled[-1].total - here - device_bytes(trained))
     return RolloutFootprint(
         config,
         bucket,

@@ -58,7 +58,13 @@ class Sampler:
         check_prompts(config, self.mesh)
         self._stop_tokens = read_stop_tokens(config.checkpoint)
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_weights)
-        self._move = jax.jit(lambda params: cast(params, config.dtype), out_shardings=shardings)
+        graphdef = program.graphdef
+
+        def move(trained: Any, frozen: Any) -> Any:
+            return cast(nnx.as_pure(nnx.split(nnx.merge(graphdef, trained, frozen))[1]), config.dtype)
+
+        # Jitted: (trained, frozen) -> all parameters, as `abstract_weights` has them.
+        self.move = jax.jit(move, out_shardings=shardings)
 
     @property
     def abstract_weights(self) -> nnx.State:
@@ -73,11 +79,9 @@ class Sampler:
 
     def model(self, state: TrainState, frozen: Any) -> Qwen3VL:
         """The model as it stands; valid until the next step donates the state."""
-        params = (state.params, frozen)
         if self.config.rollout_mesh is None:
-            return nnx.merge(self.program.graphdef, *cast(params, self.config.dtype))
-        graphdef, moved = nnx.split(nnx.merge(self.program.graphdef, *params))
-        return nnx.merge(graphdef, self._move(nnx.as_pure(moved)))
+            return nnx.merge(self.program.graphdef, *cast((state.params, frozen), self.config.dtype))
+        return nnx.merge(nnx.graphdef(abstract_model(self.model_config)), self.move(state.params, frozen))
 
     def __call__(
         self,
