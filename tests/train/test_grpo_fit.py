@@ -11,8 +11,9 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
 from train.config import Bucket, ExamplesConfig, MeshConfig
 from train.grpo_config import GRPOConfig
-from train.grpo_fit import measure_update
+from train.grpo_fit import measure_rollout, measure_update
 from train.grpo_program import GRPOProgram
+from train.rollout import Sampler
 
 GOLDEN, GIB = Path(__file__).parents[1] / "golden" / "shape_8b", 2**30
 
@@ -46,3 +47,15 @@ def test_updates_take_gradients_beside_their_sums_and_the_waiting_moments(progra
     assert footprint.moments == held((program.state.opt_state, program.state.step))
     assert footprint.batch == held(program.abstract_rows(Bucket(64, 16), 4))
     assert footprint.temporaries > footprint.params  # the sums, which are an argument, and the gradients
+
+
+def test_rollouts_take_whole_weights_and_the_cache_of_the_longest_completions(program):
+    mesh, text = program.batch_sharding.mesh, program.model_config.text
+    footprint = measure_rollout(program, Bucket(32, 16), mesh, usable=GIB)
+    assert footprint.fits
+    assert footprint.weights == held((Sampler(program.config, program, mesh).abstract_weights, program.frozen))
+    assert footprint.state == held((program.state, program.fixed.reference))
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2  # keys and values, bfloat16
+    assert footprint.sample_cache == 2 * 32 * token  # one prompt a device, two completions
+    assert footprint.temporaries >= footprint.sample_cache // 2
+    assert "does not fit" in "\n".join(replace(footprint, usable=footprint.total - 1).verdict())
