@@ -241,7 +241,17 @@ def test_a_video_file_is_read_as_frames_with_their_seconds(adapter, simple, gree
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed: docs/evaluate.md")
-@pytest.mark.parametrize(("task", "metric", "force_simple"), [("", "right", False), ("_choice", "acc", True)])
+@pytest.mark.parametrize(
+    ("task", "metric", "force_simple"),
+    [
+        ("", "right", False),
+        ("", "right", True),
+        pytest.param(
+            *("_choice", "acc", True),
+            marks=pytest.mark.xfail(strict=True, reason="lmms-eval 0.7.3 makes text of every model's (likelihood, greedy)"),
+        ),
+    ],
+)
 def test_lmms_eval_itself_runs_a_local_task(workplace, monkeypatch, tmp_path, task, metric, force_simple):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import MODEL_REGISTRY_V2
