@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Parameters name their axes in layers.py's `axes=`, activations in `constrain`. "embed" is the parameters' model dimension,
-# "hidden" the activations': the latter stays whole because the batch already uses the fsdp axis.
+# "hidden" the activations': the latter stays whole because the batch already uses the fsdp axis. "loss_rows" and "loss_vocab":
+# a training step's logits, see train/loss.py.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "samples": (),
@@ -21,6 +22,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
+    "loss_rows": ("data",),
+    "loss_vocab": ("fsdp", "tensor"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
@@ -62,6 +65,12 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh))
+
+
+def divides(name: str, size: int) -> bool:
+    """Whether the mesh in context, if any, can split an axis of this size as the table says of `name`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % math.prod(mesh.shape[axis] for axis in RULES[name]) == 0
 
 
 def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pvm_jax.sharding import constrain
+from pvm_jax.sharding import constrain, divides
 
 OfLogits = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
 """(logits [B, C, V] float32, targets [B, C]) -> arrays [B, C]."""
@@ -78,11 +78,17 @@ def _chunked(
     order = jnp.argsort(~wanted, axis=1, stable=True)
     hidden = jnp.take_along_axis(hidden[:, :-1], order[..., None], axis=1)
     targets, wanted = (jnp.take_along_axis(x, order, axis=1) for x in (tokens[:, 1:], wanted))
-    # Gathered once here: inside the scan a head that is split over fsdp would be gathered for every chunk.
-    head = constrain(head, "vocab", "hidden")
+    # Devices split the vocabulary, not the rows, over fsdp: a chunk of hidden states is gathered in place of the head, whose
+    # gradient would else be whole on every device, in float32, and added up over all of them for every chunk.
+    rows, vocab = ("loss_rows", "loss_vocab") if divides("loss_vocab", head.shape[0]) else ("batch", "vocab")
+    head = constrain(constrain(head, "vocab", "embed"), vocab, "hidden")  # the former says where its gradient belongs
 
     def of_chunk(hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jnp.where(wanted, x, 0) for x in read(_logits(hidden, head), targets))
+        hidden, targets = constrain(hidden, rows, "length", "hidden"), constrain(targets, rows, "length")
+        weight = constrain(head, vocab, "hidden").astype(hidden.dtype)  # cast here: chunks' gradients add up in head's dtype
+        logits = jnp.einsum("bcd,vd->bcv", hidden, weight, preferred_element_type=jnp.float32)
+        read_off = read(constrain(logits, rows, "length", vocab), targets)
+        return tuple(jnp.where(wanted, constrain(x, "batch", "length"), 0) for x in read_off)
 
     def skipped(hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_chunk, hidden, targets, wanted))
@@ -106,11 +112,6 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 def _rows(x: jax.Array, length: int) -> jax.Array:
     """The inverse of `_chunks` for [chunks, B, chunk]: [B, length]."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
-
-
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    logits = jnp.einsum("bcd,vd->bcv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", "length", "vocab")
 
 
 def _logprob(logits: jax.Array, targets: jax.Array) -> jax.Array:
