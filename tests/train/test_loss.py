@@ -46,14 +46,27 @@ def test_loss_and_gradients_equal_the_dense_formula(inputs, chunk):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
 
 
-def test_sharded_loss_equals_unsharded(inputs):
-    expected = chunked_cross_entropy(*inputs, chunk=8)
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("vocab", [V, 208])
+def test_sharded_loss_and_gradients_equal_unsharded(inputs, vocab):
+    """A vocabulary that divides over fsdp and tensor is split over them; another is not."""
     hidden, head, tokens, weights = inputs
+    head, tokens = head[:vocab], tokens % vocab
+
+    def loss(hidden, head, tokens, weights):
+        total, weight = chunked_cross_entropy(hidden, head, tokens, weights, chunk=8)
+        return total / weight
+
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    expected = program(hidden, head, tokens, weights)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        rows = jax.device_put((hidden, tokens, weights), batch_sharding(mesh))
-        actual = jax.jit(lambda h, w, t, lw: chunked_cross_entropy(h, w, t, lw, chunk=8))(rows[0], head, *rows[1:])
-    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+        hidden, tokens, weights = jax.device_put((hidden, tokens, weights), batch_sharding(mesh))
+        head = jax.device_put(head, jax.NamedSharding(mesh, jax.P("tensor" if vocab == 208 else None, "fsdp")))
+        compiled = program.lower(hidden, head, tokens, weights).compile()
+        actual = compiled(hidden, head, tokens, weights)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, expected)
+    whole = f"f32[{vocab},{D}]"  # the head or its gradient, on one device
+    assert (whole in compiled.as_text()) == (vocab == V)
 
 
 def test_no_weights_is_zero_loss(inputs):
