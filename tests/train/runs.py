@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -39,6 +41,18 @@ def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
     return model
+
+
+@contextmanager
+def programs_kept(root: Path) -> Iterator[None]:
+    """Programs that this process compiles meanwhile are kept in `root`, where `start` has its processes look for them too."""
+    settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:

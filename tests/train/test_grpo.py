@@ -4,7 +4,6 @@ import os
 import signal
 
 import chex
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -26,13 +25,8 @@ def workplace(tmp_path_factory):
     """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
     root = tmp_path_factory.mktemp("grpo")
     runs.write_workplace(root, examples=PROMPTS * STEPS // 2)
-    settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield root
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with runs.programs_kept(root):
+        yield root
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,8 @@ def workplace(tmp_path_factory):
     model = runs.write_workplace(root, examples=8 * STEPS)
     model.pvm["1"].gate_alpha[...] = np.nan * model.pvm["1"].gate_alpha[...]
     save(root / "broken", model, assets=root / "hf")
-    settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield root
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with runs.programs_kept(root):
+        yield root
 
 
 @pytest.fixture
