@@ -1,7 +1,6 @@
 """GRPO: what a run of it is made of, and its steps: prompts, a rollout, rewards, updates."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from rich.console import Console
 
 from pvm_jax.checkpoint import backbone_identity
 from pvm_jax.processing import Processor
-from pvm_jax.train_checkpoints import TrainCheckpoints
 from train.config import Bucket
 from train.dry_run import STEPS as DRY_STEPS
 from train.dry_run import memory_of, shardings_table
@@ -27,7 +25,7 @@ from train.log import HEADLINE, RunLog
 from train.program import rows_per_shard
 from train.prompts import PromptBatch, Prompts, load_prompts
 from train.rollout import Completions, Sampler, check_prompts, rollout_mesh
-from train.run import Prepared, load_model, run
+from train.run import Prepared, StepDone, load_model, run
 from train.step import TrainState, cast, split_model
 
 _TRAINING_STREAM, _HELD_OUT_STREAM = range(2)
@@ -78,8 +76,8 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
     return PreparedGRPO(*work, updates=config.num_iterations, reference=reference)
 
 
-def train(work: PreparedGRPO, checkpoints: TrainCheckpoints, log: RunLog, stop_requested: Callable[[], bool]) -> TrainState:
-    """Steps from the state's to the last, or until `stop_requested`, with a step checkpoint at the end of either."""
+def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
+    """Steps from the state's step to the last, or until `step_done` says to stop."""
     config, program, state, frozen, total = work.config, work.program, work.state, work.frozen, work.total
     sampler, fixed = Sampler(config, program, work.mesh), Fixed(frozen, work.reference)
     batches = work.data.iterator(work.done, config.data.threads, config.data.prefetch)
@@ -117,12 +115,7 @@ def train(work: PreparedGRPO, checkpoints: TrainCheckpoints, log: RunLog, stop_r
                 text = work.processor.decode(completions.tokens[0, : completions.lengths[0]])
                 sample = sample_of(batch.prompts[0], text, rewards[0])
                 log.sample(number, "rollout/sample", sample.markdown, sample.image)
-            stopping = stop_requested()
-            if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
-                log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
-                with log.phase("checkpoint", number):
-                    checkpoints.save(number + 1, state)
-            if stopping:
+            if step_done(number, state):
                 return state
         if held_out:
             held_out.write(log, total, sampler.model(state, frozen))

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: what a run of it is made of, and its steps."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from rich.console import Console
 from pvm_jax.checkpoint import backbone_identity
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, place_rows
-from pvm_jax.train_checkpoints import TrainCheckpoints
 from train.config import SFTConfig
 from train.data import TrainingData, load_training_data
 from train.dry_run import STEPS as DRY_STEPS
@@ -21,7 +19,7 @@ from train.dry_run import memory_of, shardings_table
 from train.held_out import HeldOut
 from train.log import RunLog
 from train.program import SFTProgram, rows_per_shard
-from train.run import Prepared, load_model
+from train.run import Prepared, StepDone, load_model
 from train.step import TrainState
 
 
@@ -61,13 +59,8 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
     return PreparedSFT(config, mesh, processor, model.config, identity, data, program, state, frozen)
 
 
-def train(
-    work: PreparedSFT,
-    checkpoints: TrainCheckpoints,
-    log: RunLog,
-    stop_requested: Callable[[], bool],
-) -> TrainState:
-    """Steps from the state's step to the last, or until `stop_requested`, with a step checkpoint at the end of either."""
+def train(work: PreparedSFT, log: RunLog, step_done: StepDone) -> TrainState:
+    """Steps from the state's step to the last, or until `step_done` says to stop."""
     config, program, state, frozen, total = work.config, work.program, work.state, work.frozen, work.total
     held_out = HeldOut(config, config.held_out, work.processor, work.model_config, program) if config.held_out else None
     batches = work.data.iterator(int(state.step), config.data.threads, config.data.prefetch)
@@ -90,12 +83,7 @@ def train(
         log.add(number, metrics, timed=not new_shape)
         if new_shape:
             log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
-        stopping = stop_requested()
-        if stopping or number + 1 == total or (number + 1) % config.checkpoint_every == 0:
-            log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
-            with log.phase("checkpoint", number):
-                checkpoints.save(number + 1, state)
-        if stopping:
+        if step_done(number, state):
             return state
     if held_out:
         held_out.write(log, total, state, frozen)

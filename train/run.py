@@ -84,9 +84,11 @@ class Prepared:
         return len(self.data.plan)
 
 
-Train = Callable[[Any, TrainCheckpoints, RunLog, Callable[[], bool]], TrainState]
-"""(prepared, checkpoints, log, stop_requested) -> the state after the last step, or where it was stopped, a step checkpoint
-of which is written."""
+StepDone = Callable[[int, TrainState], bool]
+"""(step, state after it) -> whether the run stops here. Every step ends with it; it writes the step checkpoints."""
+
+Train = Callable[[Any, RunLog, StepDone], TrainState]
+"""(prepared, log, step_done) -> the state after the last step, or where the run was stopped."""
 
 
 def run(config: RunConfig, prepare: Callable[..., Prepared], train: Train, **log_options: Any) -> None:
@@ -128,7 +130,16 @@ def run(config: RunConfig, prepare: Callable[..., Prepared], train: Train, **log
             ) as log:
                 log.print(f"{jax.device_count()} devices in {jax.process_count()} processes, mesh {dict(mesh.shape)}")
                 log.print(work.data.report)
-                work = replace(work, state=train(work, checkpoints, log, stop_requested))
+
+                def step_done(step: int, state: TrainState) -> bool:
+                    stopping = stop_requested()
+                    if stopping or step + 1 == work.total or (step + 1) % config.checkpoint_every == 0:
+                        log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
+                        with log.phase("checkpoint", step):
+                            checkpoints.save(step + 1, state)
+                    return stopping
+
+                work = replace(work, state=train(work, log, step_done))
         if work.done < work.total:
             log.print(f"stopped after step {work.done}; the same command continues")
             return

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from pvm_jax.checkpoint import load
+from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.vision import VisionTower
 from tests.train import runs
 from train import grpo
@@ -74,13 +75,15 @@ def whole(grpo_run):
         return *grpo_run("whole", *UPDATES), encoded
 
 
-def test_trainer_and_sampler_agree_on_what_was_drawn(whole):
+def test_trainer_and_sampler_agree_on_what_was_drawn(workplace, whole):
     metrics, rollouts, _ = whole
+    stop_tokens = read_stop_tokens(workplace / "base")
     assert sorted(metrics) == list(range(STEPS))
     for values, rollout in zip(metrics.values(), rollouts, strict=True):
         assert 0 < values["policy/largest_gap"] < 1e-4
         assert values["policy/gap"] <= values["policy/largest_gap"]
         assert (rollout.logprobs[rollout.mask] < 0).all()
+        np.testing.assert_array_equal(rollout.truncated, ~np.isin(rollout.tokens, stop_tokens).any(1))
         assert values["loss_tokens"] == 2 * rollout.lengths.sum()  # in two updates, none of them masked
     assert metrics[STEPS - 1]["policy/kl"] > metrics[0]["policy/kl"] >= 0
     assert metrics[STEPS - 1]["gate/1"] != 0

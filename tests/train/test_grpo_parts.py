@@ -15,8 +15,10 @@ from pvm_jax.sharding import make_mesh
 from tests.train.reward_functions import letters
 from train.config import Bucket, ExamplesConfig, MeshConfig, parse
 from train.fit import FitConfig, FitGRPOConfig, recipe
+from train.grading import reward_values
 from train.grpo_config import GRPOConfig
 from train.grpo_held_out import joined
+from train.grpo_loop import describe
 from train.grpo_step import parts_of, rows_of, weigh
 from train.prompts import Prompt, PromptBatch, read_prompt
 from train.rewards import RewardTable
@@ -115,6 +117,19 @@ def test_a_group_without_spread_and_a_truncated_completion_teach_nothing(graded)
     assert (graded.advantages[2:] == 0).all()
     assert (graded.weights[1] == 0).all()
     assert graded.weights.sum() == pytest.approx((25 - 16) / 25)
+
+
+def test_the_log_tells_what_was_drawn_and_what_it_is_worth(graded):
+    rewards = np.array([1, 0, 0.25, 0.25])
+    told = {"completion/length": 6.25, "completion/longest": 16, "completion/truncated": 0.25, "reward/zero_spread": 0.5}
+    assert describe(graded, rewards, 2) == told
+    assert describe(graded, np.full(4, 0.1), 2)["reward/zero_spread"] == 1
+    table = RewardTable(
+        ("format", "accuracy"), np.array([[1, 0], [1, 1.0]]), np.array([0.1, 1.0]), {"format": 0, "accuracy": 1}, {}
+    )
+    sums, parts = {"reward/mean": 0.55, "reward/std": 0.45}, {"reward/format": 1, "reward/accuracy": 0.5}
+    failures = {"reward/format/failures": 0, "reward/accuracy/failures": 1}
+    assert reward_values("reward", table) == pytest.approx(sums | parts | failures)
 
 
 def record(folder, **columns):
