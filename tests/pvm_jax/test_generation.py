@@ -132,6 +132,8 @@ def test_a_later_turns_images_join_those_in_memory(model):  # noqa: F811
         answer = list(chat.stream(new, max_new_tokens=5, temperature=0.0))
         whole = turn if whole is None else joined(whole, turn)
         np.testing.assert_array_equal(answer, uncached(preceding, [whole], 5)[0])
+        cache, _ = chat._last
+        assert (cache.prompts.segment_ids > 0).sum() == len(whole.input_ids)  # what was read: no empty slot, nothing twice
         whole = continued(whole, answer)
     with pytest.raises(ValueError, match="one conversation"):
         next(chat.stream(Batch.from_rows([[EXAMPLES[1]]] * 2, CONFIG, length=16, patches=0), max_new_tokens=1))

@@ -63,8 +63,9 @@ def sft_run(workplace, monkeypatch):
 
 
 def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys):
-    whole = sft_run("whole")
+    whole = sft_run("whole", "--checkpoint_every=100")
     assert sorted(whole) == list(range(len(whole)))
+    assert step_checkpoints(workplace / "whole") == [str(len(whole))]
     assert len(whole) >= STEPS - 1
     before = sft_run("parts", stop_at=2)
     assert sorted(before) == [0, 1, 2]
@@ -73,8 +74,7 @@ def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys)
     after = sft_run("parts")
     assert sorted(after) == list(range(3, len(whole)))
     assert before | after == whole
-    kept = sorted(path.name for path in (workplace / "parts" / "steps").iterdir() if path.name.isdigit())
-    assert len(kept) == 2
+    assert len(step_checkpoints(workplace / "parts")) == 2
 
     base = load(workplace / "base")
     trained = [load(workplace / "base", branch=workplace / run / "branch") for run in ("whole", "parts")]
@@ -87,6 +87,10 @@ def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys)
         sft_run("whole")
     with pytest.raises(ValueError, match=r"another optimizer \(see .*run.json"):
         sft_run("whole", "--optimizer.learning_rate=1")
+
+
+def step_checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "steps").iterdir() if path.name.isdigit())
 
 
 def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace, sft_run):
