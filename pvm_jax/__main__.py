@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pvm_jax.measure.command import Request, measure_checkpoint
 from pvm_jax.measure.sections import MEASUREMENTS
 from pvm_jax.model import without_pvm
 from pvm_jax.processing import Processor
+from pvm_jax.sharding import tensor_mesh
 
 EXAMPLES = """
 examples:
@@ -25,7 +27,8 @@ examples:
   python -m pvm_jax generate --checkpoint checkpoints/8b --temperature 0.7 --top-p 0.8 --max-new-tokens 2048 "Tell me a story."
   python -m pvm_jax generate --checkpoint checkpoints/8b --image photo.jpg --chat
   python -m pvm_jax generate --checkpoint checkpoints/8b --pvm off --image photo.jpg "What does it say without the branch?"
-  python -m pvm_jax generate --checkpoint checkpoints/8b --input questions.jsonl --output answers.jsonl --num-samples 4
+  python -m pvm_jax generate --checkpoint checkpoints/8b --input questions.jsonl --output answers.jsonl
+  python -m pvm_jax generate --checkpoint checkpoints/8b --input a.jsonl --output b.jsonl --num-samples 4 --temperature 0.7
 """
 
 
@@ -35,6 +38,11 @@ examples:
   python -m pvm_jax measure --checkpoint checkpoints/8b --against checkpoints/8b-lora --data held_out.jsonl --output out/report
   python -m pvm_jax measure --checkpoint checkpoints/8b --data held_out.jsonl --output out/report --only dilution lens
 """
+
+
+# What an answer to a line of --input depends on.
+_DECISIVE = ("checkpoint", "branch", "lora", "pvm", "dtype", "num_samples", "max_new_tokens")
+_DECISIVE += ("temperature", "top_k", "top_p", "seed")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    generate.add_argument("--tensor", type=int, default=1, help="devices that share the model")
     parser = command_parser("python -m pvm_jax", __doc__, EXAMPLES)
     measure = command_parser(None, "Measures what a checkpoint sees over long answers; writes a report.", MEASURE_EXAMPLES)
     measure.add_argument("--checkpoint", type=Path, required=True, help="directory that convert.hf_to_orbax or training wrote")
@@ -90,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _generate(args: Any) -> None:
     _check(args)
+    mesh = tensor_mesh(args.tensor)
     processor = Processor.from_pretrained(args.checkpoint)
-    model = load(args.checkpoint, branch=args.branch, lora=args.lora, dtype=args.dtype)
+    model = load(args.checkpoint, mesh=mesh, branch=args.branch, lora=args.lora, dtype=args.dtype)
     settings = Settings(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -101,12 +111,14 @@ def _generate(args: Any) -> None:
         rng=jax.random.key(args.seed),
     )
     answerer = Answerer(model if args.pvm == "on" else without_pvm(model), processor, args.max_new_tokens, settings)
-    if args.input:
-        answer_file(answerer, args.input, args.output, args.batch_size)
-    elif args.chat:
-        chat(answerer, args.image, _lines(), sys.stdout)
-    else:
-        Conversation(answerer, sys.stdout).ask(question(args.question, args.image))
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        if args.input:
+            made_by = {name: getattr(args, name) for name in _DECISIVE}
+            answer_file(answerer, args.input, args.output, args.batch_size, made_by=made_by)
+        elif args.chat:
+            chat(answerer, args.image, _lines(), sys.stdout)
+        else:
+            Conversation(answerer, sys.stdout).ask(question(args.question, args.image))
 
 
 def _check(args: Any) -> None:
@@ -120,6 +132,8 @@ def _check(args: Any) -> None:
         raise ValueError("--image goes with a question or --chat: the conversations of --input bring their own images")
     if not args.input and args.num_samples != 1:
         raise ValueError("--num-samples goes with --input")
+    if args.num_samples > 1 and args.temperature == 0:
+        raise ValueError("--num-samples needs a --temperature above 0: greedy answers are all the same")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
 

@@ -1,13 +1,15 @@
 """What `python -m pvm_jax generate` does: one question, a chat, or a file of conversations."""
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -22,6 +24,9 @@ from pvm_jax.processing import Processor
 
 IMAGE_COMMAND = "/image "
 """What a chat's line begins with that adds an image to the next question."""
+
+_LINE = b'{"source": '
+"""What each line of a file of answers begins with."""
 
 
 @dataclass
@@ -46,12 +51,15 @@ class Answerer:
 
     def answers(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[str]]:
         """The texts of each example's samples, which follow the example's own seed."""
+        return [[self.processor.decode(tokens) for tokens in samples] for samples in self.written(examples, seeds)]
+
+    def written(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[np.ndarray]]:
+        """The token ids [T] of each example's samples, the stop token included."""
         settings = Settings(**{**self.settings, "seeds": seeds})
         got = generate(self.model, self.batch(examples), max_new_tokens=self.max_new_tokens, **settings)
-        rows = zip(np.asarray(got.tokens), np.asarray(got.lengths), strict=True)
-        texts = [self.processor.decode(tokens[:length]) for tokens, length in rows]
-        samples = len(texts) // len(examples)
-        return [texts[row : row + samples] for row in range(0, len(texts), samples)]
+        rows = [tokens[:length] for tokens, length in zip(np.asarray(got.tokens), np.asarray(got.lengths), strict=True)]
+        samples = len(rows) // len(examples)
+        return [rows[row : row + samples] for row in range(0, len(rows), samples)]
 
 
 def question(text: str, images: Iterable[str | Path]) -> dict[str, Any]:
@@ -74,26 +82,29 @@ class Conversation:
         Raises:
             FileNotFoundError, ValueError: for a message that cannot be taken, which then is not part of the conversation.
         """
+        start, times, tokens = time.perf_counter(), [], []
         processor, settings = self.answerer.processor, self.answerer.settings
         example = processor.encode_next([*self.messages, message])
         stop_tokens = settings.get("stop_tokens", ())
         if self.chat.unread is not None and self.chat.unread not in stop_tokens:
             example = replace(example, input_ids=np.append(self.chat.unread, example.input_ids), loss_mask=None)
         batch = self.answerer.batch([example])
-        start, first, tokens, shown = time.perf_counter(), 0.0, [], ""
+        rng = settings.get("rng")
+        if rng is not None:
+            settings = Settings(**{**settings, "rng": jax.random.fold_in(rng, len(self.messages))})  # each turn draws anew
+        arriving = processor.decoder()
         for token in self.chat.stream(batch, max_new_tokens=self.answerer.max_new_tokens, **settings):
-            first = first or time.perf_counter() - start
+            times.append(time.perf_counter())
             tokens.append(token)
-            text = processor.decode(tokens)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose last bytes are still to come
-                print(text[len(shown) :], end="", file=self.out, flush=True)
-                shown = text
-        self.messages += [message, {"role": "assistant", "content": shown}]
-        rate = (len(tokens) - 1) / max(time.perf_counter() - start - first, 1e-9)
+            print(arriving(token), end="", file=self.out, flush=True)
         print(file=self.out)
-        timing = f"[{len(tokens)} tokens, first after {first:.2f} s (compilation included), then {rate:.1f} a second]"
-        print(timing, file=sys.stderr)
-        return shown
+        # The median leaves out the steps that waited for a compilation: the second token, and whenever the cache grows.
+        gaps = np.diff(times)
+        rate = f", then {1 / np.median(gaps):,.1f} a second" if len(gaps) > 1 else ""
+        print(f"[{len(tokens)} tokens, first after {times[0] - start:.2f} s (compilation included){rate}]", file=sys.stderr)
+        answer = processor.decode(tokens)
+        self.messages += [message, {"role": "assistant", "content": answer}]
+        return answer
 
 
 def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: TextIO) -> None:
@@ -119,22 +130,26 @@ def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: T
             waiting = []
 
 
-def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int) -> None:
+def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int, *, made_by: Mapping[str, Any]) -> None:
     """Answers the conversations at `source`, `batch_size` at a time, into the JSONL file `target`.
 
-    A line of it is {"source": place, "index": number from 0, "answers": [text of each sample]}. A conversation's last turn, if
-    it is the assistant's, is left out. What `target` answers already is not asked again: an answer depends on its
-    conversation, its index and the settings alone, not on the others in its batch.
+    A line of it is {"source": place, "index": number from 0, "answers": [text of each sample], "made_by": …}. A conversation's
+    last turn, if it is the assistant's, is left out. What `target` answers already is not asked again: an answer depends on
+    its conversation, its index and the settings alone, not on the others in its batch.
+
+    Args:
+        made_by: what the answers depend on, by name, as JSON has it; lines made by anything else are refused.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: for a conversation that cannot be taken, naming its place; for a `target` that belongs to other data.
+        ValueError: for a conversation that cannot be taken, naming its place; for a `target` that belongs to other data or
+            other settings, which then is left as it is.
     """
     conversations = open_conversations(source)
-    answered = _answered(conversations, target)
+    answered = _answered(conversations, target, made_by)
     left = [index for index in range(len(conversations)) if index not in answered]
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
-    start = time.perf_counter()
+    start, count = time.perf_counter(), 0
     with target.open("a", encoding="utf-8") as out, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(target.name, total=len(conversations), completed=len(answered))
         for first in range(0, len(left), batch_size):
@@ -143,34 +158,39 @@ def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int)
                 with conversations.naming(index):
                     prompt = asked(conversations[index])
                     examples.append(answerer.processor.encode(prompt, add_generation_prompt=True))
-            for index, answers in zip(indices, answerer.answers(examples, seeds=indices), strict=True):
-                line = {"source": conversations.where(index), "index": index, "answers": answers}
+            for index, samples in zip(indices, answerer.written(examples, seeds=indices), strict=True):
+                answers = [answerer.processor.decode(tokens) for tokens in samples]
+                line = {"source": conversations.where(index), "index": index, "answers": answers, "made_by": made_by}
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                count += sum(map(len, samples))
             out.flush()
             progress.advance(task, len(indices))
     seconds = time.perf_counter() - start
-    print(f"[{len(left)} answered in {seconds:.1f} s; {target} holds all {len(conversations)}]", file=sys.stderr)
+    speed = f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.1f} a second, compilation included"
+    print(f"[{len(left)} answered: {speed}; {target} holds all {len(conversations)}]", file=sys.stderr)
 
 
-def _answered(conversations: Conversations, target: Path) -> set[int]:
+def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, Any]) -> set[int]:
     """The indices that `target` answers; a line that was cut while it was written is taken out of the file."""
     if not target.exists():
         return set()
-    text = target.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        target.write_text(whole, encoding="utf-8")
+    *lines, torn = target.read_bytes().split(b"\n")
+    advice = "give another --output, or remove the file"
     answered = set()
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             stored = json.loads(line)
-            index = stored["index"]
+            index, theirs = stored["index"], stored["made_by"]
             known = stored["source"] == conversations.where(index)
         except (ValueError, KeyError, TypeError, IndexError):
             known = False
         if not known:
-            raise ValueError(
-                f"{target}:{number} answers no conversation of {conversations.path}: give another --output, or remove the file"
-            )
+            raise ValueError(f"{target}:{number} answers no conversation of {conversations.path}: {advice}")
+        if other := [name for name in made_by if theirs.get(name) != made_by[name]]:
+            raise ValueError(f"{target}:{number} was answered with another {', '.join(other)}: {advice}")
         answered.add(index)
+    if not (torn.startswith(_LINE) or _LINE.startswith(torn)):
+        raise ValueError(f"{target}:{len(lines) + 1} answers no conversation of {conversations.path}: {advice}")
+    if torn:
+        os.truncate(target, sum(len(line) + 1 for line in lines))
     return answered

@@ -7,14 +7,16 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import jinja2
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pvm_jax.batch import Example
@@ -181,6 +183,12 @@ class Processor:
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         """The text of token ids [S]."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def decoder(self) -> Callable[[int], str]:
+        """Token id -> the text that it adds to what came before; nothing while a character's last bytes are to come."""
+        stream = DecodeStream(skip_special_tokens=True)
+        tokenizer = cast(Tokenizer, self.tokenizer.backend_tokenizer)
+        return lambda token: stream.step(tokenizer, token) or ""
 
     def _example(self, conversation: Conversation, segments: list[Segment]) -> Example:
         image_pixels, image_grids, video_pixels, video_grids = [], [], [], []

@@ -49,6 +49,17 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def tensor_mesh(tensor: int) -> jax.sharding.Mesh | None:
+    """The mesh of the first `tensor` devices that share one model, to generate with; None for a single device.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if not 1 <= tensor <= jax.device_count():
+        raise ValueError(f"tensor must be 1 to {jax.device_count()}, as many as there are devices, got {tensor}")
+    return None if tensor == 1 else make_mesh(data=1, fsdp=1, tensor=tensor, devices=jax.devices()[:tensor])
+
+
 def partition_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Mesh axes for an array whose axes are called `names`; an axis that a mesh axis does not divide stays whole."""
     spec = []

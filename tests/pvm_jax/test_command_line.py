@@ -2,14 +2,18 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from convert.hf_to_orbax import convert
 from demo.task import Mixture, draw, make_example
 from pvm_jax.__main__ import main
+from pvm_jax.checkpoint import load, save
 from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax.processing import Processor
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +53,48 @@ def questions(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_file_of_questions_is_answered_and_resumed(demo_checkpoint, questions, tmp_path):
+def test_a_file_of_questions_is_answered_and_resumed(demo_checkpoint, questions, tmp_path, monkeypatch, capsys):
     """Two samples a line. Started again behind a torn line, with other batches, the file is what it was."""
     output = tmp_path / "answers.jsonl"
     arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--input", str(questions / "questions.jsonl")]
     arguments += ["--output", str(output), "--max-new-tokens", "6", "--num-samples", "2", "--temperature", "1"]
+    decode = Processor.decode
+    monkeypatch.setattr(Processor, "decode", lambda *args: "“\u2028" + decode(*args))  # a line's end to some, but not to JSON
     main([*arguments, "--batch-size", "2"])
-    written = output.read_text()
-    lines = [json.loads(line) for line in written.splitlines()]
+    written = output.read_bytes()
+    lines = [json.loads(line) for line in written.split(b"\n")[:-1]]
+    assert re.search(r"3 answered: \d+ tokens in .* holds all 3", capsys.readouterr().err)
     assert [(line["source"], line["index"], len(line["answers"])) for line in lines] == [
         (f"{questions / 'questions.jsonl'}:{index + 1}", index, 2) for index in range(3)
     ]
     assert all(answer for line in lines for answer in line["answers"])
-    output.write_text(written[: written.index("\n") + 20])
-    main([*arguments, "--batch-size", "1"])
-    assert output.read_text() == written
-    output.write_text('{"index": 7}\n')
-    with pytest.raises(SystemExit, match=r"answers\.jsonl:1 answers no conversation of"):
-        main(arguments)
+    for torn in (b"\n", "“".encode()[:2]):  # the second in the middle of a character
+        output.write_bytes(written[: written.index(torn, written.index(b"\n") + 1) + len(torn) - 1])
+        main([*arguments, "--batch-size", "1"])
+        assert output.read_bytes() == written
+    for other in (["--pvm", "off"], ["--seed", "1"], ["--temperature", "0.5"]):
+        with pytest.raises(SystemExit, match=f"answers.jsonl:1 was answered with another {other[0][2:]}"):
+            main([*arguments, *other])
+    for foreign in (b'{"index": 7}\n', b'{"index": 7}', (questions / "questions.jsonl").read_bytes()):
+        output.write_bytes(foreign)
+        with pytest.raises(SystemExit, match=r"answers\.jsonl:1 answers no conversation of"):
+            main(arguments)
+        assert output.read_bytes() == foreign
+
+
+def test_without_the_branch_and_on_two_devices(demo_checkpoint, questions, tmp_path, capsys):
+    """`--pvm off` says what the base does, whose branch is silent; `--tensor 2` what one device does."""
+    model = load(demo_checkpoint)
+    for branch in model.pvm.values():
+        branch.gate_alpha[...] = jnp.full(1, 4.0)
+    save(tmp_path / "loud", model, assets=demo_checkpoint)
+    ask = ["generate", "--image", str(questions / "0.png"), "--max-new-tokens", "12", "List ground", "--checkpoint"]
+    said = []
+    for more in (["loud"], ["loud", "--tensor", "2"], ["loud", "--pvm", "off"], [demo_checkpoint]):
+        main([*ask, str(tmp_path / more[0]), *more[1:]])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0] != said[2] == said[3]
 
 
 def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, tmp_path):
@@ -87,7 +115,9 @@ def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypa
     main([*arguments, "--chat"])
     said = capsys.readouterr()
     assert said.out.startswith(single)
-    assert len(said.out) > len(single) + 1
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([lines[0], lines[-1]])))
+    main([*arguments, "--chat"])
+    assert said.out != capsys.readouterr().out  # the second answer is about the second image
     assert "nowhere.png" in said.err
     assert "/what is no command" in said.err
     assert said.err.count("first after") == 2
@@ -100,6 +130,8 @@ def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypa
         (["What?", "--chat"], "got question and chat"),
         (["--input", "a.jsonl"], "--output go together"),
         (["What?", "--num-samples", "2"], "--num-samples goes with --input"),
+        (["--input", "a.jsonl", "--output", "b.jsonl", "--num-samples", "2"], "--num-samples needs a --temperature above 0"),
+        (["What?", "--tensor", "9"], "tensor must be 1 to 8"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(demo_checkpoint, wrong, named):
