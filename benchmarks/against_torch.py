@@ -125,7 +125,7 @@ def _torch_decode(model, tensors, new_tokens: int) -> Callable[[], object]:
 
 def _jax_step(graphdef, params, batch) -> Callable[[], object]:
     schedule = make_schedule(OptimizerConfig(), 1000)
-    optimizer = make_optimizer(OptimizerConfig(), schedule)
+    optimizer = make_optimizer(OptimizerConfig())
     graphdef, trained, frozen = split_model(nnx.merge(graphdef, params), "all")
     trained, frozen = jax.tree.map(jax.numpy.copy, nnx.as_pure(trained)), nnx.as_pure(frozen)
     step = jax.jit(make_step(make_loss(graphdef, chunk=512), optimizer, schedule), donate_argnums=0)

@@ -68,7 +68,7 @@ def batch_of(config: ModelConfig, rows: int, text: int, side: int) -> Batch:
 def sft_step(model: Qwen3VL, batch: Batch) -> tuple[float, int]:
     """Seconds and FLOPs of a step (recomputation not counted)."""
     schedule = make_schedule(OptimizerConfig(), 1000)
-    optimizer = make_optimizer(OptimizerConfig(), schedule)
+    optimizer = make_optimizer(OptimizerConfig())
 
     def step_of(config: ModelConfig) -> Callable[..., Any]:
         return make_step(make_loss(split_model(abstract_model(config), "pvm")[0], chunk=512), optimizer, schedule)

@@ -17,7 +17,7 @@ from rich.table import Table
 from pvm_jax import Batch, ModelConfig, abstract_model
 from train.config import OptimizerConfig, Trainable
 from train.flops import count_flops
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import make_optimizer
 from train.step import cast, loss_and_gradient, make_loss, split_model
 
 
@@ -70,7 +70,7 @@ def step_cost(config: ModelConfig, trainable: Trainable, tokens: int, patches: i
     def gradient(*inputs):
         return loss_and_gradient(loss, *inputs, accumulation=1)[1]
 
-    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 1000))
+    optimizer = make_optimizer(OptimizerConfig())
     return Cost(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         forward=count_flops(loss, *inputs),

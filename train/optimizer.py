@@ -22,11 +22,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.warmup_constant_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clips to the global norm, then AdamW; matrices alone decay."""
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clips to the global norm, then AdamW's direction, to be scaled by the rate; matrices alone decay.
+
+    The rate is the step's (`train.step.apply_gradients`): counted in this state, it would fall behind at a skipped step.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decays),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
     )
 
 

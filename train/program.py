@@ -52,7 +52,7 @@ class Program:
             ValueError: if nothing would train.
         """
         schedule = make_schedule(config.optimizer, updates)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        optimizer = make_optimizer(config.optimizer)
         model_config = replace(model_config, dtype=config.dtype, remat=config.remat, attention=config.attention)
         if config.trainable == "lora":
             model_config = replace(model_config, lora=config.lora)

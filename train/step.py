@@ -135,14 +135,15 @@ def apply_gradients(
     step started.
     """
     norm = optax.tree.norm(gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    rate = jnp.asarray(schedule(state.step), jnp.float32)
+    direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    updates = optax.tree.scale(-rate, direction)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
-    rate = jnp.asarray(schedule(state.step), jnp.float32)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate} | gates(state.params)
     return TrainState(params, opt_state, state.step + 1), metrics
 

@@ -39,7 +39,7 @@ def test_matrices_alone_decay():
         "lora": {"q_proj": {"lora": {"a": True, "b": True}}},
     }
     params = {"proj": {"weight": jnp.ones(3), "bias": jnp.ones(3)}}
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), lambda _: 0.1)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5))
     updates, _ = optimizer.update({"proj": {"weight": jnp.zeros(3), "bias": jnp.zeros(3)}}, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["proj"]["weight"], -0.05)
+    np.testing.assert_allclose(updates["proj"]["weight"], 0.5)
     np.testing.assert_allclose(updates["proj"]["bias"], 0)
