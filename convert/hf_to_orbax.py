@@ -30,7 +30,7 @@ EXAMPLES = """
 examples:
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-4B-Instruct checkpoints/4b --pvm-layers 5 11 17 --pvm-hidden-size 512
-  python -m convert.hf_to_orbax ~/models/Qwen3-VL-2B-Instruct checkpoints/2b --dtype float32
+  python -m convert.hf_to_orbax ~/models/Qwen3-VL-2B-Instruct checkpoints/2b --dtype float32 --pvm-visibility preceding
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b_plain --plain
 A plain Qwen3-VL gets a fresh branch, at layers that its size decides; until trained, it changes nothing (gate 0). Without a
 branch (--plain) it is what LoRA and full fine-tuning start from.
@@ -44,14 +44,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("dst", type=str, help="directory to write; absent or empty")
     parser.add_argument("--pvm-layers", type=int, nargs="+", help="decoder layers that get a branch (default: by size)")
     parser.add_argument("--pvm-hidden-size", type=int, help="the branch's width (default: 4 heads)")
+    parser.add_argument(
+        "--pvm-visibility",
+        choices=["all", "preceding"],
+        help="images that a text token recalls: all, as published, or those before it (default: the checkpoint's, else all)",
+    )
     parser.add_argument("--plain", action="store_true", help="without a branch: add none, leave the checkpoint's out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="cast every tensor (default: as stored)")
     parser.add_argument("--seed", type=int, default=0, help="of a fresh branch")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     layers = tuple(args.pvm_layers) if args.pvm_layers else None
+    branch = (layers, args.pvm_hidden_size, args.pvm_visibility)
     try:
-        convert(args.src, args.dst, layers, args.pvm_hidden_size, plain=args.plain, dtype=args.dtype, seed=args.seed)
+        convert(args.src, args.dst, *branch, plain=args.plain, dtype=args.dtype, seed=args.seed)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -61,6 +67,7 @@ def convert(
     dst: str | Path,
     pvm_layers: tuple[int, ...] | None = None,
     pvm_hidden_size: int | None = None,
+    pvm_visibility: str | None = None,
     *,
     plain: bool = False,
     dtype: str | None = None,
@@ -70,6 +77,7 @@ def convert(
 
     Args:
         pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by size for a fresh one.
+        pvm_visibility: as `TextConfig` has it; None takes the checkpoint's.
         plain: without a branch: none is added, the checkpoint's own is left out.
         dtype: "float32" or "bfloat16", of everything; None keeps each tensor's own.
         seed: of a fresh branch.
@@ -84,12 +92,14 @@ def convert(
     original = read_config(src)
     reader = SafetensorsReader(src)
     if plain:
-        if pvm_layers or pvm_hidden_size:
-            raise ValueError("--plain makes no branch: leave --pvm-layers and --pvm-hidden-size out")
+        if pvm_layers or pvm_hidden_size or pvm_visibility:
+            raise ValueError("--plain makes no branch: leave --pvm-layers, --pvm-hidden-size and --pvm-visibility out")
         config, fresh = ModelConfig.from_hf(original).without_pvm(), False
         reader.tensors = {name: stored for name, stored in reader.tensors.items() if BRANCH not in name}
     else:
         config, fresh = _config(original, pvm_layers, pvm_hidden_size, with_branch=any(BRANCH in n for n in reader.tensors))
+        if pvm_visibility is not None:
+            config = replace(config, text=replace(config.text, pvm_visibility=pvm_visibility))
     slots = layout(config)
     wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}
     with reader:

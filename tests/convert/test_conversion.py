@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 
 from convert import hf_to_orbax, orbax_to_hf, store
 from pvm_jax import load, save
-from pvm_jax.checkpoint import by_path
-from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.checkpoint import by_path, save_branch
+from pvm_jax.checkpoint_files import CheckpointError, read_config
 from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
 from tests.convert.directories import read_tensors
@@ -77,6 +77,18 @@ def test_with_the_branch_the_config_is_the_authors(plain, tmp_path):
     assert (config["text_config"]["pvm_layers"], config["text_config"]["pvm_hidden_size"]) == ([1, 2], 32)
     assert "rope_scaling" not in config["text_config"]
     assert "model.language_model.layers.2.pvm_block.cross_attn.q_norm.weight" in read_tensors(tmp_path / "back")
+
+
+@pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
+def test_visibility_is_a_checkpoints_own(plain, tmp_path):
+    """There, through an export and back, and in what a branch that was saved alone brings to another checkpoint."""
+    hf_to_orbax.convert(plain, tmp_path / "orbax", pvm_visibility="preceding")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    hf_to_orbax.convert(tmp_path / "hf", tmp_path / "again")
+    hf_to_orbax.convert(plain, tmp_path / "all")
+    save_branch(tmp_path / "branch", load(tmp_path / "again"))
+    models = [load(tmp_path / "again"), load(tmp_path / "all"), load(tmp_path / "all", branch=tmp_path / "branch")]
+    assert [model.config.text.pvm_visibility for model in models] == ["preceding", "all", "preceding"]
 
 
 @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
@@ -248,7 +260,9 @@ class TestCommand:
     @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
     def test_arguments(self, plain, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(jax.config, "update", lambda *_: None)
-        hf_to_orbax.main([str(plain), str(tmp_path / "o"), "--pvm-layers", "0", "3", "--pvm-hidden-size", "16"])
+        visibility = ["--pvm-visibility", "preceding"]
+        hf_to_orbax.main([str(plain), str(tmp_path / "o"), "--pvm-layers", "0", "3", "--pvm-hidden-size", "16", *visibility])
+        assert read_config(tmp_path / "o")["text_config"]["pvm_visibility"] == "preceding"
         orbax_to_hf.main([str(tmp_path / "o"), str(tmp_path / "b"), "--plain", "--max-shard-size", "1MB"])
         assert_equal_bytes(plain, tmp_path / "b")
         assert "peak memory" in capsys.readouterr().out
