@@ -31,6 +31,9 @@ from train.step import TrainState, split_model
 # What a run writes, by what trains.
 RESULTS: dict[Trainable, str] = {"pvm": "branch", "lora": "lora", "decoder": "model", "all": "model"}
 
+SIZES = "sizes.npy"
+"""The lengths of the run's examples, in its directory."""
+
 # What may change between a run and its continuation: none of it changes what is computed.
 _FREE_KEYS = {
     "accumulation",
@@ -48,6 +51,7 @@ _FREE_KEYS = {
     "reward_workers",
     "rollout_mesh",
     "rollout_parts",
+    "run_dir",
 }
 
 
@@ -110,7 +114,7 @@ def run(config: RunConfig, prepare: Callable[..., Prepared], train: Train, **log
     if result.exists():
         raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
     with jax.set_mesh(mesh):
-        work = prepare(config, mesh, sizes_file=run_dir / "sizes.npy")
+        work = prepare(config, mesh, sizes_file=run_dir / SIZES)
         with (
             stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
             TrainCheckpoints(run_dir / "steps", work.model_config, work.identity, keep=config.keep) as checkpoints,
@@ -170,19 +174,26 @@ def export(config: RunConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
 
 
 def _claim(run_dir: Path, config: Any) -> None:
-    """Notes in `run_dir` what the run computes; refuses to go on with another run that was noted there.
+    """Notes in `run_dir` what the run computes; refuses to go on with another run that got as far as its steps there.
 
     Raises:
         OSError: if `run_dir` cannot be written, or is not the same directory for all processes.
-        ValueError: if another run was noted there.
+        ValueError: if it holds another run.
     """
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
     mine["data"] = {key: value for key, value in mine["data"].items() if key not in ("threads", "prefetch")}
     mine["data"]["bytes"] = [stored_bytes(source.path) for source in config.data.mixture]
     note, aside = run_dir / "run.json", run_dir / ".run.json.partial"
-    if jax.process_index() == 0 and not note.exists():
+
+    def changed() -> list[str]:
+        other = json.loads(note.read_text())
+        return [key for key in mine if mine[key] != other.get(key)]
+
+    # A start that failed, for a typo in a path say, has left nothing but its note and the sizes of its data.
+    if jax.process_index() == 0 and (not note.exists() or (not (run_dir / "steps").exists() and changed())):
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / SIZES).unlink(missing_ok=True)
             aside.write_text(json.dumps(mine, indent=2) + "\n")
             os.replace(aside, note)
         except OSError as error:
@@ -193,9 +204,8 @@ def _claim(run_dir: Path, config: Any) -> None:
             f"{note}: process 0 wrote it, process {jax.process_index()} does not see it: run_dir must be on a file system that "
             "all hosts share"
         )
-    other = json.loads(note.read_text())
-    if changed := [key for key in mine if mine[key] != other.get(key)]:
+    if other := changed():
         raise ValueError(
-            f"{run_dir} holds a run with another {', '.join(changed)} (see {note}): continue it with the same values, "
+            f"{run_dir} holds a run with another {', '.join(other)} (see {note}): continue it with the same values, "
             "or give another --run_dir"
         )

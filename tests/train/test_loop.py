@@ -175,6 +175,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(workplace, sft_run):
     assert not [path for path in (workplace / "nan" / "steps").iterdir() if path.name.isdigit()]
 
 
+def test_a_start_that_failed_does_not_hold_the_directory(workplace, sft_run):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        sft_run("typo", f"--checkpoint={workplace / 'nowhere'}")
+    assert sft_run("typo", "--max_steps=1")
+
+
 def test_batch_must_divide_over_the_mesh(sft_run):
     with pytest.raises(ValueError, match="4 rows do not divide over the mesh's data x fsdp = 8"):
         sft_run("uneven", "--accumulation=2")
