@@ -245,8 +245,11 @@ class Footprint:
             change = f"mesh: {{data: 1, fsdp: -1}}, parameters in {copies} times as many parts"
             found.append((change, by_chips * (copies - 1) // copies))
         if self.rows == 1 and shape["fsdp"] > 1:
-            tensor = f"mesh.tensor: {shape['tensor'] * 2}"
-            found.append((f"{tensor} and accumulation: {config.accumulation * 2}, two chips share the work on each row", None))
+            tensor = shape["tensor"] * 2
+            change = (
+                f"mesh.tensor: {tensor} and accumulation: {config.accumulation * 2}, {tensor} chips share the work on each row"
+            )
+            found.append((change, None))
         if (room := self.usable - (self.total - by_chips)) > 0:
             chips = -(-by_chips * self.mesh.size // room)
             what = "parameters, gradients and optimizer state"
@@ -258,7 +261,8 @@ class Footprint:
             largest = f"{{tokens: {self.bucket.tokens}, patches: {self.bucket.patches}}}"
             found.append((f"data.buckets without {largest}: longer examples are left out", None))
         return [
-            f"  - {change}" + (f" (about {gib(saves)} less{', enough' if saves >= over else ''})" if saves is not None else "")
+            f"  - {change} "
+            + ("(not estimated)" if saves is None else f"(about {gib(saves)} less{', enough' * (saves >= over)})")
             for change, saves in found
         ]
 
