@@ -23,6 +23,7 @@ from pvm_jax.checkpoint_files import (
     compare_shapes,
     copy_assets,
     read_config,
+    reason_of,
     write_aside,
     write_config,
 )
@@ -334,8 +335,13 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
 
 
 def _write(directory: Path, params: dict[str, Any]) -> None:
-    with orbax_context():
-        ocp.save(str(directory / PARAMS), params)
+    try:
+        with orbax_context():
+            ocp.save(str(directory / PARAMS), params)
+    except Exception as error:  # whatever the layers below say about a disk
+        raise CheckpointError(
+            f"{directory} could not be written: {reason_of(error)}. Make room there and give the same command again"
+        ) from error
 
 
 def orbax_context(*, partial: bool = False) -> ocp.Context:

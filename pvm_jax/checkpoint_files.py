@@ -21,6 +21,13 @@ class CheckpointError(ValueError):
     """A directory is no (whole) checkpoint, or not one of this model."""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what was wrong to begin with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
 @contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
     """A directory to fill beside `path`, which takes its place when the block ends well and vanishes when it does not.

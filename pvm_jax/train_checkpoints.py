@@ -12,7 +12,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from pvm_jax.checkpoint import orbax_context
-from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.checkpoint_files import CheckpointError, reason_of
 from pvm_jax.config import ModelConfig
 
 
@@ -155,7 +155,7 @@ class TrainCheckpoints:
             whole = max((int(name) for name in there if name.isdigit()), default=None)
             then = "starts anew" if whole is None else f"continues from step {whole}, which is whole"
             raise CheckpointError(
-                f"{self.directory}: step {self._last} could not be written: {_reason(error)}. Make room there, or the "
+                f"{self.directory}: step {self._last} could not be written: {reason_of(error)}. Make room there, or the "
                 f"directory writable: the same command then {then}"
             ) from error
 
@@ -167,16 +167,9 @@ class TrainCheckpoints:
             before = [other for other in self.steps if other < step]
             then = f"continues from step {before[-1]}" if before else "starts anew"
             raise CheckpointError(
-                f"{self.directory / str(step)} cannot be restored: {_reason(error)}. It is another run's, or its files are "
+                f"{self.directory / str(step)} cannot be restored: {reason_of(error)}. It is another run's, or its files are "
                 f"damaged; if so, remove this directory: the same command then {then}"
             ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what was wrong to begin with."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def _difference(saved: Any, mine: Any) -> str:

@@ -16,8 +16,8 @@ from pvm_jax.processing import Processor
 from train.config import Bucket
 from train.dry_run import STEPS as DRY_STEPS
 from train.dry_run import memory_of, shardings_table
-from train.grading import completion_values, grading, reward_values, sample_of
-from train.grpo_config import GRPOConfig
+from train.grading import Grader, completion_values, grading, reward_values, sample_of
+from train.grpo_config import EvaluationConfig, GRPOConfig
 from train.grpo_held_out import Evaluation
 from train.grpo_program import Fixed, GRPOProgram
 from train.grpo_step import Graded, parts_of, train_on, weigh
@@ -83,9 +83,7 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
     batches = work.data.iterator(work.done, config.data.threads, config.data.prefetch)
     seen: set[Bucket] = set()
     with grading(config, work.processor, log.print) as grade:
-        held_out = None
-        if config.held_out:
-            held_out = Evaluation(config, config.held_out, work.processor, sampler, grade, draw=(config.seed, _HELD_OUT_STREAM))
+        held_out = evaluation(work, config.held_out, sampler, grade) if config.held_out else None
         for number in range(work.done, total):
             if held_out and number % held_out.config.every == 0:
                 log.flush()
@@ -122,6 +120,11 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
     return state
 
 
+def evaluation(work: PreparedGRPO, held_out: EvaluationConfig, sampler: Sampler, grade: Grader) -> Evaluation:
+    """Of the held-out prompts, drawing alike at every step."""
+    return Evaluation(work.config, held_out, work.processor, sampler, grade, draw=(work.config.seed, _HELD_OUT_STREAM))
+
+
 def roll_out(work: PreparedGRPO, sampler: Sampler, state: TrainState, batch: PromptBatch, number: int) -> Completions:
     """The completions of step `number`: what is drawn depends on the seed and the number alone."""
     return sampler(
@@ -142,6 +145,8 @@ def dry_steps(work: PreparedGRPO, console: Console) -> None:
     batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
     seen: set[Bucket] = set()
     with grading(config, work.processor, partial(console.print, markup=False)) as grade:
+        if config.held_out:
+            evaluation(work, config.held_out, sampler, grade)  # refuses what a run would
         for number in range(min(DRY_STEPS, work.total)):
             batch = next(batches)
             start = time.perf_counter()

@@ -93,6 +93,9 @@ def train(work: PreparedSFT, log: RunLog, step_done: StepDone) -> TrainState:
 def dry_steps(work: PreparedSFT, console: Console) -> None:
     """Steps for `train.dry_run`: what they take of a device, and their losses."""
     config, program, state = work.config, work.program, work.state
+    if config.held_out:
+        values = HeldOut(config, config.held_out, work.processor, work.model_config, program).measure(state, work.frozen)
+        console.print(f"held-out loss {values['held_out/loss']:.4f}", markup=False)
     batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
     compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
     for number in range(min(DRY_STEPS, work.total)):

@@ -1,6 +1,7 @@
 """Checkpoints: any mesh, the branch apart from its backbone, and the steps of a run."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,17 @@ def assert_equal(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for path in one:
         np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(model, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # no file grows beyond, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"full.* could not be written: .*Make room there"):
+            save(tmp_path / "full", model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 class TestLoad:

@@ -141,6 +141,8 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole
     assert "GiB more within a step" in said
     assert "weights that generate" in said
     assert not (workplace / "dry").exists()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        grpo_run("dry", *UPDATES, "--dry-run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}")
 
 
 def test_held_out_prompts_are_answered_and_graded(workplace, parts):

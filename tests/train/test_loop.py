@@ -158,8 +158,10 @@ def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
 
 
 def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys):
-    sft_run("dry", "--dry-run", "--data.buckets=[{tokens: 48, patches: 8}]")
+    held_out = f"--held_out={{sources: {workplace / 'data.jsonl'}}}"
+    sft_run("dry", "--dry-run", "--data.buckets=[{tokens: 48, patches: 8}]", held_out)
     said = capsys.readouterr().out
+    assert "held-out loss" in said
     assert "step 1: loss" in said
     assert "GiB more within a step" in said
     line = next(line for line in said.splitlines() if " pvm/1/text_reducer/weight " in line)
