@@ -5,7 +5,8 @@ lmms-eval finds `manifest` by the entry point in pyproject.toml. It is no depend
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.generation import Settings
 from pvm_jax.model import Qwen3VL, without_pvm
 from pvm_jax.processing import Processor
+from pvm_jax.sharding import tensor_mesh
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
 
@@ -37,9 +39,13 @@ def manifest() -> Any:
 
 
 class _Question(NamedTuple):
-    """One generation: the messages, lmms-eval's generation_kwargs, and what the sample follows."""
+    """One generation: its text, the messages, lmms-eval's generation_kwargs, and what the sample follows.
 
-    messages: list[dict[str, Any]]
+    `messages` reads the document with its images and videos: a whole task's do not fit in memory.
+    """
+
+    text: str
+    messages: Callable[[], list[dict[str, Any]]]
     kwargs: Mapping[str, Any]
     seed: int
 
@@ -57,6 +63,7 @@ class PVM(lmms):
         min_pixels, max_pixels: of an image after resizing; None keeps the checkpoint's.
         max_num_frames: of a video, spread evenly.
         system_prompt: put in front of every question.
+        tensor: devices that share the model.
 
     Raises:
         ValueError: for a value out of its range.
@@ -78,6 +85,7 @@ class PVM(lmms):
         max_pixels: int | None = None,
         max_num_frames: int = 32,
         system_prompt: str | None = None,
+        tensor: int = 1,
         device: None = None,
         max_batch_size: None = None,
     ):
@@ -88,7 +96,8 @@ class PVM(lmms):
             raise ValueError(f"pvm_jax needs --batch_size N, a number of questions, got {batch_size}")
         if pvm not in ("on", "off"):
             raise ValueError(f'pvm must be "on" or "off", got {pvm!r}')
-        model = load(checkpoint, branch=branch, lora=lora, dtype=dtype)
+        self.mesh = tensor_mesh(int(tensor))
+        model = load(checkpoint, mesh=self.mesh, branch=branch, lora=lora, dtype=dtype)
         self.model = model if pvm == "on" else without_pvm(model)
         self.processor = Processor.from_pretrained(checkpoint)
         sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -100,10 +109,10 @@ class PVM(lmms):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answer to each request (context, generation_kwargs, doc_to_visual, doc_id, task, split)."""
-        questions = []
-        for (context, kwargs, doc_to_visual, doc_id, task, split), seed in _seeded(requests):
-            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-            questions.append(_Question(self._messages(context, visuals), kwargs, seed))
+        questions = [
+            _Question(context, partial(self._asked, context, doc_to_visual, *place), kwargs, seed)
+            for (context, kwargs, doc_to_visual, *place), seed in _seeded(requests)
+        ]
         return self._answers(questions)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -112,22 +121,26 @@ class PVM(lmms):
 
         lmms-eval 0.7.3 takes the least of these values for the best choice, whatever `lmms.loglikelihood` says.
         """
-        examples = []
-        for request in requests:
-            context, continuation, *of_document = request.args
-            visuals = []
-            if of_document:  # a choice without its question (acc_mutual_info) has none
-                doc_to_visual, doc_id, task, split = of_document
-                document = self.task_dict[task][split][doc_id]
-                visuals = doc_to_visual(document)
-                continuation = continuation(document) if callable(continuation) else continuation
-            examples.append(self._continued(self._messages(context, visuals), continuation))
-        scores = [score for part in tqdm(_parts(examples, self.batch_size)) for score in continuation_scores(self.model, part)]
+        scores = []
+        for part in tqdm(_parts(requests, self.batch_size), desc="pvm_jax"):
+            examples = [self._choice(*request.args) for request in part]
+            with self._placed():
+                scores += continuation_scores(self.model, examples)
         return [(-logprob, greedy) for logprob, greedy in scores]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raises NotImplementedError."""
         raise NotImplementedError("pvm_jax does not answer tasks of several rounds")
+
+    def _placed(self) -> AbstractContextManager[Any]:
+        """Where the model computes."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _document(self, doc_id: int, task: str, split: str) -> Any:
+        return self.task_dict[task][split][doc_id]
+
+    def _asked(self, context: str, doc_to_visual: Callable[[Any], Any], *place: Any) -> list[dict[str, Any]]:
+        return self._messages(context, doc_to_visual(self._document(*place)))
 
     def _messages(self, text: str, visuals: Iterable[Any] | None) -> list[dict[str, Any]]:
         parts = [self._part(visual) for visual in visuals or ()]
@@ -156,8 +169,7 @@ class PVM(lmms):
         return {"type": "video", "video": frames, "timestamps": seconds}
 
     def _answers(self, questions: Sequence[_Question]) -> list[str]:
-        """Questions that are sampled alike are answered together, those with the longest text first: what does not fit in
-        memory is known at once."""
+        """Questions that are sampled alike are answered together, those with the longest text first: a batch pads little."""
         alike: dict[tuple, list[int]] = {}
         for number, question in enumerate(questions):
             alike.setdefault(_sampling(question.kwargs, self.max_new_tokens), []).append(number)
@@ -172,14 +184,26 @@ class PVM(lmms):
                 rng=jax.random.key(self.seed),
             )
             answerer = Answerer(self.model, self.processor, max_new_tokens, settings)
-            numbers.sort(key=lambda number: -len(str(questions[number].messages)))
+            numbers.sort(key=lambda number: -len(questions[number].text))
             for part in _parts(numbers, self.batch_size):
-                examples = [self.processor.encode(questions[n].messages, add_generation_prompt=True) for n in part]
-                texts = answerer.answers(examples, seeds=[questions[n].seed for n in part])
+                examples = [self.processor.encode(questions[n].messages(), add_generation_prompt=True) for n in part]
+                with self._placed():
+                    texts = answerer.answers(examples, seeds=[questions[n].seed for n in part])
                 for n, (text,) in zip(part, texts, strict=True):
                     answers[n] = _cut(text, questions[n].kwargs.get("until"))
                 progress.update(len(part))
         return answers
+
+    def _choice(
+        self, context: str, continuation: Any, doc_to_visual: Callable[[Any], Any] | None = None, *place: Any
+    ) -> Example:
+        """What a request of `loglikelihood` scores."""
+        visuals = ()
+        if doc_to_visual is not None:  # a choice without its question (acc_mutual_info) has none
+            document = self._document(*place)
+            visuals = doc_to_visual(document)
+            continuation = continuation(document) if callable(continuation) else continuation
+        return self._continued(self._messages(context, visuals), continuation)
 
     def _continued(self, messages: list[dict[str, Any]], continuation: str) -> Example:
         """The prompt with the continuation after it, which alone is marked as learned."""
@@ -198,12 +222,16 @@ class PVMChat(PVM):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answer to each request (context, doc_to_messages, generation_kwargs, doc_id, task, split)."""
-        questions = []
-        for (_, doc_to_messages, kwargs, doc_id, task, split), seed in _seeded(requests):
-            messages = doc_to_messages(self.task_dict[task][split][doc_id])
-            messages = [{**message, "content": [self._content(part) for part in message["content"]]} for message in messages]
-            questions.append(_Question(self._prompted(messages), kwargs, seed))
+        questions = [
+            _Question(context, partial(self._conversation, doc_to_messages, *place), kwargs, seed)
+            for (context, doc_to_messages, kwargs, *place), seed in _seeded(requests)
+        ]
         return self._answers(questions)
+
+    def _conversation(self, doc_to_messages: Callable[[Any], Any], *place: Any) -> list[dict[str, Any]]:
+        messages = doc_to_messages(self._document(*place))
+        messages = [{**message, "content": [self._content(part) for part in message["content"]]} for message in messages]
+        return self._prompted(messages)
 
     def _content(self, part: Mapping[str, Any]) -> dict[str, Any]:
         """A part of lmms-eval's ChatMessages: media lie under "url"."""
@@ -247,8 +275,8 @@ def _sampling(kwargs: Mapping[str, Any], max_new_tokens: int) -> tuple[int, floa
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
     """The text before the first of the strings that end it."""
     # lmms-eval puts the blank line there itself, where a task names none; an answer may have paragraphs.
-    ends = [until] if isinstance(until, str) else [end for end in until or () if end and end != "\n\n"]
-    for end in ends:
+    ends = [until] if isinstance(until, str) else [end for end in until or () if end != "\n\n"]
+    for end in filter(None, ends):
         text = text.split(end)[0]
     return text
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from convert.hf_to_orbax import convert
 from demo.task import VALUES, Mixture, draw, make_example
-from pvm_jax import Batch, Processor, load
+from pvm_jax import Batch, Processor, load, save_branch
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 QUESTION = "List ground mark ink digit"
@@ -96,6 +97,18 @@ def visuals(document):
     return [document["image"]]
 
 
+def to_messages(document):
+    parts = [{"type": "image", "url": document["image"]}, {"type": "text", "text": document["question"]}]
+    return [{"role": "user", "content": parts}]
+
+
+def as_chat(adapter, simple):
+    """The same model behind the other interface."""
+    chat = adapter.PVMChat.__new__(adapter.PVMChat)
+    chat.__dict__.update(simple.__dict__)
+    return chat
+
+
 def ask(number, question=QUESTION, **kwargs):
     return request(question, {"max_new_tokens": 8, **kwargs}, visuals, number, "grid", "test")
 
@@ -123,8 +136,8 @@ def test_answers_see_the_image_and_do_not_depend_on_their_batch(simple, greedy, 
 
 def test_an_answer_ends_before_what_ends_it(simple, greedy):
     assert all("\n" in answer for answer in greedy)
-    ends = (["\n"], "mark", ["\n\n"])  # the last is lmms-eval's own default, which ends nothing
-    expected = [greedy[1].split("\n")[0], greedy[1].split("mark")[0], greedy[1]]
+    ends = (["\n"], "mark", "", [""], ["\n\n"])  # the last is lmms-eval's own default, which ends nothing
+    expected = [greedy[1].split("\n")[0], greedy[1].split("mark")[0], *[greedy[1]] * 3]
     assert simple.generate_until([ask(1, until=until) for until in ends]) == expected
 
 
@@ -155,13 +168,7 @@ def test_beam_search_is_refused(adapter):
 
 
 def test_chat_messages_are_asked_as_the_simple_interface_asks(adapter, simple, greedy, documents):
-    chat = adapter.PVMChat.__new__(adapter.PVMChat)
-    chat.__dict__.update(simple.__dict__)
-
-    def to_messages(document):
-        parts = [{"type": "image", "url": document["image"]}, {"type": "text", "text": document["question"]}]
-        return [{"role": "user", "content": parts}]
-
+    chat = as_chat(adapter, simple)
     kwargs = {"max_new_tokens": 8}
     requests = [request("", to_messages, kwargs, number, "grid", "test") for number in range(3)]
     assert chat.generate_until(requests) == greedy
@@ -171,6 +178,78 @@ def test_chat_messages_are_asked_as_the_simple_interface_asks(adapter, simple, g
 
     with pytest.raises(ValueError, match="reads text, images and whole videos, got audio"):
         chat.generate_until([request("", with_sound, kwargs, 0, "grid", "test")])
+
+
+def test_a_batch_is_read_when_it_is_answered(adapter, simple, documents, monkeypatch):
+    """A task's images and videos do not fit in memory: of six requests, two at a time, two are read more for each batch."""
+    read, found = [], []
+
+    class Documents(list):
+        def __getitem__(self, number):
+            read.append(number)
+            return super().__getitem__(number)
+
+    def answers(self, examples, seeds):
+        found.append(len(read))
+        return [["an answer"]] * len(examples)
+
+    def scores(model, examples):
+        found.append(len(read))
+        return [(-1.0, False)] * len(examples)
+
+    monkeypatch.setattr(adapter.Answerer, "answers", answers)
+    monkeypatch.setattr(adapter, "continuation_scores", scores)
+    monkeypatch.setattr(simple, "batch_size", 2)
+    monkeypatch.setitem(simple.task_dict, "grid", {"test": Documents(documents)})
+    numbers = [0, 1, 2] * 2
+    chat_requests = [request("", to_messages, {"max_new_tokens": 8}, number, "grid", "test") for number in numbers]
+    choices = [request(QUESTION, "A1 ground navy\n", visuals, number, "grid", "test") for number in numbers]
+    for ask_all in (
+        lambda: simple.generate_until([ask(number) for number in numbers]),
+        lambda: as_chat(adapter, simple).generate_until(chat_requests),
+        lambda: simple.loglikelihood(choices),
+    ):
+        read.clear()
+        found.clear()
+        ask_all()
+        assert found == [2, 4, 6]
+
+
+def test_without_the_branch(adapter, workplace, documents, greedy, tmp_path):
+    """`pvm=off` says what the base does, whose branch is silent; a loud one is heard."""
+    model = load(workplace / "checkpoint")
+    for branch in model.pvm.values():
+        branch.gate_alpha[...] = jnp.full(1, 4.0)
+    save_branch(tmp_path / "loud", model)
+    said = []
+    for pvm in ("on", "off"):
+        path = str(workplace / "checkpoint")
+        model = adapter.PVM(path, branch=str(tmp_path / "loud"), dtype="float32", batch_size=3, pvm=pvm)
+        model.task_dict["grid"] = {"test": documents}
+        said.append(model.generate_until([ask(number) for number in range(3)]))
+    assert said[0] != said[1] == greedy
+
+
+def test_devices_that_share_the_model_answer_as_one(adapter, simple, greedy, workplace, documents, monkeypatch):
+    shared = adapter.PVM(str(workplace / "checkpoint"), dtype="float32", batch_size=3, tensor="2")
+    shared.task_dict["grid"] = {"test": documents}
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(shared.model)))
+    axes = []
+
+    def watched(compute):
+        def call(*args, **kwargs):
+            axes.append(jax.sharding.get_abstract_mesh().shape.get("tensor"))
+            return compute(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(adapter.Answerer, "answers", watched(adapter.Answerer.answers))
+    monkeypatch.setattr(adapter, "continuation_scores", watched(adapter.continuation_scores))
+    assert shared.generate_until([ask(number) for number in range(3)]) == greedy
+    choices = [request(QUESTION, choice, visuals, 0, "grid", "test") for choice in documents[0]["choices"][:3]]
+    values, expected = ([value for value, _ in model.loglikelihood(choices)] for model in (shared, simple))
+    assert values == pytest.approx(expected, abs=1e-4)
+    assert axes == [2, 2, None]
 
 
 def test_likelihoods_are_those_of_a_teacher_forced_forward_pass(simple, workplace, documents):
@@ -207,6 +286,7 @@ def test_settings_that_cannot_be_are_refused(adapter, workplace):
         ({"batch_size": "auto"}, "needs --batch_size N"),
         ({"pvm": "of"}, 'pvm must be "on" or "off"'),
         ({"device": "cuda"}, "takes no --device"),
+        ({"tensor": 9}, "tensor must be 1 to 8"),
     ):
         with pytest.raises(ValueError, match=message):
             adapter.PVM(path, **settings)
