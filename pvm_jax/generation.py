@@ -78,8 +78,8 @@ class Settings(TypedDict, total=False):
     top_k, top_p: sample among the k likeliest tokens / the smallest set of tokens with this probability.
     stop_tokens: ids that end a row.
     num_samples: of each prompt. They share its prefill, its keys and values and its memory; the default is 1.
-    seeds: [B] integers, one a prompt; the default is its row. A row's sample depends on `rng`, this seed, the sample's
-        number and the prompt alone: not on what else is in the batch, nor on padding.
+    seeds: [B] integers in [0, 2^31), one a prompt; the default is its row. A row's sample depends on `rng`, this seed, the
+        sample's number and the prompt alone: not on what else is in the batch, nor on padding.
     rng: a key; the default is `jax.random.key(0)`.
     prefill_chunk: columns of the prompts that are read at a time, at most. Longer prompts are read in pieces, which bounds
         prefill's memory.
@@ -187,8 +187,8 @@ def _start(
         raise ValueError(f"top_k must be in [1, {vocab_size}], got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if seeds is not None and len(seeds) != rows:
-        raise ValueError(f"seeds must be one for each of the {rows} prompts, got {len(seeds)}")
+    if seeds is not None and (len(seeds) != rows or not all(0 <= seed < 2**31 for seed in seeds)):
+        raise ValueError(f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}")
     sampling = _Sampling(temperature, top_k, top_p, tuple(stop_tokens))
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)

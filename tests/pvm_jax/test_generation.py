@@ -129,7 +129,7 @@ def test_a_later_turns_images_join_those_in_memory(model):  # noqa: F811
     for turn in (EXAMPLES[0], EXAMPLES[2], EXAMPLES[1]):
         ids = turn.input_ids if chat.unread is None else np.append(chat.unread, turn.input_ids)
         new = Batch.from_rows([[dataclasses.replace(turn, input_ids=ids, loss_mask=None)]], CONFIG, length=48, patches=64)
-        answer = list(chat.stream(new, max_new_tokens=5, temperature=0.0))
+        answer = list(chat.stream(new, max_new_tokens=5, temperature=0.0, prefill_chunk=20))
         whole = turn if whole is None else joined(whole, turn)
         np.testing.assert_array_equal(answer, uncached(preceding, [whole], 5)[0])
         cache, _ = chat._last
@@ -220,6 +220,7 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
         ({"max_new_tokens": 0}, "max_new"),
         ({"num_samples": 0}, "num_samples"),
         ({"seeds": (1, 2)}, "seeds must be one for each of the 4 prompts"),
+        ({"seeds": (1, 2, 3, 2**31)}, r"in \[0, 2\^31\), got"),
     ],
 )
 def test_settings_out_of_range_are_refused(model, batch, bad, named):  # noqa: F811

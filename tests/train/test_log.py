@@ -41,6 +41,21 @@ def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
     assert "train/mfu" not in values
 
 
+def test_mfu_is_the_work_over_the_peak_and_the_live_line_shows_it(open_log, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    with open_log(peak=1e9) as log:
+        for step in range(4):
+            log.add(step, metrics(step, flops=np.float32(3e6)))
+    values = read_values(tmp_path)
+    for (_, mfu), (_, speed) in zip(values["train/mfu"], values["train/tokens_per_second"], strict=True):
+        assert mfu == pytest.approx(speed / 50 * 3e6 / 1e9, rel=1e-5)
+    shown = capsys.readouterr().out
+    assert "loss 3.0000" in shown
+    assert "MFU" in shown
+    assert "ETA" in shown
+
+
 def test_a_step_that_is_not_finite_stops_the_run_and_names_its_examples(open_log):
     with open_log(examples=lambda step: [["a.jsonl:3", "b.jsonl:9"], [f"c.jsonl:{step}"]]) as log:
         log.add(6, metrics())
