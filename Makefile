@@ -35,7 +35,7 @@ base: .venv/ready  ## train the tiny checkpoint that the demo starts from, about
 test: .venv/ready  ## the tests, on the CPU
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-faults: .venv/ready  ## the slow tests: kill runs of SFT and GRPO thirty times, GRPO in two processes; nothing may change
+faults: .venv/ready  ## the slow tests: kill runs of SFT and GRPO thirty times, which must change nothing (minutes)
 	$(BIN)/python -m pytest -m slow
 
 docs-check: .venv/ready  ## run every command in docs/ that needs neither accelerator nor cloud

@@ -158,7 +158,6 @@ def test_held_out_prompts_are_answered_and_graded(workplace, parts):
     assert names | {"rollout/tokens_per_second", "train/tokens_per_second", "policy/entropy"} <= set(values)
 
 
-@pytest.mark.slow
 def test_two_processes_compute_what_one_does(workplace, whole):
     started = runs.start(workplace, "two", *UPDATES, processes=2, devices=4, module="train.grpo")
     runs.finish(workplace, "two", started)
