@@ -6,9 +6,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -94,13 +95,14 @@ def convert(
         FileNotFoundError, ValueError: if `src` cannot be opened, `processor` is missing for `max_tokens`, or too many examples
             are rejected. There is no `dst` then.
         FileExistsError: if `dst` holds something.
+        OSError: if `dst` cannot be written. There is none then.
     """
     if max_tokens is not None and processor is None:
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
     conversations = open_conversations(src)
     dst = Path(dst)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
-    with write_aside(dst) as aside, open(report_file, "w") as report:
+    with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = _Summary()
         writer = _ShardWriter(aside)
         for checked in _in_order(conversations, _Check(conversations, processor, max_tokens), threads):
@@ -125,9 +127,26 @@ def convert(
             "shards": shards,
         }
         (aside / SHARDS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    if not summary.rejected:
-        report_file.unlink()
     print(summary.describe(dst, report_file, measured=processor is not None))
+
+
+@contextmanager
+def _explaining(dst: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord says the latter of a full disk
+        raise OSError(f"{dst} cannot be written ({error}): free space there, or choose another place") from error
+
+
+@contextmanager
+def _report(file: Path) -> Iterator[TextIO]:
+    """`file`, to be written; it vanishes if nothing was."""
+    try:
+        with open(file, "w") as report:
+            yield report
+    finally:
+        if file.exists() and not file.stat().st_size:
+            file.unlink()
 
 
 class Checked(NamedTuple):
@@ -155,8 +174,10 @@ class _Check:
 
     def __call__(self, index: int) -> Checked | Rejected:
         try:
-            return self._checked([_embedded(message) for message in self.conversations[index]])
-        except (ValueError, OSError) as error:
+            messages = self.conversations[index]
+            with self.conversations.naming(index):
+                return self._checked([_embedded(message) for message in messages])
+        except ValueError as error:
             where = self.conversations.where(index)
             return Rejected(where, str(error).removeprefix(f"{where}: "))
 

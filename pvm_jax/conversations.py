@@ -66,8 +66,9 @@ class Conversations(Sequence[Messages]):
         """
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
         with self.naming(index):
-            return record_messages(self._record(range(len(self))[index]), self._root)
+            return record_messages(self._record(index), self._root)
 
     def columns(self, index: int) -> dict[str, Any]:
         """What the record of conversation `index` holds besides messages and pictures, as a solution (of tables: where they
@@ -82,6 +83,8 @@ class Conversations(Sequence[Messages]):
             yield
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.where(index)}: {error}") from error
+        except Exception as error:  # no check foresees all that a record can hold
+            raise ValueError(f"{self.where(index)}: {type(error).__name__}: {error}") from error
 
     @property
     def _root(self) -> Path:
@@ -142,30 +145,34 @@ def check_learnable(messages: Messages) -> None:
 
 
 class JsonLines(Conversations):
-    """A JSONL file. Memory holds the byte offsets of its lines."""
+    """A JSONL file, whose blank lines count for nothing. Memory holds the byte offsets of its lines."""
 
     def __init__(self, path: Path):
-        """Scans `path` once for line ends. Raises ValueError if it has no line."""
+        """Scans `path` once for line ends. Raises ValueError if all lines are blank."""
         self.path = path
         if not path.stat().st_size:
             raise ValueError(f"{path} is empty")
         self._file = os.open(path, os.O_RDONLY)
-        ends = [0]
+        ends, lines = [0], []
         with mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) as content:
-            while (end := content.find(b"\n", ends[-1])) >= 0:
-                ends.append(end + 1)
-            if ends[-1] < len(content):
-                ends.append(len(content))
-        self._ends = np.array(ends, np.int64)
+            while (start := ends[-1]) < len(content):
+                end = content.find(b"\n", start) + 1 or len(content)
+                if not content[start:end].isspace():
+                    lines.append(len(ends) - 1)
+                ends.append(end)
+        if not lines:
+            raise ValueError(f"{path} is empty")
+        self._ends, self._lines = np.array(ends, np.int64), np.array(lines, np.int64)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._lines)
 
     def where(self, index: int) -> str:
-        return f"{self.path}:{index + 1}"
+        return f"{self.path}:{self._lines[index] + 1}"
 
     def _record(self, index: int) -> Any:
-        start, end = self._ends[index : index + 2].tolist()
+        line = self._lines[index]
+        start, end = self._ends[line : line + 2].tolist()
         return json.loads(os.pread(self._file, end - start, start))
 
 
@@ -351,7 +358,7 @@ def _with_leading_images(messages: list[Any], count: int) -> list[Any]:
     if first is None:
         raise ValueError(f"no turn shows the record's {count} pictures: there is no user turn")
     content = messages[first].get("content")
-    text = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+    text = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
     shown = dict(messages[first]) | {"content": [{"type": "image"} for _ in range(count)] + text}
     return [*messages[:first], shown, *messages[first + 1 :]]
 

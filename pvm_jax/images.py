@@ -310,8 +310,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _file(source: Any) -> tuple[Path | BytesIO, str]:
     """What PIL can open, and its name for errors."""
     if isinstance(source, Mapping):
-        if source.get("bytes") is not None:
-            return BytesIO(source["bytes"]), str(source.get("path") or "the image in 'bytes'")
+        if (encoded := source.get("bytes")) is not None:
+            if not isinstance(encoded, bytes | bytearray | memoryview):
+                raise ValueError(f"an image's 'bytes' must be bytes, got {type(encoded).__name__} (for JSON: a data: URL)")
+            return BytesIO(encoded), str(source.get("path") or "the image in 'bytes'")
         source = source.get("path")
     if isinstance(source, bytes):
         return BytesIO(source), f"the image of {len(source)} bytes"

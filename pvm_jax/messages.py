@@ -151,7 +151,10 @@ def _parse_video(part: dict[str, Any]) -> Video:
         return Video(list(frames), [number / float(fps) for number in range(len(frames))])
     if fps is not None:
         raise ValueError("give fps or timestamps, not both")
-    seconds = [float(second) for second in seconds]
+    try:
+        seconds = [float(second) for second in seconds]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"timestamps must be seconds, one for each frame: {error}") from error
     if len(seconds) != len(frames) or seconds != sorted(seconds):
         raise ValueError(f"timestamps must be {len(frames)} ascending seconds, one for each frame, got {seconds}")
     return Video(list(frames), seconds)

@@ -97,6 +97,7 @@ def load_training_data(
     Raises:
         FileNotFoundError, ValueError: for a bad source or record (named), for an example that no bucket holds with `too_long`
             "error", or if no bucket can fill a batch.
+        OSError: if `sizes_file` cannot be written.
     """
     sources = [open_conversations(source.path) for source in data.mixture]
     stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
@@ -241,8 +242,11 @@ def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
     array = make()
     if file and jax.process_index() == 0:
         aside = file.with_suffix(".partial.npy")
-        np.save(aside, array)
-        aside.replace(file)
+        try:
+            np.save(aside, array)
+            aside.replace(file)
+        except OSError as error:
+            raise OSError(f"{file} cannot be written ({error}): free space there, or give another --run_dir") from error
     return array
 
 

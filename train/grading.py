@@ -12,7 +12,7 @@ from train.grpo_config import GRPOConfig
 from train.prompts import Prompt
 from train.rewards import Rewards, RewardTable
 from train.rollout import Completions
-from train.samples import Sample, first_image, text_of
+from train.samples import Sample, images_of, text_of
 
 
 class Grader:
@@ -85,4 +85,4 @@ def completion_values(prefix: str, completions: Completions) -> dict[str, float]
 def sample_of(prompt: Prompt, completion: str, reward: float) -> Sample:
     """A completion for the log, with its reward and the solution."""
     truth = f"{prompt.columns['solution']}\n\nreward {reward:.3f}"
-    return Sample(text_of(prompt.messages), first_image(prompt.messages), completion, truth)
+    return Sample(text_of(prompt.messages), images_of(prompt.messages), completion, truth)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -18,11 +19,11 @@ from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 from pvm_jax.sharding import local_rows, place_rows
 from train.config import HeldOutConfig, SFTConfig
-from train.data import load_training_data
+from train.data import PlannedExamples, load_training_data
 from train.log import RunLog
 from train.loss import chunked_cross_entropy
 from train.program import Program
-from train.samples import Sample, first_image, text_of
+from train.samples import Sample, images_of, text_of
 from train.step import Metrics, TrainState
 
 
@@ -52,8 +53,7 @@ class HeldOut:
             fill_last=True,
         )
         self._measure = jax.jit(make_measurement(program.graphdef, chunk=config.loss_chunk))
-        conversations = self._data.sources[0]
-        self._samples = [conversations[index] for index in range(min(self.config.samples, len(conversations)))]
+        self._samples = first_conversations(self._data, held_out.samples)
         self._stop_tokens = read_stop_tokens(config.checkpoint)
 
     def write(self, log: RunLog, step: int, state: TrainState, frozen: Any) -> None:
@@ -93,9 +93,15 @@ class HeldOut:
         tokens, lengths = multihost_utils.process_allgather((generation.tokens, generation.lengths), tiled=True)
         answers = [self._processor.decode(tokens[row, : lengths[row]]) for row in range(len(prompts))]
         return [
-            Sample(text_of(prompt), first_image(prompt), answer, text_of([messages[turn]]))
+            Sample(text_of(prompt), images_of(prompt), answer, text_of([messages[turn]]))
             for prompt, answer, messages, turn in zip(prompts, answers, self._samples, turns, strict=True)
         ]
+
+
+def first_conversations(data: PlannedExamples, count: int) -> list[Messages]:
+    """The first `count` of the first source, of those that are measured: what is too long for all buckets is not among them."""
+    source, measured = data.sources[0], np.unique(data.plan.examples)
+    return [source[int(index)] for index in measured[measured < len(source)][:count]]
 
 
 def make_measurement(graphdef: nnx.GraphDef, *, chunk: int) -> Callable[[Any, Any, Batch], Metrics]:

@@ -110,6 +110,8 @@ def read_prompt(source: Conversations, index: int, processor: Processor) -> Prom
             if len(messages) == len(conversation):
                 raise ValueError("there is no solution: give the record one, or an assistant turn at the end, which is then it")
             columns["solution"] = text_of(conversation[-1:])
+            if not columns["solution"]:
+                raise ValueError("the assistant turn at the end, which is the solution, has no text")
         return Prompt(messages, processor.encode(messages, add_generation_prompt=True), columns)
 
 

@@ -9,7 +9,7 @@ from pvm_jax.messages import Messages, parse
 
 
 class Sample(NamedTuple):
-    """One generated answer: the question, the first image [H, W, 3] uint8 if there is one, what was and what should be said."""
+    """One generated answer: the question, its images as one ([H, W, 3] uint8), what was and what should be said."""
 
     question: str
     image: np.ndarray | None
@@ -24,12 +24,17 @@ class Sample(NamedTuple):
 
 def text_of(messages: Messages) -> str:
     """The text parts of all messages."""
-    contents = [message["content"] for message in messages]
+    contents = [message.get("content") or [] for message in messages]
     parts = [[{"type": "text", "text": content}] if isinstance(content, str) else content for content in contents]
     return "\n\n".join(part["text"] for content in parts for part in content if part["type"] == "text")
 
 
-def first_image(messages: Messages) -> np.ndarray | None:
-    """[H, W, 3] uint8; None where there is no image."""
-    images = parse(messages, ()).images
-    return np.asarray(read_image(images[0][1]).convert("RGB")) if images else None
+def images_of(messages: Messages) -> np.ndarray | None:
+    """All images, then each video's first frame, one beside the other: [H, W, 3] uint8; None where there is none."""
+    conversation = parse(messages, ())
+    sources = [source for _, source in conversation.images] + [video.frames[0] for _, video in conversation.videos]
+    if not sources:
+        return None
+    images = [np.asarray(read_image(source)) for source in sources]
+    height = max(map(len, images))
+    return np.concatenate([np.pad(image, ((0, height - len(image)), (0, 0), (0, 0))) for image in images], axis=1)

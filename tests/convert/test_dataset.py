@@ -1,6 +1,11 @@
 """`convert.dataset`: what it writes, what it rejects and says of it, and that a failed or interrupted run leaves nothing."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,7 @@ from PIL import Image
 from benchmarks.mixed_images import make_processor
 from convert import dataset
 from convert.dataset import convert, histogram
-from pvm_jax.conversations import open_conversations
+from pvm_jax.conversations import open_conversations, size_of
 from pvm_jax.images import read_image
 from train import data as train_data
 from train.config import Bucket, DataConfig
@@ -110,6 +115,9 @@ def bad_records(folder):
     (folder / "text.png").write_text("no image")
     text = {"type": "text", "text": "List"}
     long = conversation({"type": "text", "text": "road " * 200})
+    video = {"type": "video", "video": ["fine.png"] * 2}
+    large = conversation(text)
+    large["messages"][0]["number"] = 2**70
     return {
         "0.png does not exist": conversation({"type": "image", "image": "0.png"}, text),
         "broken.png cannot be decoded": conversation({"type": "image", "image": "broken.png"}, text),
@@ -120,6 +128,14 @@ def bad_records(folder):
         "unknown part type 'audio'": conversation({"type": "audio", "audio": "a.wav"}),
         "<|im_end|>": conversation({"type": "text", "text": "<|im_end|>"}),
         "too long: 212 tokens": long,
+        "timestamps must be seconds, one for each frame: 'int'": conversation(video | {"timestamps": 2}),
+        "timestamps must be seconds, one for each frame: float": conversation(video | {"timestamps": [None, 1]}),
+        "needs a string": {"messages": [{"role": "user", "content": 5}, long["messages"][1]], "images": ["fine.png"]},
+        "'bytes' must be bytes, got str": conversation({"type": "image", "image": {"bytes": "abc"}}, text),
+        "'bytes' must be bytes, got list": conversation({"type": "image", "image": {"bytes": [1, 2]}}, text),
+        "Error: ": conversation({"type": "text", "text": "\ud800"}),
+        "OverflowError: ": large,
+        "RecursionError: ": '{"messages": ' + "[" * 100_000,
     }
 
 
@@ -141,6 +157,17 @@ def test_without_a_processor_images_are_checked_too(tmp_path):
     records = list(bad_records(tmp_path).values())
     convert(write(tmp_path, [fine, *records]), tmp_path / "shards", max_rejected=0.9)
     assert len(open_conversations(tmp_path / "shards")) == 3  # what needs the tokenizer passes
+
+
+def test_training_that_reads_a_bad_record_names_it(tmp_path, processor):
+    picture(tmp_path, "fine.png", 200)
+    bad = bad_records(tmp_path)
+    for converted_alone in ("too long: 212 tokens", "OverflowError: ", "broken.png cannot be decoded"):
+        del bad[converted_alone]
+    for reason, record in bad.items():
+        conversations = open_conversations(write(tmp_path, [record]))
+        with pytest.raises(ValueError, match=f"data.jsonl:1: .*{re.escape(reason)}"):
+            train_data.measure(conversations, partial(size_of, count=processor.count), 1)
 
 
 def test_more_rejects_than_allowed_are_an_error_and_leave_the_report_alone(tmp_path, processor):
@@ -191,6 +218,22 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         dataset.main(["a", "b", "--max-tokens", "100"])
     assert "--max-tokens needs --checkpoint" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(good, tmp_path):
+    command = [sys.executable, "-m", "convert.dataset", str(good), str(tmp_path / "shards")]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 1; "$@"', "-", *command],  # no file grows beyond 1 KiB, as on a full disk
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path / 'shards'} cannot be written (")
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.iterdir() if "shards" in path.name]
 
 
 def test_histogram_counts_by_powers_of_two():

@@ -118,6 +118,8 @@ def test_a_record_is_named_by_its_file_and_place(tmp_path, write, place):
     assert conversations.where(6).endswith(f"/{place}")
     with pytest.raises(ValueError, match=f"{place}: wrong"), conversations.naming(6):
         raise ValueError("wrong")
+    with pytest.raises(ValueError, match=f"{place}: KeyError: 'wrong'"), conversations.naming(6):
+        raise KeyError("wrong")
 
 
 def test_several_files_can_be_chosen_by_a_pattern(tmp_path):
@@ -198,6 +200,8 @@ def test_image_paths_are_relative_to_the_file(tmp_path):
     [
         ("{", "Expecting property name"),
         ("", "is empty"),
+        (" \n\n", "is empty"),
+        ("[" * 100_000, "1: RecursionError"),
         ([], "not an object"),
         ({"message": []}, "not an object"),
         ({"messages": 3}, "messages must be a list"),
@@ -213,6 +217,13 @@ def test_image_paths_are_relative_to_the_file(tmp_path):
 def test_a_bad_record_is_named(tmp_path, record, message):
     with pytest.raises(ValueError, match=rf"data.jsonl.*{message}"):
         write_line(tmp_path, record)[0]
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path):
+    lines = [json.dumps({"messages": [turn("user", f"{n}?")]}) for n in range(3)]
+    conversations = write_line(tmp_path, f"\n{lines[0]}\r\n\r\n \t\n{lines[1]}\n{lines[2]}\n\n  ")
+    assert [shown(messages) for messages in conversations] == [[("user", [f"{n}?"])] for n in range(3)]
+    assert [conversations.where(index).rpartition(":")[2] for index in range(3)] == ["2", "5", "6"]
 
 
 def test_what_is_no_format_is_refused_with_what_to_do(tmp_path):

@@ -137,6 +137,7 @@ def test_preview_of_a_phone_is_not_a_second_frame():
         ({"bytes": b"no image", "path": "cat.jpg"}, ValueError, "cat.jpg cannot be read"),
         ("data:image/png;base64,AAA", ValueError, "data:image/png;base64,…: not base64"),
         ({"bytes": None, "path": None}, ValueError, "an image must be a path"),
+        ({"bytes": "aGk=", "path": None}, ValueError, "'bytes' must be bytes, got str"),
         (7, ValueError, "an image must be a path, .* got int"),
         (np.zeros((4, 4)), ValueError, r"must be \[H, W, 3\] of uint8"),
     ],

@@ -1,16 +1,20 @@
 """Sources on disk, the order of batches, and what becomes of every example."""
 
 import json
+import resource
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pvm_jax.conversations import open_conversations, size_of
 from train import data as train_data
 from train.config import Bucket, DataConfig, Source
 from train.data import epoch_readings, load_training_data
+from train.held_out import first_conversations
+from train.samples import images_of, text_of
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,25 @@ def test_measured_sizes_are_kept_for_the_next_start(read, open_data, write, tmp_
     assert len(data.batches) == len(expected)
 
 
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_sizes_that_cannot_be_written_name_their_file(open_data, tmp_path, full_disk):
+    (tmp_path / "file").write_text("in the way")
+    told = r"cannot be written \(.*\): free space there, or give another --run_dir"
+    with pytest.raises(OSError, match=f"{tmp_path}/file/sizes.npy {told}"):
+        open_data(SIZES, sizes_file=tmp_path / "file" / "sizes.npy")
+    full_disk()
+    with pytest.raises(OSError, match=f"{tmp_path}/sizes.npy {told}"):
+        train_data._cached(tmp_path / "sizes.npy", lambda: np.zeros((1000, 2), np.int32))
+    assert not (tmp_path / "sizes.npy").exists()
+
+
 def test_too_long_examples_are_counted_or_refused(open_data):
     sizes = [(5, 4), (99, 4), (5, 99), (5, 4)]
     data = open_data(sizes, batch_size=2)
@@ -230,3 +253,36 @@ def test_an_example_without_an_assistant_turn_is_refused(tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "0 1 4"}]}')
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no assistant turn"):
         train_data.measure(open_conversations(path), partial(size_of, count=FakeProcessor().count), 1)
+
+
+def test_samples_are_the_first_conversations_that_fit(open_data, write):
+    def first(data, count):
+        return [int(messages[0]["content"].split()[0]) for messages in first_conversations(data, count)]
+
+    sizes = [(99, 4), (5, 4), (5, 99), (15, 4), (5, 4)]
+    data = open_data(sizes, fill_last=True)
+    assert [first(data, count) for count in (0, 2, 9)] == [[], [1, 3], [1, 3, 4]]
+    more = write([(5, 4)], "more.jsonl", first=100)
+    config = DataConfig([write(sizes), more], [Bucket(10, 4)], packing=False)
+    data = load_training_data(config, FakeProcessor(), None, batch_size=4, fill_last=True)
+    assert first(data, 9) == [1, 4]
+
+
+def test_a_sample_shows_all_texts_and_images():
+    red, blue = (Image.new("RGB", size, colour) for size, colour in (((3, 2), "red"), ((1, 4), "blue")))
+    video = {"type": "video", "video": [blue, red], "fps": 2}
+    messages = [
+        {"role": "user", "content": [video, {"type": "text", "text": "a"}, {"type": "image", "image": red}]},
+        {"role": "assistant", "tool_calls": [{"name": "zoom"}]},
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "zoom"}]},
+        {"role": "user", "content": [{"type": "image", "image": red}]},
+    ]
+    assert text_of(messages) == "a\n\nb"
+    shown = images_of(messages)
+    assert shown is not None
+    expected = np.zeros((4, 7, 3))
+    expected[:2, :6] = red.getpixel((0, 0))
+    expected[:, 6] = blue.getpixel((0, 0))
+    np.testing.assert_array_equal(shown, expected)
+    assert images_of(messages[1:4]) is None

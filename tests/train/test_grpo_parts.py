@@ -156,6 +156,8 @@ def test_the_solution_is_a_column_or_the_last_answer(tmp_path):
     assert (prompt.columns, prompt.example) == ({"solution": "navy"}, ["user"])
     prompt = read_prompt(record(tmp_path, more=[ANSWER], solution="blue"), 0, FakeProcessor())
     assert (prompt.columns, prompt.example) == ({"solution": "blue"}, ["user"])
+    with pytest.raises(ValueError, match=r"data.jsonl:1: the assistant turn .* has no text"):
+        read_prompt(record(tmp_path, more=[{"role": "assistant", "tool_calls": []}]), 0, FakeProcessor())
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no solution"):
         read_prompt(record(tmp_path), 0, FakeProcessor())
     with pytest.raises(ValueError, match=r"data.jsonl:1: the conversation has no turn to answer"):
