@@ -79,7 +79,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure.add_argument(
         "--fillers", nargs="+", type=int, default=[0, 100, 400, 1600], help="tokens of filler text, each a point"
     )
-    measure.add_argument("--looks", type=int, default=6, help="tokens whose attention is drawn over the image")
+    measure.add_argument(
+        "--looks", type=int, default=6, help="tokens whose attention is drawn over the image, spread over what the model writes"
+    )
+    measure.add_argument(
+        "--look-at",
+        nargs="+",
+        default=[],
+        metavar="CONVERSATION:TOKEN",
+        help="draw these tokens of what the model writes as the last answer instead (its last, where it stops before); "
+        "both counted from 0",
+    )
     measure.add_argument("--max-new-tokens", type=int, help="of an answer that a model writes; default: the longest true one's")
     measure.add_argument("--batch-size", type=int, default=4, help="conversations that are computed together")
     measure.add_argument("--chunk", type=int, default=256, help="columns that are computed together: less takes less memory")

@@ -194,7 +194,8 @@ class HeldOutConfig:
     Attributes:
         sources: as data.sources.
         every: steps between two measurements; the first is before step 0, the last after the last step.
-        samples: conversations, the first of the first source that fit a bucket, whose answers are generated and written to TensorBoard.
+        samples: conversations whose answers are generated and written to TensorBoard: the first of the first source that fit a
+            bucket.
         max_new_tokens: of each of these answers.
     """
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from pvm_jax.batch import Batch, Example
 from pvm_jax.measure.accuracy import TeacherForced, teacher_forced
-from pvm_jax.measure.pictures import blanked, exchanged
+from pvm_jax.measure.pictures import blanked, exchanged, partners
 from pvm_jax.memory import Memory
 from pvm_jax.messages import Messages
 from pvm_jax.model import Qwen3VL
@@ -26,12 +26,12 @@ IMAGE_BLANK = "blank image"
 def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256) -> dict[str, TeacherForced]:
     """Teacher-forced accuracy and loss of `examples` under each ablation, by its name.
 
-    Of every model: as it is; the image swapped for the next conversation's (chance); the image blank. With a branch also: the
-    branch off; each of its layers off; the branch, and nothing else, shown another conversation's image; the image hidden from
-    the decoder, so that only the branch sees it.
+    Of every model: as it is; the image swapped for another conversation's (chance); the image blank. With a branch also: the
+    branch off; each of its layers off; the branch, and nothing else, shown that other conversation's image; the image hidden
+    from the decoder, so that only the branch sees it. The other conversation is the partner (`pictures.partners`).
 
     Raises:
-        ValueError: for a conversation without answer or image, or a single conversation.
+        ValueError: for a conversation without answer, image or partner.
     """
     layers = sorted(map(int, model.pvm))
     models = {AS_IT_IS: model}
@@ -39,11 +39,10 @@ def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chu
         models[BRANCH_OFF] = silence(model, layers)
         if len(layers) > 1:
             models |= {f"branch of layer {layer} off": silence(model, [layer]) for layer in layers}
-        models[BRANCH_MISLED] = mislead(model)
     shown = {IMAGE_SWAPPED: exchanged(examples, model.config.vision), IMAGE_BLANK: blanked(examples)}
-    rows = max(rows, 2)  # alone in its batch, a conversation's branch would be shown its own image
     by_model = {name: teacher_forced(one, examples, rows=rows, chunk=chunk) for name, one in models.items()}
     if layers:
+        by_model[BRANCH_MISLED] = _misled(model, examples, rows, chunk)
         by_model[BRANCH_ALONE] = teacher_forced(model, examples, rows=rows, chunk=chunk, hide=True)
     return by_model | {name: teacher_forced(model, others, rows=rows, chunk=chunk) for name, others in shown.items()}
 
@@ -92,6 +91,14 @@ def mislead(model: Qwen3VL) -> Qwen3VL:
     """`model` as a Misled: if the branch recalls the image, it answers worse."""
     abstract = nnx.eval_shape(lambda: Misled(model.config, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(abstract), nnx.state(model))
+
+
+def _misled(model: Qwen3VL, examples: Sequence[Example], rows: int, chunk: int) -> TeacherForced:
+    """`teacher_forced` of `mislead`, each conversation in the row after its partner: an even number of rows parts no pair."""
+    pairs = zip([examples[number] for number in partners(examples)], examples, strict=True)
+    in_turn = [example for pair in pairs for example in pair]
+    found = teacher_forced(mislead(model), in_turn, rows=max(rows // 2 * 2, 2), chunk=chunk)
+    return TeacherForced(*(values[1::2] for values in found))
 
 
 FILLER = """\

@@ -39,12 +39,12 @@ _CAPTIONS = {
         The share of predictions whose top token is the final one in this layer and in all layers after it. Work that is
         done earlier shifts the curve up and to the left.""",
     "looked": """
-        Where the model ({name}) looks as it is about to say what stands after the arrow: the image, and over it what
-        the branch and the decoder itself attend to, bright for much, each scaled to its own brightest spot. Of the
-        branch its sharpest head is shown, of the decoder its sharpest layer (the mean of its heads), the same ones for
-        all tokens. The percentage is the share of the attention that falls on the image at all; the branch can look
-        nowhere else.""",
-    "look": "Token {token} of conversation {number}.",
+        Where the model ({name}) looks as it is about to write what stands after the arrow, in an answer that is all its
+        own (always the likeliest token, whatever the true answer says): the image, and over it what the branch and the
+        decoder itself attend to, bright for much, each scaled to its own brightest spot. Of the branch its sharpest
+        head is shown, of the decoder its sharpest layer (the mean of its heads), the same ones for all tokens. The
+        percentage is the share of the attention that falls on the image at all; the branch can look nowhere else.""",
+    "look": "Token {token} of what it wrote in conversation {number}, both counted from 0.",
     "filler": """
         The same questions and answers with more and more empty text between image and question: nothing new to know,
         only distance. What is lost to the right is lost to distance alone; the dashed line is what guessing gives

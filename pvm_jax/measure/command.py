@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.conversations import Conversations, check_learnable, open_conversations
 from pvm_jax.measure.ablations import silence, with_filler
 from pvm_jax.measure.figures import check_matplotlib
+from pvm_jax.measure.pictures import partners
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report import write_report
 from pvm_jax.measure.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
+from pvm_jax.messages import naming
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
 
@@ -33,7 +36,8 @@ class Request:
         only: names of MEASUREMENTS.
         limit: conversations, from the front.
         fillers: tokens of filler text for the ablation.
-        looks: tokens whose attention is drawn.
+        looks: tokens whose attention is drawn, spread over conversations and over what the model writes.
+        look_at: draws these instead, each as CONVERSATION:TOKEN, both counted from 0 (`Task.looks`).
         max_new_tokens: of a written answer; None: as many as the longest true one has.
         batch_size, chunk: `Task.rows` and `Task.chunk`.
         dtype: as of `load`.
@@ -49,6 +53,7 @@ class Request:
     limit: int
     fillers: Sequence[int]
     looks: int
+    look_at: Sequence[str]
     max_new_tokens: int | None
     batch_size: int
     chunk: int
@@ -61,9 +66,10 @@ def measure_checkpoint(request: Request) -> None:
     Raises:
         FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming what is wrong.
     """
-    for name, least in (("limit", 1), ("looks", 0), ("batch_size", 1), ("chunk", 1)):
-        if getattr(request, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(request, name)}")
+    for name, least in (("limit", 1), ("looks", 0), ("max_new_tokens", 1), ("batch_size", 1), ("chunk", 1)):
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if min(request.fillers) < 0:
         raise ValueError(f"--fillers must be 0 or more, got {min(request.fillers)}")
     processor = Processor.from_pretrained(request.checkpoint)
@@ -98,9 +104,11 @@ def report_on(
     """Measures `only`, writes the report to `output` (`write_report`) and prints its facts and where it is.
 
     Raises:
-        ImportError: without matplotlib, before anything is measured.
+        ImportError, OSError: without matplotlib or where `output` cannot be written to, before anything is measured.
     """
     check_matplotlib()
+    output.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=output).close()  # a folder that is there may still take no file
     sections = measure(models, task, only)
     path = write_report(sections, output, title=title, about=about, settings=settings)
     for section in sections:
@@ -121,9 +129,12 @@ def measure(models: Models, task: Task, only: Sequence[str]) -> list[Section]:
 
 
 def compared(model: Qwen3VL, against: Mapping[str, Qwen3VL]) -> dict[str, Qwen3VL]:
-    """What is measured side by side: `model` and `against`, or without that, the same weights with every gate at 0."""
+    """What is measured side by side: `model` and `against`, or without that, the same weights with every gate at 0.
+
+    No name in `against` can be taken for one of the measurements' own.
+    """
     if against:
-        return {"checkpoint": model, **against}
+        return {"checkpoint": model} | {f"against {name}": other for name, other in against.items()}
     layers = [int(layer) for layer in model.pvm]
     return {WITH: model, WITHOUT: silence(model, layers)} if layers else {"checkpoint": model}
 
@@ -139,20 +150,21 @@ def make_task(request: Request, processor: Processor) -> Task:
     examples = [_encode(conversations, index, processor, 0) for index in indices]
     fillers = {}
     if "ablations" in request.only:
-        if len(examples) < 2:
-            raise ValueError(f"{request.data}: the ablations exchange images: they take at least two conversations")
+        with naming(str(request.data)):
+            partners(examples)  # refuses here, not after the other measurements
         for tokens in request.fillers:
             longer = [_encode(conversations, index, processor, tokens) for index in indices] if tokens else examples
             added = [len(a.input_ids) - len(b.input_ids) for a, b in zip(longer, examples, strict=True)]
             fillers[round(float(np.mean(added)))] = longer
-    lengths = find_answers(examples).lengths
+    max_new_tokens = request.max_new_tokens or int(find_answers(examples).lengths.max())
     return Task(
         examples=examples,
         processor=processor,
         stop_tokens=read_stop_tokens(request.checkpoint),
-        max_new_tokens=request.max_new_tokens or int(lengths.max()),
+        max_new_tokens=max_new_tokens,
         fillers=fillers,
-        looks=_spread(lengths, request.looks),
+        looks=[_look(text, len(examples), max_new_tokens) for text in request.look_at]
+        or [(place % len(examples), None) for place in range(request.looks)],
         rows=request.batch_size,
         chunk=request.chunk,
     )
@@ -162,13 +174,22 @@ def _encode(conversations: Conversations, index: int, processor: Processor, fill
     messages = conversations[index]
     with conversations.naming(index):
         check_learnable(messages)
+        last = max(number for number, message in enumerate(messages) if message.get("role") == "assistant")
+        messages = messages[: last + 1]  # what follows the last answer has none to be measured
         example = processor.encode(with_filler(messages, filler, processor))
         if not example.num_patches:
             raise ValueError("there is no image to look at")
         return example
 
 
-def _spread(lengths: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """(conversation, token) of `count` tokens, one conversation after the other, ever later in the answer."""
-    numbers = np.arange(count) % len(lengths)
-    return [(int(n), int((i + 0.5) / count * lengths[n])) for i, n in enumerate(numbers)]
+def _look(text: str, conversations: int, tokens: int) -> tuple[int, int]:
+    """(conversation, token) of CONVERSATION:TOKEN. Raises ValueError unless there are as many of both."""
+    conversation, _, token = text.partition(":")
+    if not (conversation.isdecimal() and token.isdecimal()):
+        raise ValueError(f"--look-at takes CONVERSATION:TOKEN, both counted from 0, such as 2:40; got {text!r}")
+    if int(conversation) >= conversations or int(token) >= tokens:
+        raise ValueError(
+            f"--look-at {text}: there are {conversations} conversations (--limit), both are counted from 0, and an answer "
+            f"is written up to {tokens} tokens (--max-new-tokens)"
+        )
+    return int(conversation), int(token)

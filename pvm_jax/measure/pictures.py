@@ -5,6 +5,7 @@ A frame is an image, or a pair of frames of a video: [T, height, width, channels
 
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
 
 import jax
 import numpy as np
@@ -48,18 +49,37 @@ def with_frames(example: Example, new: Sequence[np.ndarray], config: VisionConfi
 
 
 def exchanged(examples: Sequence[Example], config: VisionConfig) -> list[Example]:
-    """The same conversations, each about the next one's pictures, scaled to the size of its own: chance, as far as sight goes.
+    """The same conversations, each about its partner's pictures (`partners`), scaled to the size of its own: chance, as far as
+    sight goes.
 
     Raises:
-        ValueError: for a single conversation, which has no other's picture to show.
+        ValueError: as `partners`.
     """
-    if len(examples) < 2:
-        raise ValueError("to exchange pictures takes at least two conversations")
     shown = [frames(example, config) for example in examples]
     return [
         with_frames(example, [_resized(other[i % len(other)], mine.shape) for i, mine in enumerate(own)], config)
-        for example, own, other in zip(examples, shown, [*shown[1:], *shown[:1]], strict=True)
+        for example, own, other in zip(examples, shown, [shown[number] for number in partners(examples)], strict=True)
     ]
+
+
+def partners(examples: Sequence[Example]) -> list[int]:
+    """[N]: for each conversation the next one, the first following the last, that shares no image or video with it. In many
+    data several questions about one image follow each other.
+
+    Raises:
+        ValueError: for a conversation without such another.
+    """
+    shown, found = [_fingerprints(example) for example in examples], []
+    for number, own in enumerate(shown):
+        others = ((number + step) % len(shown) for step in range(1, len(shown)))
+        partner = next((other for other in others if own.isdisjoint(shown[other])), None)
+        if partner is None:
+            raise ValueError(
+                "exchanging pictures takes at least two conversations that share none: "
+                f"there is no such other for conversation {number}, counted from 0"
+            )
+        found.append(partner)
+    return found
 
 
 def blanked(examples: Sequence[Example]) -> list[Example]:
@@ -69,6 +89,19 @@ def blanked(examples: Sequence[Example]) -> list[Example]:
         return None if pixels is None else np.zeros_like(pixels)
 
     return [replace(e, pixel_values=blank(e.pixel_values), pixel_values_videos=blank(e.pixel_values_videos)) for e in examples]
+
+
+def _fingerprints(example: Example) -> set[bytes]:
+    """Of its images and videos: equal where all pixels are."""
+    found = set()
+    for pixels, grids in (
+        (example.pixel_values, example.image_grid_thw),
+        (example.pixel_values_videos, example.video_grid_thw),
+    ):
+        if pixels is not None and grids is not None:
+            parts = np.split(pixels, np.cumsum(grids.prod(1))[:-1])
+            found |= {sha256(part.tobytes()).digest() for part in parts}
+    return found
 
 
 def _resized(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The six measurements as sections of the report: each measures, and turns its arrays into panels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -42,7 +42,9 @@ class Task:
         counts: which tokens of an answer count for accuracy and for the lens: its ids [A] -> [A] bool; None: all of them.
         fillers: the conversations with filler text before their question, by its tokens.
         grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in the report's words.
-        looks: tokens whose attention is drawn, each by (number of the conversation, which token of its answer).
+        looks: tokens whose attention is drawn, each by (number of the conversation, which token of what the model writes as
+            its last answer, from 0); None: as far into that as the look stands in `looks`, so that they are spread. Where the
+            model stops before, its last token.
         rows, chunk: conversations, and columns of them, that are computed together.
     """
 
@@ -55,7 +57,7 @@ class Task:
     fillers: Mapping[int, Sequence[Example]] = field(default_factory=dict)
     grade: Grade | None = None
     exactness: str = "answers that are the reference's, token by token, so far"
-    looks: Sequence[tuple[int, int]] = ()
+    looks: Sequence[tuple[int, int | None]] = ()
     rows: int = 4
     chunk: int = 256
 
@@ -267,9 +269,15 @@ def measure_lens(models: Models, task: Task) -> Section:
 def measure_looks(models: Models, task: Task) -> Section:
     """`looked` for `task.looks`, of the first model, drawn over the images."""
     model = next(iter(models.values()))
-    numbers = [number for number, _ in task.looks]
-    examples = [task.examples[number] for number in numbers]
-    columns = np.array([find_answers([e]).columns[0, [token]] for e, (_, token) in zip(examples, task.looks, strict=True)])
+    asked = [task.examples[number] for number, _ in task.looks]
+    written = write(model, asked, stop_tokens=task.stop_tokens, max_new_tokens=task.max_new_tokens, rows=task.rows).tokens
+    prompts = [prompt_of(example)[0] for example in asked]
+    examples = [replace(p, input_ids=np.concatenate([p.input_ids, ids])) for p, ids in zip(prompts, written, strict=True)]
+    tokens = [
+        int((place + 0.5) / len(written) * len(ids)) if token is None else min(token, len(ids) - 1)
+        for place, (ids, (_, token)) in enumerate(zip(written, task.looks, strict=True))
+    ]
+    columns = np.array([[len(prompt.input_ids) + token] for prompt, token in zip(prompts, tokens, strict=True)])
     found = looked(model, examples, columns, rows=task.rows, chunk=task.chunk)
     layer = _sharpest(found.decoder[:, :, 0])
     attention = {f"decoder, layer {layer}": found.decoder[:, layer, 0]}
@@ -278,7 +286,7 @@ def measure_looks(models: Models, task: Task) -> Section:
         at, head = divmod(_sharpest(found.branch[:, :, :, 0].reshape(len(examples), len(branches) * heads, -1)), heads)
         attention = {f"branch, layer {branches[at]}": found.branch[:, at, head, 0]} | attention
     panels = []
-    for place, (example, (number, token)) in enumerate(zip(examples, task.looks, strict=True)):
+    for place, (example, (number, _)) in enumerate(zip(examples, task.looks, strict=True)):
         seen = visual_runs(example, model.config)
         column = int(columns[place, 0])
         before = task.processor.decode(example.input_ids[max(column - 4, 0) : column]).strip()
@@ -287,7 +295,7 @@ def measure_looks(models: Models, task: Task) -> Section:
             Look(
                 f"looked_{place}",
                 f"…{before} → {said}",
-                caption("look", token=token + 1, number=number + 1),
+                caption("look", token=tokens[place], number=number),
                 [picture(f.pixels, f.rows, f.columns, task.processor.image_settings, model.config.vision) for f in seen],
                 {
                     name: _maps(values[place], seen, model.config.vision.spatial_merge_size)

@@ -24,7 +24,7 @@ from pvm_jax.measure.ablations import (
     with_filler,
 )
 from pvm_jax.measure.accuracy import exact_so_far, prompt_of, teacher_forced, write
-from pvm_jax.measure.pictures import blanked, exchanged, frames, picture, with_frames
+from pvm_jax.measure.pictures import blanked, exchanged, frames, partners, picture, with_frames
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model import Qwen3VL
 from pvm_jax.vision import Visual
@@ -101,11 +101,41 @@ def test_exchanged_conversations_differ_in_what_is_shown_alone():
     same = [make_example(seed, 3) for seed in range(3)]
     for shown, other in zip(exchanged(same, CONFIG.vision), [*same[1:], same[0]], strict=True):
         np.testing.assert_array_equal(shown.pixel_values, other.pixel_values)
-    with pytest.raises(ValueError, match="at least two conversations"):
-        exchanged(EXAMPLES[:1], CONFIG.vision)
     for mine, blank in zip(EXAMPLES, blanked(EXAMPLES), strict=True):
         np.testing.assert_array_equal(mine.input_ids, blank.input_ids)
         assert not blank.pixel_values.any()
+
+
+def asked_again(example: Example, seed: int) -> Example:
+    """The same pictures, and other words at the end."""
+    ids = example.input_ids.copy()
+    ids[-5:] = np.random.default_rng(seed).integers(1, 80, 5)
+    return replace(example, input_ids=ids)
+
+
+def test_another_image_is_never_the_same_one(model):
+    """Several questions about one image follow each other; a branch on another image must not get its own one either."""
+    a, b = EXAMPLES[0], EXAMPLES[2]
+    examples = [a, asked_again(a, 8), asked_again(a, 9), b, asked_again(b, 10)]
+    assert partners(examples) == [3, 3, 3, 0, 0]
+    (image,) = frames(a, CONFIG.vision)
+    for shown in exchanged(examples, CONFIG.vision)[:3]:
+        assert np.abs(frames(shown, CONFIG.vision)[0] - image).max() > 0.1
+    found = ablations(model, examples, rows=3, chunk=8)
+    for ablation in (IMAGE_SWAPPED, BRANCH_MISLED):
+        assert (np.nanmax(np.abs(found[ablation].loss - found[AS_IT_IS].loss), axis=1) > 1e-3).all()
+    for number, partner in enumerate(partners(examples)):
+        pair = teacher_forced(mislead(model), [examples[partner], examples[number]], rows=2, chunk=8).loss[1]
+        np.testing.assert_allclose(found[BRANCH_MISLED].loss[number, : len(pair)], pair, atol=1e-5)
+
+
+def test_pictures_are_exchanged_with_a_conversation_that_shares_none():
+    one, two, other = make_example(1, 7), make_example(2, 4, ((4, 4), (4, 2))), EXAMPLES[2]
+    both = replace(two, pixel_values=np.concatenate([one.pixel_values, two.pixel_values[16:]]))
+    assert partners([one, both, other]) == [2, 2, 0]
+    for without in ([one], [one, asked_again(one, 8)], [one, both]):
+        with pytest.raises(ValueError, match=r"at least two conversations that share none: .* for conversation 0, counted"):
+            exchanged(without, CONFIG.vision)
 
 
 def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model):

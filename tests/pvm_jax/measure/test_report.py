@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from PIL import Image
 
 from demo.checkpoint import make_config, make_tokenizer, write_assets
 from demo.task import Mixture, draw, make_example
-from pvm_jax import Batch, abstract_model, save
+from pvm_jax import Batch, Processor, abstract_model, load, save
 from pvm_jax.__main__ import main
-from pvm_jax.measure import dilution, figures, lens, reading
+from pvm_jax.measure import dilution, figures, lens, reading, sections
+from pvm_jax.measure.accuracy import prompt_of, write
+from pvm_jax.measure.command import Request, make_task
 from pvm_jax.measure.figures import Look, Panel, Series
 from pvm_jax.measure.intervals import Estimate
 from pvm_jax.measure.report import write_report
@@ -25,11 +28,15 @@ from tests.pvm_jax.test_model import randomized
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """The demo's model with one layer of every kind, an open branch, and nothing learned."""
-    folder = tmp_path_factory.mktemp("tiny")
+    return save_random(tmp_path_factory.mktemp("tiny"), 0.1)
+
+
+def save_random(folder: Path, scale: float) -> Path:
+    """A checkpoint in `folder`; another scale of its parameters makes another model."""
     config = write_assets(folder / "assets").with_pvm((1,), 32)
     text = replace(config.text, num_hidden_layers=2, hidden_size=64, intermediate_size=64)
     vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,), out_hidden_size=64)
-    save(folder / "checkpoint", randomized(replace(config, text=text, vision=vision), 0.1), assets=folder / "assets")
+    save(folder / "checkpoint", randomized(replace(config, text=text, vision=vision), scale), assets=folder / "assets")
     return folder / "checkpoint"
 
 
@@ -37,7 +44,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def data(tmp_path_factory) -> Path:
     """Three conversations, the second about two pictures, one of them not square."""
     folder = tmp_path_factory.mktemp("data")
-    lines = []
+    conversations = []
     for number in range(3):
         example = make_example(Mixture(sizes=(2,), lines=(2, 4), digits="heldout"), number)
         draw(example.scene).save(folder / f"{number}.png")
@@ -45,9 +52,17 @@ def data(tmp_path_factory) -> Path:
         if number == 1:
             Image.new("RGB", (96, 32), (200, 40, 40)).save(folder / "wide.png")
             messages[0]["content"].insert(1, {"type": "image", "image": "wide.png"})
-        lines.append(json.dumps({"messages": messages}) + "\n")
-    (folder / "data.jsonl").write_text("".join(lines))
-    return folder / "data.jsonl"
+        conversations.append(messages)
+    return write_data(folder / "data.jsonl", conversations)
+
+
+def write_data(path: Path, conversations: Sequence[Sequence[Mapping]]) -> Path:
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    return path
+
+
+def read_data(path: Path) -> list[list[dict]]:
+    return [json.loads(line)["messages"] for line in path.read_text().splitlines()]
 
 
 def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
@@ -94,14 +109,16 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
     assert set(figures_of["ablations"]["filler"]["series"]) == {"with the branch", "without", "another image"}
 
 
-def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(checkpoint, data, tmp_path):
-    more = ["--only", "lens", "--against", str(checkpoint)]
-    main(arguments(checkpoint, data, tmp_path, *more))
+def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(checkpoint, data, tmp_path, monkeypatch):
+    """Whatever the other one's folder is called."""
+    assert save_random(tmp_path, 0.2) == tmp_path / "checkpoint"
+    monkeypatch.chdir(tmp_path)
+    main(arguments(checkpoint, data, tmp_path, "--only", "lens", "--against", "checkpoint"))
     content = json.loads((tmp_path / "report.json").read_text())
     assert list(content["sections"]) == ["lens"]
     series = content["sections"]["lens"]["figures"]["lens_kl"]["series"]
-    assert list(series) == ["checkpoint", str(checkpoint)]
-    assert series["checkpoint"] == series[str(checkpoint)]
+    assert list(series) == ["checkpoint", "against checkpoint"]
+    assert series["checkpoint"]["mean"] != series["against checkpoint"]["mean"]
 
 
 @pytest.mark.parametrize(
@@ -109,22 +126,85 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     [
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--fillers", "-5", "9"], "--fillers must be 0 or more, got -5"),
-        (["--limit", "1"], "take at least two conversations"),
+        (["--limit", "1"], r"data\.jsonl: exchanging pictures takes at least two conversations"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--look-at", "0:1", "1-2"], "--look-at takes CONVERSATION:TOKEN, both counted from 0, .*; got '1-2'"),
+        (["--look-at", "3:0"], "--look-at 3:0: there are 3 conversations"),
+        (["--look-at", "0:4", "--max-new-tokens", "4"], "--look-at 0:4: .* an answer is written up to 4 tokens"),
         (["--branch", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_by_name(checkpoint, data, tmp_path, wrong, named):
+def test_what_cannot_be_measured_is_refused_by_name(checkpoint, data, tmp_path, monkeypatch, wrong, named):
+    monkeypatch.setattr("pvm_jax.measure.command.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match=named):
         main(arguments(checkpoint, data, tmp_path, *wrong))
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_conversation_without_an_image_is_named_by_its_line(checkpoint, data, tmp_path):
-    text = {"messages": [{"role": "user", "content": "List"}, {"role": "assistant", "content": "A1 ink red\n"}]}
-    bad = data.with_name("bad.jsonl")
-    bad.write_text(data.read_text() + json.dumps(text) + "\n")
-    with pytest.raises(SystemExit, match=r"bad\.jsonl:4: there is no image to look at"):
-        main(arguments(checkpoint, bad, tmp_path, "--only", "dilution"))
+def test_a_conversation_without_an_image_or_an_answer_is_named_by_its_line(checkpoint, data, tmp_path):
+    user, assistant = {"role": "user", "content": "List"}, {"role": "assistant", "content": "A1 ink red\n"}
+    asks = read_data(data)[0][:-1]
+    for messages, why in (
+        ([user, assistant], "there is no image to look at"),
+        ([user, assistant, *asks], "there is no image to look at"),
+        (asks, "there is no assistant turn"),
+    ):
+        bad = write_data(data.with_name("bad.jsonl"), [*read_data(data), messages])
+        with pytest.raises(SystemExit, match=rf"bad\.jsonl:4: {why}"):
+            main(arguments(checkpoint, bad, tmp_path, "--only", "dilution"))
+
+
+def request(checkpoint: Path, data: Path, **more) -> Request:
+    rest = {"branch": None, "lora": None, "against": None, "dtype": None, "only": (), "limit": 9, "fillers": (0,), "looks": 0}
+    rest |= {"look_at": (), "max_new_tokens": None, "batch_size": 2, "chunk": 64}
+    return Request(checkpoint=checkpoint, data=data, output=checkpoint, **rest | more)
+
+
+def test_what_follows_the_last_answer_is_not_read(checkpoint, data):
+    """A user turn with another image, unanswered."""
+    processor, conversations = Processor.from_pretrained(checkpoint), read_data(data)
+    open_ended = write_data(data.with_name("open.jsonl"), [[*one, *conversations[0][:-1]] for one in conversations])
+    for given, wanted in zip(
+        *(make_task(request(checkpoint, file), processor).examples for file in (open_ended, data)), strict=True
+    ):
+        np.testing.assert_array_equal(given.input_ids, wanted.input_ids)
+        np.testing.assert_array_equal(given.pixel_values, wanted.pixel_values)
+        prompt, _ = prompt_of(given)
+        assert prompt.num_patches == given.num_patches
+
+
+def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch):
+    """Not at the true answer: chosen tokens where they were asked for, its last where it stops before; else ever later ones."""
+    processor, model, seen, looked = Processor.from_pretrained(checkpoint), load(checkpoint), [], sections.looked
+    monkeypatch.setattr(sections, "looked", lambda *given, **how: seen.append(given) or looked(*given, **how))
+    chosen = make_task(request(checkpoint, data, look_at=("2:1", "0:5"), max_new_tokens=6), processor)
+    spread = make_task(request(checkpoint, data, looks=3, max_new_tokens=6), processor)
+    written = write(model, chosen.examples, stop_tokens=(), max_new_tokens=6, rows=2).tokens
+    stop = int(written[0][0])
+    until = [*written[2], stop].index(stop)
+    for task, stop_tokens, looks in (
+        (chosen, (), [(2, 1), (0, 5)]),
+        (chosen, (stop,), [(2, min(1, until)), (0, 0)]),
+        (spread, (), [(0, 1), (1, 3), (2, 5)]),
+    ):
+        section = sections.measure_looks({"checkpoint": model}, replace(task, stop_tokens=stop_tokens))
+        _, examples, columns = seen.pop()
+        for (number, token), panel, example, (column,) in zip(looks, section.panels, examples, columns, strict=True):
+            prompt, true = prompt_of(task.examples[number])
+            assert column == len(prompt.input_ids) + token
+            own = written[number][: token + 1]
+            np.testing.assert_array_equal(example.input_ids[: column + 1], [*prompt.input_ids, *own])
+            assert not np.array_equal(own, true[: token + 1])
+            assert panel.text == f"Token {token} of what it wrote in conversation {number}, both counted from 0."
+
+
+@pytest.mark.parametrize("there", ["a file", "a folder that takes none"])
+def test_an_output_that_cannot_be_written_is_refused_before_it_measures(checkpoint, data, tmp_path, monkeypatch, there):
+    monkeypatch.setattr("pvm_jax.measure.command.measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "report" if there == "a file" else Path("/proc/self")  # root may write to any other
+    with pytest.raises(SystemExit, match=str(out)):
+        main(arguments(checkpoint, data, out, "--only", "lens"))
 
 
 def test_without_matplotlib_it_says_what_to_install_before_it_measures(checkpoint, data, tmp_path, monkeypatch):
