@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from pvm_jax.measure.command import Request, measure_checkpoint
 from pvm_jax.measure.sections import MEASUREMENTS
 from pvm_jax.model import without_pvm
 from pvm_jax.processing import Processor
-from pvm_jax.sharding import tensor_mesh
+from pvm_jax.sharding import computing_on, tensor_mesh
 
 EXAMPLES = """
 examples:
@@ -94,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure.add_argument("--batch-size", type=int, default=4, help="conversations that are computed together")
     measure.add_argument("--chunk", type=int, default=256, help="columns that are computed together: less takes less memory")
     measure.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    measure.add_argument("--tensor", type=int, default=1, help="devices that share the model")
     commands = parser.add_subcommands()
     commands.add_subcommand("generate", generate, help="answer questions about images")
     commands.add_subcommand("measure", measure, help="measure what is seen over long answers, and write a report")
@@ -121,7 +121,7 @@ def _generate(args: Any) -> None:
         rng=jax.random.key(args.seed),
     )
     answerer = Answerer(model if args.pvm == "on" else without_pvm(model), processor, args.max_new_tokens, settings)
-    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with computing_on(mesh):
         if args.input:
             made_by = {name: getattr(args, name) for name in _DECISIVE}
             answer_file(answerer, args.input, args.output, args.batch_size, made_by=made_by)

@@ -6,7 +6,6 @@ lmms-eval finds `manifest` by the entry point in pyproject.toml. It is no depend
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.generation import Settings
 from pvm_jax.model import Qwen3VL, without_pvm
 from pvm_jax.processing import Processor
-from pvm_jax.sharding import tensor_mesh
+from pvm_jax.sharding import computing_on, tensor_mesh
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
 
@@ -124,17 +123,13 @@ class PVM(lmms):
         scores = []
         for part in tqdm(_parts(requests, self.batch_size), desc="pvm_jax"):
             examples = [self._choice(*request.args) for request in part]
-            with self._placed():
+            with computing_on(self.mesh):
                 scores += continuation_scores(self.model, examples)
         return [(-logprob, greedy) for logprob, greedy in scores]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Raises NotImplementedError."""
         raise NotImplementedError("pvm_jax does not answer tasks of several rounds")
-
-    def _placed(self) -> AbstractContextManager[Any]:
-        """Where the model computes."""
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _document(self, doc_id: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
@@ -187,7 +182,7 @@ class PVM(lmms):
             numbers.sort(key=lambda number: -len(questions[number].text))
             for part in _parts(numbers, self.batch_size):
                 examples = [self.processor.encode(questions[n].messages(), add_generation_prompt=True) for n in part]
-                with self._placed():
+                with computing_on(self.mesh):
                     texts = answerer.answers(examples, seeds=[questions[n].seed for n in part])
                 for n, (text,) in zip(part, texts, strict=True):
                     answers[n] = _cut(text, questions[n].kwargs.get("until"))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -58,6 +59,11 @@ def tensor_mesh(tensor: int) -> jax.sharding.Mesh | None:
     if not 1 <= tensor <= jax.device_count():
         raise ValueError(f"tensor must be 1 to {jax.device_count()}, as many as there are devices, got {tensor}")
     return None if tensor == 1 else make_mesh(data=1, fsdp=1, tensor=tensor, devices=jax.devices()[:tensor])
+
+
+def computing_on(mesh: jax.sharding.Mesh | None) -> AbstractContextManager[Any]:
+    """What computes inside is split over `mesh`; None: over nothing."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def partition_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:

@@ -22,6 +22,7 @@ from pvm_jax.measure.sections import MEASUREMENTS, WITH, WITHOUT, Models, Sectio
 from pvm_jax.messages import naming
 from pvm_jax.model import Qwen3VL
 from pvm_jax.processing import Processor
+from pvm_jax.sharding import computing_on, tensor_mesh
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Request:
         max_new_tokens: of a written answer; None: as many as the longest true one has.
         batch_size, chunk: `Task.rows` and `Task.chunk`.
         dtype: as of `load`.
+        tensor: devices that share each model.
     """
 
     checkpoint: Path
@@ -58,6 +60,7 @@ class Request:
     batch_size: int
     chunk: int
     dtype: str | None
+    tensor: int
 
 
 def measure_checkpoint(request: Request) -> None:
@@ -72,11 +75,12 @@ def measure_checkpoint(request: Request) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if min(request.fillers) < 0:
         raise ValueError(f"--fillers must be 0 or more, got {min(request.fillers)}")
+    mesh = tensor_mesh(request.tensor)
     processor = Processor.from_pretrained(request.checkpoint)
     task = make_task(request, processor)
     models = compared(
-        load(request.checkpoint, branch=request.branch, lora=request.lora, dtype=request.dtype),
-        {str(request.against): load(request.against, dtype=request.dtype)} if request.against else {},
+        load(request.checkpoint, mesh=mesh, branch=request.branch, lora=request.lora, dtype=request.dtype),
+        {str(request.against): load(request.against, mesh=mesh, dtype=request.dtype)} if request.against else {},
     )
     lengths = find_answers(task.examples).lengths
     about = [
@@ -88,7 +92,8 @@ def measure_checkpoint(request: Request) -> None:
     ]
     settings = {name: str(value) for name, value in vars(request).items()}
     title = "What the model sees over a long answer"
-    report_on(models, task, request.output, only=request.only, title=title, about=about, settings=settings)
+    with computing_on(mesh):
+        report_on(models, task, request.output, only=request.only, title=title, about=about, settings=settings)
 
 
 def report_on(

@@ -119,6 +119,10 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     series = content["sections"]["lens"]["figures"]["lens_kl"]["series"]
     assert list(series) == ["checkpoint", "against checkpoint"]
     assert series["checkpoint"]["mean"] != series["against checkpoint"]["mean"]
+    main(arguments(checkpoint, data, tmp_path / "shared", "--only", "lens", "--against", "checkpoint", "--tensor", "2"))
+    again = json.loads((tmp_path / "shared" / "report.json").read_text())["sections"]["lens"]["figures"]["lens_kl"]["series"]
+    for name, one_device in series.items():
+        np.testing.assert_allclose(again[name]["mean"], one_device["mean"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,7 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
         (["--look-at", "3:0"], "--look-at 3:0: there are 3 conversations"),
         (["--look-at", "0:4", "--max-new-tokens", "4"], "--look-at 0:4: .* an answer is written up to 4 tokens"),
         (["--branch", "nowhere"], "nowhere"),
+        (["--tensor", "9"], "tensor must be 1 to 8"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(checkpoint, data, tmp_path, monkeypatch, wrong, named):
@@ -156,7 +161,7 @@ def test_a_conversation_without_an_image_or_an_answer_is_named_by_its_line(check
 
 def request(checkpoint: Path, data: Path, **more) -> Request:
     rest = {"branch": None, "lora": None, "against": None, "dtype": None, "only": (), "limit": 9, "fillers": (0,), "looks": 0}
-    rest |= {"look_at": (), "max_new_tokens": None, "batch_size": 2, "chunk": 64}
+    rest |= {"look_at": (), "max_new_tokens": None, "batch_size": 2, "chunk": 64, "tensor": 1}
     return Request(checkpoint=checkpoint, data=data, output=checkpoint, **rest | more)
 
 
