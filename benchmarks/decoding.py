@@ -1,6 +1,7 @@
 """A decoding step with the branch, with one that projects its images anew (as the authors' code, every step), and without.
 
-Weights and cache are random; one step is timed at a time, the three in turn, so that a busy machine is busy for all of them.
+Weights and cache are random. Steps are timed as generation takes them, in one compiled loop, the three kinds in turn, so that
+a busy machine is busy for all of them.
 
     python -m benchmarks.decoding --visual_tokens [256,1024]
     python -m benchmarks.decoding --size 4b --limit_gib 60
@@ -64,9 +65,9 @@ class Counted(NamedTuple):
     floor: int
 
 
-class Step(NamedTuple):
-    """One decoding step: `run` makes one and waits for it. `temporary`, `updated`: the bytes that the compiled program holds
-    beside its arguments and writes in place."""
+class Steps(NamedTuple):
+    """Decoding steps: `run` makes them and waits. `temporary`, `updated`: the bytes that the compiled program holds beside its
+    arguments and writes in place."""
 
     run: Callable[[], None]
     temporary: int
@@ -78,7 +79,8 @@ def main(
     visual_tokens: tuple[int, ...] = (256, 1024, 4096, 16384),
     batches: tuple[int, ...] = (1, 8, 32),
     text_tokens: int = 256,
-    repeats: int = 20,
+    steps: int = 16,
+    repeats: int = 5,
     limit_gib: float = 8.0,
     count_only: bool = False,
 ) -> None:
@@ -89,7 +91,8 @@ def main(
         visual_tokens: in every row.
         batches: rows.
         text_tokens: that every row has read or written before the step.
-        repeats: steps of each kind; the fastest counts.
+        steps: in one run of the loop, before which it may bring the weights of single layers into place.
+        repeats: runs of each kind; the fastest counts.
         limit_gib: lines whose cache and visual embeddings take more are counted, not run.
         count_only: run nothing.
     """
@@ -112,16 +115,16 @@ def main(
             cells += [f"{c.floor / counted[0].floor - 1:+.2%}" for c in counted[1:]]
             cells += [f"{c.flops / counted[0].flops - 1:+.2%}" for c in counted[1:]]
             if not count_only and cache_bytes(config, rows, visual, text_tokens) <= limit_gib * 2**30:
-                steps = [decoding_step(kind, rows, visual, text_tokens, anew=anew) for kind, anew in kinds]
-                seconds = fastest_in_turn([step.run for step in steps], repeats)
+                loops = [decoding_steps(kind, rows, visual, text_tokens, steps, anew=anew) for kind, anew in kinds]
+                seconds = [total / steps for total in fastest_in_turn([loop.run for loop in loops], repeats)]
                 rate = counted[1].floor / seconds[1]
                 cells += [
                     f"{seconds[0] * 1e3:.2f}",
                     *(f"{s / seconds[0] - 1:+.1%}" for s in seconds[1:]),
                     f"{rate / 1e9:.0f}",
                     f"{rate / bandwidth:.0%}" if bandwidth else "unknown",
-                    f"{steps[1].temporary / counted[1].floor:.1%}",
-                    f"{steps[1].updated / 2**20:.0f} MiB",
+                    f"{loops[1].temporary / counted[1].floor:.1%}",
+                    f"{loops[1].updated / 2**20:.0f} MiB",
                 ]
             table.add_row(*cells)
     Console(width=150).print(table)
@@ -152,6 +155,7 @@ def decode(
     model: Qwen3VL = nnx.merge(graphdef, params)
     segment_ids = cache.prompts.segment_ids
     if embeds is not None:
+        embeds, token = jax.lax.optimization_barrier((embeds, token))  # else the compiler projects once, before all steps
         memories = {layer: pvm.memorize(embeds, segment_ids) for layer, pvm in model.pvm.items()}
         cache = cache._replace(memories=memories)
     slot = jnp.asarray(samples.slots - 1)
@@ -174,22 +178,27 @@ def count(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> C
     )
 
 
-def decoding_step(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> Step:
-    """The compiled step, on `inputs`."""
+def decoding_steps(model: Qwen3VL, rows: int, visual: int, text: int, steps: int, *, anew: bool) -> Steps:
+    """The compiled loop of `steps` steps, on `inputs`."""
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     make = partial(inputs, rows=rows, visual=visual, text=text, anew=anew)
     *given, samples = jax.jit(lambda params: make(nnx.merge(graphdef, params)))(params)
-    compiled = jax.jit(decode, static_argnums=0, donate_argnames="samples").lower(graphdef, params, *given, samples).compile()
+    *given, token = given
+
+    def loop(params: Any, token: jax.Array, samples: Samples, *given: Any) -> tuple[jax.Array, Samples]:
+        return jax.lax.fori_loop(0, steps, lambda _, carry: decode(graphdef, params, *given, *carry), (token, samples))
+
+    compiled = jax.jit(loop, donate_argnums=(1, 2)).lower(params, token, samples, *given).compile()
 
     def run() -> None:
-        nonlocal samples
-        token, samples = compiled(params, *given, samples)
+        nonlocal token, samples
+        token, samples = compiled(params, token, samples, *given)
         token.block_until_ready()
 
     memory = compiled.memory_analysis()
     assert memory is not None
-    return Step(run, temporary=memory.temp_size_in_bytes, updated=memory.alias_size_in_bytes)
+    return Steps(run, temporary=memory.temp_size_in_bytes, updated=memory.alias_size_in_bytes)
 
 
 def fastest_in_turn(runs: list[Callable[[], None]], repeats: int) -> list[float]:

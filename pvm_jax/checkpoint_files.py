@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,12 +48,21 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         yield aside
     except BaseException:
         if primary:
-            shutil.rmtree(aside, ignore_errors=True)
+            _discard(aside)
         raise
     sync_global_devices(f"wrote {aside}")
     if primary:
         os.replace(aside, target)
     sync_global_devices(f"finished {target}")
+
+
+def _discard(directory: Path) -> None:
+    """Removes a directory into which Orbax's threads may write for a moment after one of them has failed."""
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.05)
+        if not directory.exists():
+            return
 
 
 def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:

@@ -92,10 +92,11 @@ class _Run(NamedTuple):
     pvm: bool
 
 
-def _runs(config: ModelConfig, taps: int) -> list[_Run]:
+def _runs(config: ModelConfig, taps: int, *, alone: bool) -> list[_Run]:
+    """`alone`: a layer with a branch is a run of its own; else it is the last one of a run."""
     layers, special = config.text.num_hidden_layers, config.text.pvm_layers
-    edges = sorted({0, taps, layers, *special, *(layer + 1 for layer in special)})
-    return [_Run(a, b, a < taps, a in special) for a, b in pairwise(edges)]
+    edges = sorted({0, taps, layers, *(special if alone else ()), *(layer + 1 for layer in special)})
+    return [_Run(a, b, a < taps, b - 1 in special) for a, b in pairwise(edges)]
 
 
 class Decoder(nnx.Module):
@@ -134,10 +135,13 @@ class Decoder(nnx.Module):
         angles = mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
         graphdef, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
+        # With a cache the branch is added behind its run's loop: of a loop over one layer the compiler makes straight code with
+        # a copy of that layer's weights. Not where the loop's carry is kept for a backward pass, or a probe takes the update.
+        alone = cache is None or probe is not None
 
         def make_layer(run: _Run):
             def layer(carry, xs):
-                hidden, cache = carry
+                hidden, cache, _ = carry
                 index, layer_params, features = xs
                 if cache is not None:  # taken out a layer at a time: a slice for each run would be a copy of all weights
                     layer_params = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params)
@@ -145,7 +149,7 @@ class Decoder(nnx.Module):
                 q, k, v = block.self_attn.heads(block.input_layernorm(hidden), angles)
                 attended, cache = attend(cache, index, q, k, v)
                 middle = hidden + block.self_attn.o_proj(merge_heads(attended))
-                update = recall(run.start, middle) if run.pvm and recall is not None else None
+                update = recall(run.start, middle) if alone and run.pvm and recall is not None else None
                 ffn = block.mlp(block.post_attention_layernorm(middle))
                 hidden = middle + ffn
                 if update is not None:
@@ -155,19 +159,21 @@ class Decoder(nnx.Module):
                 hidden = constrain(hidden, "batch", "length", "hidden")
                 branch = None if update is None else run.start
                 inner = Inner(index, branch, q, k, cache, middle, ffn, update, hidden)
-                return (hidden, cache), None if probe is None else probe(inner)
+                return (hidden, cache, None if alone else middle), None if probe is None else probe(inner)
 
             return remat(layer, self.config.remat)
 
-        carry, probed = (hidden, cache), []
-        for run in _runs(self.config, 0 if deepstack is None else len(deepstack)):
+        probed = []
+        for run in _runs(self.config, 0 if deepstack is None else len(deepstack), alone=alone):
             layers = slice(run.start, run.stop)
             xs = (
                 jnp.arange(run.start, run.stop),
                 jax.tree.map(lambda p, layers=layers: p[layers], params) if cache is None else None,
                 deepstack[layers] if deepstack is not None and run.deepstack else None,
             )
-            carry, taken = jax.lax.scan(make_layer(run), carry, xs)
+            carry = hidden, cache, None if alone else hidden
+            (hidden, cache, middle), taken = jax.lax.scan(make_layer(run), carry, xs)
+            if middle is not None and run.pvm and recall is not None:
+                hidden = constrain(hidden + recall(run.stop - 1, middle), "batch", "length", "hidden")
             probed += [jax.tree.map(lambda x, place=place: x[place], taken) for place in range(run.stop - run.start)]
-        hidden, cache = carry
         return Decoded(self.norm(hidden), cache, probed)

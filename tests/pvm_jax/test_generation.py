@@ -146,7 +146,7 @@ def joined(a: Example, b: Example) -> Example:
 
 
 def test_a_decoding_step_copies_neither_weights_nor_cache():
-    """The compiled loop holds four layers' worth beside them, and all of its state is updated in place."""
+    """The compiled loop holds two layers' worth beside them, and all of its state is updated in place."""
     text = dataclasses.replace(CONFIG.text, num_hidden_layers=24, pvm_layers=(8,), hidden_size=64, intermediate_size=256)
     vision = dataclasses.replace(CONFIG.vision, out_hidden_size=64)
     graphdef, params = nnx.split(abstract_model(dataclasses.replace(CONFIG, text=text, vision=vision)))
@@ -158,7 +158,7 @@ def test_a_decoding_step_copies_neither_weights_nor_cache():
     cache, state = jax.eval_shape(prefill, params, prompt, keys)
     used = _loop.lower(graphdef, params, cache, state, 256, sampling).compile().memory_analysis()
     weights, stored = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, (cache, state)))
-    assert used.temp_size_in_bytes < 4 / 24 * (weights + stored) < min(weights, stored)
+    assert used.temp_size_in_bytes < 2 / 24 * (weights + stored) < min(weights, stored)
     assert used.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.samples))
 
 
