@@ -24,7 +24,7 @@ demo-grpo: .venv/ready  ## refine what demo trained by GRPO, over three seeds, a
 FIGURES := out/demo/report/figures
 figures: demo  ## the README's figures, out of the demo's report
 	cp $(FIGURES)/filler.svg $(FIGURES)/dilution.svg docs/
-	cp $(FIGURES)/looked_2.svg docs/looked.svg
+	cp $(FIGURES)/looked_5.svg docs/looked.svg
 
 compare: .venv/ready  ## base, LoRA, full fine-tuning and the branch on the demo's task over three seeds, about an hour
 	$(BIN)/python -m demo.compare

@@ -153,20 +153,28 @@ def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measu
 
 
 def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: Processor, settings: Settings) -> Measured:
-    """One training's result; of the branch also its gates, where it looks, and whether it matters which image it looks at."""
-    method, run = METHODS[name], folder / name
-    model = load_result(method.trainable, run, folder / "fresh", plain)
-    accuracy, misled, attention = {}, {}, {}
+    """One training's result."""
+    trainable, run = METHODS[name].trainable, folder / name
+    model = load_result(trainable, run, folder / "fresh", plain)
+    return measure(name, seed, trainable, model, processor, settings, [folder / "look" / "log", run / "log"])
+
+
+def measure(
+    name: str, seed: int, trainable: Trainable, model: Qwen3VL, processor: Processor, settings: Settings, logs: Sequence[Path]
+) -> Measured:
+    """A trained model; of the branch also its gates in `logs`, where it looks, and whether it matters at which image."""
+    accuracy, misled, attention, gates = {}, {}, {}, {}
     for distance in settings.distances:
         examples = settings.examples(distance, settings.scenes)
         encoded = encode(examples, processor)
         accuracy[str(distance)] = float(sees(model, encoded, settings).mean())
-        if method.trainable == "pvm":
+        if trainable == "pvm":
             misled[str(distance)] = float(sees(mislead(model), encoded, settings).mean())
             attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
-    trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, method.trainable)[1]))
-    logs = [folder / "look" / "log", run / "log"] if method.trainable == "pvm" else []
-    return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=read_gates(*logs))
+    if trainable == "pvm":
+        gates = read_gates(*logs)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, trainable)[1]))
+    return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=gates)
 
 
 def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qwen3VL:

@@ -12,13 +12,14 @@ import pytest
 import yaml
 from flax import nnx
 
-from demo import checkpoint, compare, recall
+from demo import checkpoint, compare, recall, regime
 from demo.compare_report import Measured, write_report
 from demo.evaluate import Settings
 from demo.run import BRANCH
 from pvm_jax.config import LoRAConfig
 from pvm_jax.model import Qwen3VL, abstract_model
 from pvm_jax.processing import Processor
+from train.config import SFTConfig, parse
 from train.events import EventWriter
 from train.step import split_model
 
@@ -55,6 +56,28 @@ def test_the_branchs_two_stages_read_no_more_tokens_than_the_others_one():
         assert yaml.safe_load(Path(f"demo/{name}.yaml").read_text())["batch_size"] == compare.BATCH_SIZE
     looking, beside = compare.stages(300)
     assert 0.9 < (looking * tokens["look"] + beside * tokens["branch"]) / (300 * tokens["branch"]) <= 1
+
+
+def test_variations_of_the_first_stage_change_one_thing():
+    """All are runs of their own that train.sft takes; each differs from the demo's in one part."""
+    plain = regime.Variation()
+    runs = set()
+    for name, one in regime.VARIATIONS.items():
+        changed = [key for key, value in vars(one).items() if value != getattr(plain, key)]
+        assert len(changed) == (0 if name == "as in the demo" else 2 if "examples" in name else 1), name
+        (fresh, convert), (data, _), (branch, (entry, *arguments)) = regime.commands(name, Path("out"), 400)
+        config, _ = parse(SFTConfig, arguments, prog=entry, description="", examples="")
+        assert (config.checkpoint, config.data.sources, convert[2]) == (str(fresh), str(data), fresh)
+        assert config.max_steps == 400 * one.times
+        assert config.max_steps * config.batch_size in (3200, 6400, 12800)
+        runs.add(branch)
+    assert len(runs) == len(regime.VARIATIONS)
+
+
+def test_an_unknown_variation_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="no variation is called 'x'; there are: as in the demo, "):
+        regime.main(tmp_path / "out", only=["x"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_lora_has_as_many_parameters_as_the_branch():

@@ -1,0 +1,134 @@
+"""When the branch learns to look: its first stage (demo/look.yaml), one thing at a time changed.
+
+`make regime` runs this; a step whose result is there already is skipped. All variations read the same examples, but for the one
+that changes them, and as many of them in all, but for those that change the number of steps.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from demo.compare import LOOK_EXAMPLES, claim, measure, once
+from demo.compare_report import Measured, table
+from demo.evaluate import Settings
+from demo.run import BASE, BRANCH, Step, run_steps, train
+from pvm_jax.checkpoint import load
+from pvm_jax.processing import Processor
+
+DISTANCE = 200
+MEASURED = Settings(distances=(DISTANCE,), scenes=24)
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What is not as in the demo's first stage.
+
+    Attributes:
+        training: arguments of train.sft.
+        branch: those of convert.hf_to_orbax that shape it.
+        examples: those of demo.task.
+        seed: of the fresh branch and the order of the examples.
+        times: as many steps.
+    """
+
+    training: Sequence[str] = ()
+    branch: Sequence[str] = BRANCH
+    examples: Sequence[str] = ()
+    seed: int = 0
+    times: float = 1
+
+
+def layers(*numbers: int) -> Variation:
+    """The branch at these decoder layers."""
+    return Variation(branch=("--pvm-layers", *map(str, numbers), *BRANCH[-2:]))
+
+
+VARIATIONS = {
+    "as in the demo": Variation(),
+    "... seed 1": Variation(seed=1),
+    "... seed 2": Variation(seed=2),
+    "the decoder sees": Variation(("--data.hide_images=0",)),
+    "the decoder sees in half of the rows": Variation(("--data.hide_images=0.5",)),
+    "grids of 4 x 4 alone": Variation(examples=("--mixture.sizes=[4]",)),
+    "rate 3e-4": Variation(("--optimizer.learning_rate=3e-4",)),
+    "rate 3e-3": Variation(("--optimizer.learning_rate=3e-3",)),
+    "half the steps": Variation(times=0.5),
+    "twice the steps": Variation(times=2),
+    "twice the steps, of 8 examples": Variation(("--batch_size=8",), times=2),
+    "half the steps, of 32 examples": Variation(("--batch_size=32",), times=0.5),
+    "64 wide": Variation(branch=(*BRANCH[:-1], "64")),
+    "256 wide": Variation(branch=(*BRANCH[:-1], "256")),
+    "layer 0": layers(0),
+    "layer 1": layers(1),
+    "layer 2": layers(2),
+    "layer 3": layers(3),
+    "layers 0 and 1": layers(0, 1),
+    "layers 2 and 3": layers(2, 3),
+    "all four layers": layers(0, 1, 2, 3),
+}
+
+
+def main(out: Path = Path("out/regime"), steps: int = 400, only: list[str] | None = None) -> None:
+    """Trains and measures every variation; writes a table, results.md.
+
+    Args:
+        out: folder for everything that is written.
+        steps: of the demo's first stage.
+        only: names of variations; all by default.
+    """
+    names = only or list(VARIATIONS)
+    if unknown := [name for name in names if name not in VARIATIONS]:
+        sys.exit(f"error: --only: no variation is called {', '.join(map(repr, unknown))}; there are: {', '.join(VARIATIONS)}")
+    claim(out, {"steps": steps, "settings": asdict(MEASURED)})
+    measured = {}
+    for name in names:
+        measured[name] = once(out / f"{_file_name(name)}.json", partial(run, name, out, steps))
+    text = markdown(measured)
+    (out / "results.md").write_text(text)
+    print(text)
+
+
+def run(name: str, out: Path, steps: int) -> Measured:
+    """Trains the branch and measures it."""
+    *before, (branch, training) = commands(name, out, steps)
+    run_steps([*before, (branch, training)])
+    fresh, _ = before[0]
+    model, log = load(fresh, branch=branch), branch.parent / "log"
+    return measure(name, VARIATIONS[name].seed, "pvm", model, Processor.from_pretrained(fresh), MEASURED, [log])
+
+
+def commands(name: str, out: Path, steps: int) -> list[Step]:
+    """The fresh branch, the examples, the training."""
+    one = VARIATIONS[name]
+    fresh = out / "_".join(("fresh", *one.branch, str(one.seed))).replace("--", "")
+    data, look = out / "_".join(("data", *one.examples)).replace("--", ""), out / _file_name(name)
+    arguments = (f"--seed={one.seed}", f"--max_steps={int(steps * one.times)}", *one.training)
+    return [
+        (fresh, ["convert.hf_to_orbax", BASE, fresh, *one.branch, "--seed", one.seed]),
+        (data / "data.jsonl", ["demo.task", data, "--config", LOOK_EXAMPLES, f"--count={34 * steps}", *one.examples]),
+        (look / "branch", train("demo/look.yaml", fresh, data, look, *arguments)),
+    ]
+
+
+def markdown(measured: dict[str, Measured]) -> str:
+    """The table: attention of the head with the largest share, where the value is to be said."""
+    key = str(DISTANCE)
+    rows = []
+    for name, one in measured.items():
+        looks = ", ".join(f"{layer}: {max(heads):.2f}" for layer, heads in one.attention[key].items())
+        gates = ", ".join(f"{values[-1]:+.2f}" for values in one.gates.values())
+        rows.append([name, f"{one.accuracy[key]:.3f}", f"{one.misled[key]:.3f}", looks, gates])
+    header = ["first stage", f"accuracy at {key} words", "branch on another image", "best head's attention by layer", "gates"]
+    return table(header, rows) + "\n"
+
+
+def _file_name(name: str) -> str:
+    return name.replace("... ", "").replace(" ", "_")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=True)
