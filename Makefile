@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo demo-grpo figures compare base test faults docs-check lint format clean
+.PHONY: help demo demo-grpo figures compare regime base test faults docs-check lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,6 +28,9 @@ figures: demo  ## the README's figures, out of the demo's report
 
 compare: .venv/ready  ## base, LoRA, full fine-tuning and the branch on the demo's task over three seeds, about an hour
 	$(BIN)/python -m demo.compare
+
+regime: .venv/ready  ## what lets the branch learn to look: its first stage, one thing at a time changed, about an hour
+	$(BIN)/python -m demo.regime
 
 base: .venv/ready  ## train the tiny checkpoint that the demo starts from, about an hour (demo/base must be empty)
 	$(BIN)/python -m demo.pretrain

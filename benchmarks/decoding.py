@@ -155,8 +155,8 @@ def decode(
     model: Qwen3VL = nnx.merge(graphdef, params)
     segment_ids = cache.prompts.segment_ids
     if embeds is not None:
-        embeds, token = jax.lax.optimization_barrier((embeds, token))  # else the compiler projects once, before all steps
-        memories = {layer: pvm.memorize(embeds, segment_ids) for layer, pvm in model.pvm.items()}
+        seen, token = jax.lax.optimization_barrier((embeds, token))  # else the compiler projects once, before all steps
+        memories = {layer: pvm.memorize(seen, segment_ids) for layer, pvm in model.pvm.items()}
         cache = cache._replace(memories=memories)
     slot = jnp.asarray(samples.slots - 1)
     positions = jnp.full_like(token, segment_ids.shape[1] + samples.slots)
