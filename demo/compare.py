@@ -1,8 +1,8 @@
 """The branch against LoRA and full fine-tuning: data of the same kind, as many tokens, several seeds, one command.
 
 `make compare` runs this; a step whose result is there already is skipped. Every seed has its own examples, their order, and its
-own fresh branch or adapter. The branch spends half of its tokens on learning to look (demo/look.yaml). All are measured on the
-same held-out scenes, far beyond the distances that they were trained on.
+own fresh branch or adapter. The branch is trained as published, and as in the demo, where it spends half of its tokens on
+learning to look (demo/look.yaml). All are measured on the same held-out scenes, far beyond the trained distances.
 """
 
 import json
@@ -46,17 +46,20 @@ class Method:
     Attributes:
         trainable: what trains, as train.sft calls it.
         arguments: of train.sft, beside demo/branch.yaml.
+        looks_first: whether the branch has learned to look, in half of the tokens.
     """
 
     trainable: Trainable
     arguments: Sequence[str] = ()
+    looks_first: bool = False
 
 
 # LoRA's rank gives it the branch's number of parameters. Each method's rate is the best of those tried (docs/compare.md).
 METHODS = {
     "LoRA": Method("lora", ("--lora.rank=50", "--lora.alpha=100", "--optimizer.learning_rate=3e-3")),
     "full": Method("decoder", ("--optimizer.learning_rate=1e-3",)),
-    "PVM": Method("pvm"),
+    "PVM": Method("pvm", ("--optimizer.learning_rate=1e-3",)),
+    "PVM looks first": Method("pvm", looks_first=True),
 }
 
 
@@ -66,8 +69,8 @@ def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 300, sett
     Args:
         out: folder for everything that is written.
         seeds: how many seeds.
-        steps: of LoRA and full fine-tuning. The branch takes half of them, after 4/3 as many in which it learns to look, on
-            rows of a third of the tokens: no more tokens in all.
+        steps: of all methods but the branch that looks first. It takes half of them, after 4/3 as many in which it learns to
+            look, on rows of a third of the tokens: no more tokens in all.
         settings: what is measured (what the models write themselves is not).
     """
     if settings.scenes % settings.batch_size == 1:
@@ -83,10 +86,10 @@ def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 300, sett
         for name in METHODS:
             folder = out / f"seed_{seed}"
             make = partial(measure_trained, folder, name, seed, plain, processor, settings)
-            measured.append(once(folder / f"{name}.json", make))
+            measured.append(once(folder / f"{file_name(name)}.json", make))
     distances = yaml.safe_load(Path(EXAMPLES).read_text())["mixture"]["filler"]
     looking, beside = stages(steps)
-    how = f"{steps} steps (the branch {looking} short ones in which it learns to look, then {beside})"
+    how = f"{steps} steps (the branch that looks first: {looking} short ones in which it learns to look, then {beside})"
     write_report(measured, settings, distances, how, out)
 
 
@@ -116,9 +119,9 @@ def training_steps(out: Path, seed: int, steps: int) -> list[Step]:
         (data / "data.jsonl", make_data(EXAMPLES, data, seed, steps)),
     ]
     for name, method in METHODS.items():
-        run = folder / name
+        run = folder / file_name(name)
         own = [f"--trainable={method.trainable}", f"--seed={seed}", *method.arguments]
-        if method.trainable == "pvm":
+        if method.looks_first:
             own += [f"--max_steps={beside}", f"--branch={look / 'branch'}"]
         else:
             own += [f"--max_steps={steps}"]
@@ -131,6 +134,11 @@ def make_data(examples: str, out: Path, seed: int, steps: int) -> list[object]:
     """The command that writes what `steps` steps read. Some more: each bucket's last batch may not fill."""
     count = BATCH_SIZE * (steps + 4)
     return ["demo.task", out, "--config", examples, f"--mixture.seed={SEED_OF_DATA + seed}", f"--count={count}"]
+
+
+def file_name(name: str) -> str:
+    """What a method's or a variation's files are called."""
+    return name.replace("... ", "").replace(" ", "_")
 
 
 def once(file: Path, measure: Callable[[], Measured]) -> Measured:
@@ -154,9 +162,10 @@ def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measu
 
 def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: Processor, settings: Settings) -> Measured:
     """One training's result."""
-    trainable, run = METHODS[name].trainable, folder / name
+    trainable, run = METHODS[name].trainable, folder / file_name(name)
     model = load_result(trainable, run, folder / "fresh", plain)
-    return measure(name, seed, trainable, model, processor, settings, [folder / "look" / "log", run / "log"])
+    logs = [folder / "look" / "log"] if METHODS[name].looks_first else []
+    return measure(name, seed, trainable, model, processor, settings, [*logs, run / "log"])
 
 
 def measure(

@@ -16,7 +16,14 @@ import numpy as np
 from demo.evaluate import Settings
 
 UNTRAINED, SHUFFLED = "base", "base, other image"
-COLOURS = {UNTRAINED: "#555555", SHUFFLED: "#bbbbbb", "LoRA": "#2a78b5", "full": "#2e8b57", "PVM": "#c0392b"}
+COLOURS = {
+    UNTRAINED: "#555555",
+    SHUFFLED: "#bbbbbb",
+    "LoRA": "#2a78b5",
+    "full": "#2e8b57",
+    "PVM": "#e8871e",
+    "PVM looks first": "#c0392b",
+}
 
 
 @dataclass(frozen=True)
@@ -139,14 +146,14 @@ def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, traine
     for name, ones in by_method.items():
         if ones[0].misled:
             misled = np.mean([[one.misled[str(distance)] for distance in settings.distances] for one in ones], axis=0)
-            left.plot(places, misled, "x:", color="black", label=f"{name}, its branch on another image")
+            left.plot(places, misled, "x:", color=COLOURS[name], label=f"{name}, its branch on another image")
     left.axvspan(*np.interp(trained_on, settings.distances, places), color="#f3e9c8", label="trained distances", zorder=0)
     left.set(
         ylim=(0, 1.05), xlabel="tokens between the image and the question", ylabel="values read correctly (teacher-forced)"
     )
     for one in (one for ones in by_method.values() for one in ones if one.gates):
         for style, (layer, values) in zip(("-", "--", ":", "-."), one.gates.items(), strict=False):
-            label = f"layer {layer}" if one.seed == 0 else None
+            label = f"{one.method}, layer {layer}" if one.seed == 0 else None
             middle.plot(np.abs(values), style, color=COLOURS[one.method], alpha=0.7, label=label)
     middle.set(xlabel="step", ylabel="size of the branch's gate, a line a seed")
     for name, ones in by_method.items():
@@ -154,14 +161,16 @@ def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, traine
             for style, (layer, shares) in zip(("-", "--", ":", "-."), _attention(ones, settings).items(), strict=False):
                 by_seed = shares.mean(-1)
                 spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else None
-                label = f"layer {layer}, mean of heads"
-                right.errorbar(places, by_seed.mean(0), spread, fmt=style, color=COLOURS[name], label=label, capsize=3)
-                right.plot(places, shares.max(-1).mean(0), style, color="#e8a79f", label=f"layer {layer}, best head")
+                label, colour = f"{name}, layer {layer}", COLOURS[name]
+                right.errorbar(
+                    places, by_seed.mean(0), spread, fmt=style, color=colour, label=f"{label}, mean of heads", capsize=3
+                )
+                right.plot(places, shares.max(-1).mean(0), style, color=colour, alpha=0.4, label=f"{label}, best head")
     right.axhline(1 / settings.size**2, color=COLOURS[SHUFFLED], label="chance")
     right.set(ylim=(0, None), xlabel="tokens between the image and the question", ylabel="branch's attention on the asked cell")
     for axis in (left, right):
         axis.set_xticks(places, [str(distance) for distance in settings.distances])
-    for axis, place in ((left, "upper right"), (middle, "lower right"), (right, "lower left")):
+    for axis, place in ((left, "upper right"), (middle, "lower right"), (right, "upper right")):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc=place)
     figure.tight_layout()

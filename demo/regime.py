@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from demo.compare import LOOK_EXAMPLES, claim, measure, once
+from demo.compare import LOOK_EXAMPLES, claim, file_name, measure, once
 from demo.compare_report import Measured, table
 from demo.evaluate import Settings
 from demo.run import BASE, BRANCH, Step, run_steps, train
@@ -58,6 +58,7 @@ VARIATIONS = {
     "rate 3e-3": Variation(("--optimizer.learning_rate=3e-3",)),
     "half the steps": Variation(times=0.5),
     "twice the steps": Variation(times=2),
+    "four times the steps": Variation(times=4),
     "twice the steps, of 8 examples": Variation(("--batch_size=8",), times=2),
     "half the steps, of 32 examples": Variation(("--batch_size=32",), times=0.5),
     "64 wide": Variation(branch=(*BRANCH[:-1], "64")),
@@ -86,7 +87,7 @@ def main(out: Path = Path("out/regime"), steps: int = 400, only: list[str] | Non
     claim(out, {"steps": steps, "settings": asdict(MEASURED)})
     measured = {}
     for name in names:
-        measured[name] = once(out / f"{_file_name(name)}.json", partial(run, name, out, steps))
+        measured[name] = once(out / f"{file_name(name)}.json", partial(run, name, out, steps))
     text = markdown(measured)
     (out / "results.md").write_text(text)
     print(text)
@@ -105,7 +106,7 @@ def commands(name: str, out: Path, steps: int) -> list[Step]:
     """The fresh branch, the examples, the training."""
     one = VARIATIONS[name]
     fresh = out / "_".join(("fresh", *one.branch, str(one.seed))).replace("--", "")
-    data, look = out / "_".join(("data", *one.examples)).replace("--", ""), out / _file_name(name)
+    data, look = out / "_".join(("data", *one.examples)).replace("--", ""), out / file_name(name)
     arguments = (f"--seed={one.seed}", f"--max_steps={int(steps * one.times)}", *one.training)
     return [
         (fresh, ["convert.hf_to_orbax", BASE, fresh, *one.branch, "--seed", one.seed]),
@@ -124,10 +125,6 @@ def markdown(measured: dict[str, Measured]) -> str:
         rows.append([name, f"{one.accuracy[key]:.3f}", f"{one.misled[key]:.3f}", looks, gates])
     header = ["first stage", f"accuracy at {key} words", "branch on another image", "best head's attention by layer", "gates"]
     return table(header, rows) + "\n"
-
-
-def _file_name(name: str) -> str:
-    return name.replace("... ", "").replace(" ", "_")
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def same_answer(solution: str, answer: str) -> bool:
 
 
 # A letter alone, or marked and followed by the option's text: "A. text", "(A) text", "A: text". What names several options
-# ("A, C", "A or B") is no choice. A bare lower-case letter is a variable in a solution; an answer may be careless.
-_MARKED = r"(?:[)\].:：．、]+\s*(?P<text>.*))?"
+# ("A, C", "(A) or (B)") is no choice. A bare lower-case letter is a variable in a solution; an answer may be careless.
+_MARKED = r"(?:[)\].:：．、]++\s*+(?!(?i:or|and)\b|[,/&;]|[(\[][A-Za-z][)\]])(?P<text>.*))?"
 _CHOICE = re.compile(rf"[(\[]?(?P<letter>[A-Z]|(?<=\()[a-z](?=\))){_MARKED}", re.DOTALL)
 _ANSWERED_CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|final\s+|right\s+)?(?:answer|option|choice)(?:\s+is\b)?[\s:：]*)*"
