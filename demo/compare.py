@@ -58,7 +58,7 @@ class Method:
 METHODS = {
     "LoRA": Method("lora", ("--lora.rank=50", "--lora.alpha=100", "--optimizer.learning_rate=3e-3")),
     "full": Method("decoder", ("--optimizer.learning_rate=1e-3",)),
-    "PVM": Method("pvm", ("--optimizer.learning_rate=1e-3",)),
+    "PVM": Method("pvm", ("--optimizer.learning_rate=2e-3",)),
     "PVM looks first": Method("pvm", looks_first=True),
 }
 
