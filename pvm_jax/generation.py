@@ -1,5 +1,6 @@
 """Generation: one prefill a prompt, then one compiled loop over a cache that grows by buckets."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -181,7 +182,7 @@ def _start(
     for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("prefill_chunk", prefill_chunk)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if top_k is not None and not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k must be in [1, {vocab_size}], got {top_k}")

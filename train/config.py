@@ -1,12 +1,14 @@
 """What a run is told, as frozen dataclasses; YAML files and the command line fill them in."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from types import MappingProxyType
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
+import jax
 from jsonargparse import ArgumentParser
 
 from pvm_jax.command_line import HelpFormatter
@@ -135,8 +137,15 @@ class OptimizerConfig:
     def __post_init__(self):
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optimizer.warmup is a share of the steps in [0, 1), got {self.warmup}")
-        if self.clip_norm <= 0:
-            raise ValueError(f"optimizer.clip_norm must be positive, got {self.clip_norm}")
+        for name in ("clip_norm", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name} must be positive, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -266,6 +275,8 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -350,6 +361,15 @@ def parse(
         values = vars(parser.instantiate(namespace))
         given = {flag for flag in flags if values.pop(flag.removeprefix("--").replace("-", "_"))}
         values.pop("config")
-        return cls(**values), given
+        config = cls(**values)
+        refuse_non_finite(config)
+        return config, given
     except ValueError as error:
         parser.error(str(error))
+
+
+def refuse_non_finite(config: Any) -> None:
+    """ValueError for a number of the dataclass `config` that is none, or infinite, naming its key: comparisons let NaN pass."""
+    for path, value in jax.tree.leaves_with_path(asdict(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='.')} must be finite, got {value}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 
 import jax
@@ -215,6 +216,7 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
     ("bad", "named"),
     [
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
         ({"top_k": 0}, "top_k"),
         ({"top_p": 1.5}, "top_p"),
         ({"max_new_tokens": 0}, "max_new"),

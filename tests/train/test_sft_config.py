@@ -48,6 +48,11 @@ def test_options_override_the_file(read):
         (["--trainable=pwm"], FILE, "trainable"),
         (["--batch_size=10", "--accumulation=4"], FILE, "batch_size 10 must be a multiple of accumulation 4"),
         (["--optimizer.warmup=10"], FILE, "optimizer.warmup is a share of the steps"),
+        (["--optimizer.learning_rate=-1"], FILE, "optimizer.learning_rate must not be negative"),
+        (["--optimizer.b2=1"], FILE, "optimizer.b2 must be in [0, 1)"),
+        (["--optimizer.clip_norm=.nan"], FILE, "optimizer.clip_norm must be finite, got nan"),
+        (["--data.sources=[{path: a, weight: .inf}]"], FILE, "data.sources.0.weight must be finite, got inf"),
+        (["--seed=-1"], FILE, "seed must not be negative"),
         ([], FILE.replace("64}", "63}"), "patches a multiple of 4"),
     ],
 )
