@@ -101,7 +101,7 @@ def _recall(name: str, ones: Sequence[Measured], settings: Settings) -> list[str
     misled = np.array([[one.misled[str(distance)] for distance in settings.distances] for one in ones])
     heads = [which for by in shares.values() for which in (by.mean(-1), by.max(-1))]
     return [
-        f"Does the branch of {name} recall? Its accuracy when the branch alone reads another scene's image, and the share of "
+        f"{name}: does the branch recall? Its accuracy when the branch alone reads another scene's image, and the share of "
         f"its attention on the cell that is asked for (chance: 1/{cells} = {1 / cells:.3f}) where the value is to be said, as "
         "the mean over heads and of the head with the largest share:",
         table(
@@ -138,7 +138,7 @@ def _mean_and_spread(values: np.ndarray) -> str:
 
 def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], path: Path) -> None:
     """Accuracy by distance; the branch's gates by step; its attention on the asked cell by distance."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), width_ratios=(1.5, 1, 1))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.4), width_ratios=(1.3, 1, 1))
     places = np.arange(len(settings.distances))
     for name, rows in accuracies(by_method, settings).items():
         spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else None
@@ -170,9 +170,9 @@ def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, traine
     right.set(ylim=(0, None), xlabel="tokens between the image and the question", ylabel="branch's attention on the asked cell")
     for axis in (left, right):
         axis.set_xticks(places, [str(distance) for distance in settings.distances])
-    for axis, place in ((left, "upper right"), (middle, "lower right"), (right, "upper right")):
+    for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc=place)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
