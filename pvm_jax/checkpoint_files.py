@@ -66,10 +66,10 @@ def _discard(directory: Path) -> None:
 
 
 def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file."""
+    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file, or where it names none."""
     file = Path(checkpoint) / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id", ()) if file.is_file() else ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
 
 def copy_assets(source: str | Path, target: Path) -> None:

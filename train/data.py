@@ -198,14 +198,20 @@ def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int,
     return rng.permutation(np.concatenate(readings)).astype(np.int32)
 
 
-def measure(conversations: Conversations, count: Callable[[Messages], tuple[int, int]], threads: int) -> np.ndarray:
-    """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal."""
+def measure(
+    conversations: Conversations,
+    count: Callable[[Messages], tuple[int, int]],
+    threads: int,
+    *,
+    read: Callable[[Conversations, int], Messages] = Conversations.__getitem__,
+) -> np.ndarray:
+    """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal. `read` refuses what it must."""
 
     def sizes(start: int) -> list[tuple[int, int]]:
         return [size(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))]
 
     def size(index: int) -> tuple[int, int]:
-        messages = conversations[index]
+        messages = read(conversations, index)
         with conversations.naming(index):
             return count(messages)
 

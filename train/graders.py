@@ -6,6 +6,7 @@ Importing this imports nothing heavy: a worker must start fast, and without JAX.
 # ruff: noqa: RUF001 (letters that look like others are what this is about)
 import importlib
 import logging
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -13,8 +14,16 @@ from typing import Any, cast
 
 Grader = Callable[[str, Mapping[str, Any]], float]
 
+BUILT_IN = ("format", "accuracy")
+
 SOLUTION = "solution"
 """The example's key that `accuracy_reward` compares with."""
+
+
+def check_name(function: str) -> None:
+    """ValueError if `function` is neither built in nor an import path; imports nothing."""
+    if function not in BUILT_IN and not re.fullmatch(r"[\w.]+:\w+", function):
+        raise ValueError(f'reward {function!r} is neither "format", "accuracy" nor an import path "package.module:function"')
 
 
 def load_grader(function: str) -> Grader:
@@ -23,6 +32,7 @@ def load_grader(function: str) -> Grader:
     Raises:
         ValueError: if there is none, naming `function` and what is wrong.
     """
+    check_name(function)
     if function == "format":
         return format_reward
     if function == "accuracy":
@@ -31,9 +41,7 @@ def load_grader(function: str) -> Grader:
         except ImportError as error:
             raise ValueError("reward 'accuracy' needs math-verify: pip install 'pvm-jax[rl]'") from error
         return accuracy_reward
-    module, colon, name = function.partition(":")
-    if not colon:
-        raise ValueError(f'reward {function!r} is neither "format", "accuracy" nor an import path "package.module:function"')
+    module, _, name = function.partition(":")
     try:
         grader = getattr(importlib.import_module(module), name)
     except Exception as error:
@@ -70,8 +78,8 @@ def same_answer(solution: str, answer: str) -> bool:
 
     Where the solution is a multiple-choice letter, alone or with the option's text ("B", "(B)", "B. 12 cm"), the answer's
     letter decides; an answer without a letter must equal the option's text. Words are compared as words, without regard to
-    case and punctuation. Everything else (numbers, LaTeX, intervals, sets, equations, …) is compared by math-verify, which
-    takes no account of units.
+    case and punctuation. Everything else (numbers, LaTeX, intervals, sets, equations, …) is compared by math-verify, and no
+    account is taken of units.
 
     It may take for ever ("10^{10^{10}}"): whoever calls it limits its time.
     """
@@ -83,7 +91,7 @@ def same_answer(solution: str, answer: str) -> bool:
     return _same_value(solution, answer) or bool(chosen and chosen["text"] and _same_value(solution, chosen["text"]))
 
 
-# A letter alone, or marked and followed by the option's text: "A. text", "(A) text", "A: text". What names several options
+# A letter alone, or marked and followed by the option's text: "A. text", "(A) text", "A: text". What joins several options
 # ("A, C", "(A) or (B)") is no choice. A bare lower-case letter is a variable in a solution; an answer may be careless.
 _MARKED = r"(?:[)\].:：．、]++\s*+(?!(?i:or|and)\b|[,/&;]|[(\[][A-Za-z][)\]])(?P<text>.*))?"
 _CHOICE = re.compile(rf"[(\[]?(?P<letter>[A-Z]|(?<=\()[a-z](?=\))){_MARKED}", re.DOTALL)
@@ -103,9 +111,45 @@ def _plain(text: str) -> str:
 def _same_value(solution: str, answer: str) -> bool:
     if solution.split() == answer.split():
         return bool(solution.strip())
-    solution, answer = _to_latex(solution), _to_latex(answer)
-    words = _words(solution)
-    return words == _words(answer) if words else _verified(solution, answer)
+    solution, answer = (_without_unit(_to_latex(text)) for text in (solution, answer))
+    if words := _words(solution):
+        return words == _words(answer)
+    if _DATE.fullmatch(solution) or bool(_RELATION.match(solution)) != bool(_RELATION.match(answer)):
+        return False
+    # math-verify rounds to six places, 1.6e-19 and 9.1e-31 to 0.
+    one, other = _decimal(solution), _decimal(answer)
+    if one is not None and other is not None and not math.isclose(one, other, rel_tol=1e-5):
+        return False
+    return _verified(solution, answer)
+
+
+_DATE = re.compile(r"\d+([-/:.])\d+\1\d+")  # whose parts would be terms of a difference
+_RELATION = re.compile(r"\$?\s*(?:[<>]|\\(?:le|ge|ne|lt|gt|leq|geq|neq)\b)")  # "<4" is no 4
+
+
+def _decimal(text: str) -> float | None:
+    """The value of a plain decimal number, 2.5 or 2.5 \\times 10^{-6}."""
+    found = re.fullmatch(r"\$?\s*([-+]?(?:\d+\.?\d*|\.\d+))(?:\s*\\(?:times|cdot)\s*10\^\{?([-+]?\d+)\}?)?\s*\$?", text)
+    return float(f"{found[1]}e{found[2] or 0}") if found else None
+
+
+def _without_unit(text: str) -> str:
+    """The number of a number with a unit, "36" of "Area = 36 cm^2" or "36 people"; any other text as it is."""
+    found = _QUANTITY.fullmatch(_plain(text))
+    words = re.findall(r"[^\W\d_]+", (found and found["unit"]) or "")
+    unit = all(word in _UNITS_OF_ONE_LETTER if len(word) == 1 else not _NO_UNIT.fullmatch(word) for word in words)
+    return found["number"] if found and unit else text
+
+
+_QUANTITY = re.compile(
+    r"(?:[^\d=]*=)?\s*(?P<number>[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?)"
+    r"(?:\s*\^\\circ\s*[CFK]|\s+(?P<unit>[^\W\d_]\D*?)(?:\^[23])?)\.?"
+)
+_UNITS_OF_ONE_LETTER = "mgshlNJWVAKCFL"  # all others are variables
+_NO_UNIT = re.compile(
+    "or|and|to|plus|minus|times|over|mod|percent|hundred|thousand|million|billion|trillion|dozen|half|halves|thirds?|quarters?"
+    "|squared|cubed|pi|sqrt"
+)
 
 
 def _words(text: str) -> list[str]:
@@ -123,7 +167,9 @@ _SYMBOLS = str.maketrans(
 
 
 def _to_latex(text: str) -> str:
-    """Unicode's fractions, exponents, wide letters and signs as math-verify reads them."""
+    """Unicode's fractions, exponents, wide letters and signs, and a programmer's numbers, as math-verify reads them."""
+    text = text.replace(r"\$", "")  # a dollar is no delimiter
+    text = re.sub(r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d+)(?!\w)", r"\1\\times 10^{\2}", text)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: f"^{{{run[0]}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda run: f"_{{{run[0]}}}", text)
     text = re.sub(

@@ -109,8 +109,9 @@ class GRPOConfig(RunConfig):
             raise ValueError(
                 f"needs clip_low in [0, 1], clip_high >= 0 and beta >= 0, got {self.clip_low}, {self.clip_high} and {self.beta}"
             )
-        if not self.rewards:
-            raise ValueError("rewards: needs at least one function")
+        names = [reward.function for reward in self.rewards]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"rewards: needs at least one function, each of them once, got {', '.join(names) or 'none'}")
         if not self.reward_time_limit > 0:
             raise ValueError(f"reward_time_limit must be positive, got {self.reward_time_limit}")
         if self.prompts_per_step % self.rollout_parts:

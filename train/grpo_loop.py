@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pvm_jax.checkpoint import backbone_identity
+from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.processing import Processor
 from train.config import Bucket
 from train.dry_run import STEPS as DRY_STEPS
@@ -51,12 +52,14 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
     """Loads the model onto `mesh`, measures the prompts and builds the program; writes nothing but `sizes_file`.
 
     Raises:
-        ValueError: if prompts or rows do not divide over their meshes, or the data gives no batch.
+        ValueError: if prompts or rows do not divide over their meshes, the data gives no batch, or nothing ends a completion.
         FileNotFoundError, CheckpointError: for the checkpoint, as `pvm_jax.load`.
     """
     rows_per_shard(config.rows, config.accumulation, mesh, name="prompts_per_step x group_size")
     check_prompts(config, rollout_mesh(config.rollout_mesh, mesh))
     model = load_model(config, mesh)
+    if not read_stop_tokens(config.checkpoint):
+        raise ValueError(f"{config.checkpoint}/generation_config.json names no eos_token_id: no completion would ever end")
     processor = Processor.from_pretrained(config.checkpoint)
     data = load_prompts(
         config.data,

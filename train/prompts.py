@@ -1,8 +1,10 @@
 """Prompts with their solutions, in an order that the seed alone decides: what each step of a GRPO run asks."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,9 +73,12 @@ def load_prompts(
     """
     sources = [open_conversations(source.path, every_column=True) for source in data.mixture]
 
+    def asks(source: Conversations, index: int) -> Messages:
+        return read_record(source, index)[0]
+
     def measure_all() -> np.ndarray:
-        count = partial(_count, processor)
-        return np.concatenate([measure(source, count, data.threads) for source in sources])
+        count = partial(processor.count, add_generation_prompt=True)
+        return np.concatenate([measure(source, count, data.threads, read=asks) for source in sources])
 
     planned = plan_examples(
         data,
@@ -103,17 +108,27 @@ def read_prompt(source: Conversations, index: int, processor: Processor) -> Prom
     Raises:
         ValueError: naming the record, if it is no prompt or has no solution.
     """
+    messages, columns = read_record(source, index)
+    with source.naming(index):
+        return Prompt(messages, processor.encode(messages, add_generation_prompt=True), columns)
+
+
+def read_record(source: Conversations, index: int) -> tuple[Messages, dict[str, Any]]:
+    """What conversation `index` of `source` asks, and its other columns with the solution.
+
+    Raises:
+        ValueError: naming the record, if it asks nothing, or its solution is missing or neither a text nor a number.
+    """
     conversation, columns = source[index], source.columns(index)
     with source.naming(index):
         messages = asked(conversation)
-        if columns.get("solution") is None:
+        solution = columns.get("solution")
+        if solution is None:
             if len(messages) == len(conversation):
                 raise ValueError("there is no solution: give the record one, or an assistant turn at the end, which is then it")
             columns["solution"] = text_of(conversation[-1:])
             if not columns["solution"]:
                 raise ValueError("the assistant turn at the end, which is the solution, has no text")
-        return Prompt(messages, processor.encode(messages, add_generation_prompt=True), columns)
-
-
-def _count(processor: Processor, conversation: Messages) -> tuple[int, int]:
-    return processor.count(asked(conversation), add_generation_prompt=True)
+        elif not (solution.strip() if isinstance(solution, str) else isinstance(solution, Real) and math.isfinite(solution)):
+            raise ValueError(f"the solution must be a text or a number, got {solution!r}")
+        return messages, columns

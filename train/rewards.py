@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from train.graders import SOLUTION
+from train.graders import SOLUTION, check_name
 
 START_LIMIT = 300
 """Seconds that a worker may take to import its graders."""
@@ -39,6 +39,9 @@ class RewardConfig:
     function: str
     weight: float = 1.0
 
+    def __post_init__(self):
+        check_name(self.function)
+
 
 @dataclass(frozen=True)
 class RewardTable:
@@ -48,7 +51,7 @@ class RewardTable:
         names: of the R functions.
         values: [N, R] float64, each function's value before its weight; 0 where it failed.
         totals: [N] float64, the weighted sums.
-        failures: for each name how many completions it raised on, took too long for, died of, or gave no finite number for.
+        failures: for each name how many completions it raised on, took too long for, died of, or gave no number under 1e30 for.
         errors: for each name that failed, what went wrong the first time.
     """
 

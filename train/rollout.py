@@ -160,7 +160,7 @@ def rollout_mesh(config: MeshConfig | None, mesh: Mesh) -> Mesh:
     if config is None:
         return mesh
     sizes = list(asdict(config).values())
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = mesh.size // -int(np.prod(sizes))
     if int(np.prod(sizes)) != mesh.size or min(sizes) < 1:
         raise ValueError(f"rollout_mesh {asdict(config)} does not cover the {mesh.size} devices exactly")

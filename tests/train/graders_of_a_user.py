@@ -41,6 +41,10 @@ def is_none(completion, example):
     return None
 
 
+def is_huge(completion, example):
+    return 1e300
+
+
 def imports_jax(completion, example):
     """1 if JAX was there before, and 2 if it may take an accelerator."""
     return ("jax" in sys.modules) + 2 * (os.environ["JAX_PLATFORMS"] != "cpu")

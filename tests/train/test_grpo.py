@@ -1,6 +1,8 @@
 """Whole runs of `train.grpo` on a tiny checkpoint: rollouts, updates, interruption and continuation, several processes."""
 
+import json
 import os
+import shutil
 import signal
 
 import chex
@@ -145,6 +147,19 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole
         grpo_run("dry", *UPDATES, "--dry-run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}")
 
 
+def test_what_would_end_the_run_late_is_refused_at_its_start(workplace, grpo_run, tmp_path):
+    """A solution that the last step would miss, and a checkpoint whose completions could not end."""
+    *records, last = (workplace / "data.jsonl").read_text().splitlines()
+    data = workplace / "no_solution.jsonl"
+    data.write_text("\n".join([*records, json.dumps(json.loads(last) | {"solution": ""})]))
+    with pytest.raises(ValueError, match=rf"no_solution.jsonl:{len(records) + 1}: the solution must be"):
+        grpo_run("unsolved", f"--data.sources={data}")
+    shutil.copytree(workplace / "base", tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": null}')
+    with pytest.raises(ValueError, match="names no eos_token_id"):
+        grpo_run("endless", f"--checkpoint={tmp_path / 'base'}")
+
+
 def test_held_out_prompts_are_answered_and_graded(workplace, parts):
     values = read_values(workplace / "parts" / "log")
     steps, rewards = zip(*values["held_out/reward/mean"], strict=True)
@@ -166,5 +181,7 @@ def test_two_processes_compute_what_one_does(workplace, whole):
         assert values[name] == alone[name], name
     losses, expected = (np.array([value for _, value in log["train/loss"]]) for log in (values, alone))
     np.testing.assert_allclose(losses, expected, atol=1e-6)  # sums of terms of the size of 1 that cancel each other
+    for name in ("policy/entropy", "policy/kl"):  # means over all tokens of all completions
+        np.testing.assert_allclose(*[[value for _, value in log[name]] for log in (values, alone)], rtol=1e-4, atol=1e-6)
     texts = [[text for _, text in log["rollout/sample/text_summary"]] for log in (values, alone)]
     assert texts[0] == texts[1]

@@ -21,7 +21,7 @@ from train.grpo_held_out import joined
 from train.grpo_loop import describe
 from train.grpo_step import parts_of, rows_of, weigh
 from train.prompts import Prompt, PromptBatch, read_prompt
-from train.rewards import RewardTable
+from train.rewards import RewardConfig, RewardTable
 from train.rollout import Completions, rollout_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,7 @@ def config(**options) -> GRPOConfig:
         ({"clip_low": 1.5}, r"clip_low in \[0, 1\]"),
         ({"beta": -1.0}, "beta >= 0"),
         ({"rewards": []}, "rewards: needs at least one"),
+        ({"rewards": [RewardConfig("format"), RewardConfig("format")]}, "each of them once, got format, format"),
         ({"rollout_parts": 3}, "prompts_per_step 2 must be a multiple of rollout_parts 3"),
         ({"accumulation": 3}, "prompts_per_step x group_size = 4 must be a multiple of accumulation 3"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
@@ -160,6 +161,9 @@ def test_the_solution_is_a_column_or_the_last_answer(tmp_path):
         read_prompt(record(tmp_path, more=[{"role": "assistant", "tool_calls": []}]), 0, FakeProcessor())
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no solution"):
         read_prompt(record(tmp_path), 0, FakeProcessor())
+    for solution in ("", " ", [], {"a": 1}, float("nan")):
+        with pytest.raises(ValueError, match=r"data.jsonl:1: the solution must be a text or a number"):
+            read_prompt(record(tmp_path, solution=solution), 0, FakeProcessor())
     with pytest.raises(ValueError, match=r"data.jsonl:1: the conversation has no turn to answer"):
         read_prompt(record(tmp_path, more=[ANSWER, ANSWER], solution="7"), 0, FakeProcessor())
 
@@ -182,6 +186,8 @@ def test_the_rollouts_mesh_has_the_same_devices_in_the_same_order():
     assert rollout_mesh(None, mesh) is mesh
     with pytest.raises(ValueError, match="does not cover the 8 devices"):
         rollout_mesh(MeshConfig(data=3, fsdp=1), mesh)
+    with pytest.raises(ValueError, match="does not cover the 8 devices"):
+        rollout_mesh(MeshConfig(data=-1, fsdp=0), mesh)
 
 
 def test_tables_of_several_batches_are_one():

@@ -27,14 +27,14 @@ def test_built_in_rewards_are_weighted_and_an_explosion_scores_0():
 
 def test_a_grader_that_fails_scores_0_and_is_counted(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
-    names = [USER + name for name in ("length", "sleeps", "raises", "dies", "is_nan", "is_none", "imports_jax")]
+    names = [USER + name for name in ("length", "sleeps", "raises", "dies", "is_nan", "is_none", "imports_jax", "is_huge")]
     with Rewards([RewardConfig(name) for name in names], time_limit=2, workers=2) as rewards:
         table = rewards(["sleep", "die", "four"], [{"bonus": 0}, {"bonus": 1}, {"bonus": 0.5}])
-    expected = [[5, 0, 0, 1, 0, 0, 0], [4, 1, 0, 0, 0, 0, 0], [4.5, 1, 0, 1, 0, 0, 0]]
+    expected = [[5, 0, 0, 1, 0, 0, 0, 0], [4, 1, 0, 0, 0, 0, 0, 0], [4.5, 1, 0, 1, 0, 0, 0, 0]]
     np.testing.assert_array_equal(table.values, expected)
-    assert list(table.failures.values()) == [0, 1, 3, 1, 3, 3, 0]
+    assert list(table.failures.values()) == [0, 1, 3, 1, 3, 3, 0, 3]
     errors = {name.removeprefix(USER): error for name, error in table.errors.items()}
-    assert errors.keys() == {"sleeps", "raises", "dies", "is_nan", "is_none"}
+    assert errors.keys() == {"sleeps", "raises", "dies", "is_nan", "is_none", "is_huge"}
     assert errors["sleeps"] == "took more than 2 s"
     assert errors["raises"] == "KeyError: 'no such key'"
     assert errors["dies"] == "its process ended"
@@ -54,6 +54,11 @@ def _runs(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_misspelt_function_is_refused_before_anything_is_started():
+    with pytest.raises(ValueError, match="'acuracy' is neither"):
+        RewardConfig("acuracy")
 
 
 def test_a_function_that_is_not_there_ends_the_run_at_its_start():
