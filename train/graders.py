@@ -129,7 +129,7 @@ _RELATION = re.compile(r"\$?\s*(?:[<>]|\\(?:le|ge|ne|lt|gt|leq|geq|neq)\b)")  # 
 
 def _decimal(text: str) -> float | None:
     """The value of a plain decimal number, 2.5 or 2.5 \\times 10^{-6}."""
-    found = re.fullmatch(r"\$?\s*([-+]?(?:\d+\.?\d*|\.\d+))(?:\s*\\(?:times|cdot)\s*10\^\{?([-+]?\d+)\}?)?\s*\$?", text)
+    found = re.fullmatch(r"\$?\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:\s*\\(?:times|cdot)\s*10\^\{?([-+]?\d+)\}?)?\s*\$?", text)
     return float(f"{found[1]}e{found[2] or 0}") if found else None
 
 
@@ -169,7 +169,7 @@ _SYMBOLS = str.maketrans(
 def _to_latex(text: str) -> str:
     """Unicode's fractions, exponents, wide letters and signs, and a programmer's numbers, as math-verify reads them."""
     text = text.replace(r"\$", "")  # a dollar is no delimiter
-    text = re.sub(r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d+)(?!\w)", r"\1\\times 10^{\2}", text)
+    text = re.sub(r"(?<![\w.])(\d+(?:\.\d*)?)[eE]([-+]?\d+)(?!\w)", r"\1\\times 10^{\2}", text)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: f"^{{{run[0]}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda run: f"_{{{run[0]}}}", text)
     text = re.sub(
