@@ -138,7 +138,7 @@ def make_data(examples: str, out: Path, seed: int, steps: int) -> list[object]:
 
 def file_name(name: str) -> str:
     """What a method's or a variation's files are called."""
-    return name.replace("... ", "").replace(" ", "_")
+    return name.replace(" ", "_")
 
 
 def once(file: Path, measure: Callable[[], Measured]) -> Measured:
