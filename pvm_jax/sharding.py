@@ -40,14 +40,24 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequen
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count() if devices is None else len(devices)
-    if sizes.count(-1) == 1:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = count // rest
-    if math.prod(sizes) != count or min(sizes) < 1:
-        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {count} devices exactly")
+    sizes = mesh_sizes(data, fsdp, tensor, devices=jax.device_count() if devices is None else len(devices))
     # Auto axes: with the default (Explicit) an embedding gather is refused.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, *, devices: int, name: str = "mesh") -> tuple[int, ...]:
+    """The sizes of a mesh's axes, a single -1 resolved to what the others leave of `devices`.
+
+    Raises:
+        ValueError: naming the mesh, if they do not multiply to `devices`.
+    """
+    sizes = [data, fsdp, tensor]
+    rest = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and rest:
+        sizes[sizes.index(-1)] = devices // rest
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise ValueError(f"{name} data={data} fsdp={fsdp} tensor={tensor} does not cover the {devices} devices exactly")
+    return tuple(sizes)
 
 
 def tensor_mesh(tensor: int) -> jax.sharding.Mesh | None:

@@ -362,13 +362,13 @@ def parse(
         given = {flag for flag in flags if values.pop(flag.removeprefix("--").replace("-", "_"))}
         values.pop("config")
         config = cls(**values)
-        refuse_non_finite(config)
+        _refuse_non_finite(config)
         return config, given
     except ValueError as error:
         parser.error(str(error))
 
 
-def refuse_non_finite(config: Any) -> None:
+def _refuse_non_finite(config: Any) -> None:
     """ValueError for a number of the dataclass `config` that is none, or infinite, naming its key: comparisons let NaN pass."""
     for path, value in jax.tree.leaves_with_path(asdict(config)):
         if isinstance(value, float) and not math.isfinite(value):

@@ -14,15 +14,13 @@ from typing import Any, cast
 
 Grader = Callable[[str, Mapping[str, Any]], float]
 
-BUILT_IN = ("format", "accuracy")
-
 SOLUTION = "solution"
 """The example's key that `accuracy_reward` compares with."""
 
 
 def check_name(function: str) -> None:
     """ValueError if `function` is neither built in nor an import path; imports nothing."""
-    if function not in BUILT_IN and not re.fullmatch(r"[\w.]+:\w+", function):
+    if function not in ("format", "accuracy") and not re.fullmatch(r"[\w.]+:\w+", function):
         raise ValueError(f'reward {function!r} is neither "format", "accuracy" nor an import path "package.module:function"')
 
 

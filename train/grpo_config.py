@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from train.config import ExamplesConfig, MeshConfig, OptimizerConfig, RunConfig, Source, Trainable
 from train.policy import LossType, ScaleRewards
-from train.rewards import RewardConfig
+from train.rewards import RewardConfig, reward_names
 
 _SHORTEST = 8
 """The longest completion is this many times the shortest that rows are made for."""
@@ -109,9 +109,7 @@ class GRPOConfig(RunConfig):
             raise ValueError(
                 f"needs clip_low in [0, 1], clip_high >= 0 and beta >= 0, got {self.clip_low}, {self.clip_high} and {self.beta}"
             )
-        names = [reward.function for reward in self.rewards]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"rewards: needs at least one function, each of them once, got {', '.join(names) or 'none'}")
+        reward_names(self.rewards)  # refuses none, and one twice
         if not self.reward_time_limit > 0:
             raise ValueError(f"reward_time_limit must be positive, got {self.reward_time_limit}")
         if self.prompts_per_step % self.rollout_parts:

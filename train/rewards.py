@@ -43,6 +43,14 @@ class RewardConfig:
         check_name(self.function)
 
 
+def reward_names(configs: Sequence[RewardConfig]) -> tuple[str, ...]:
+    """The functions' names. Raises ValueError if there is none, or one twice."""
+    names = tuple(config.function for config in configs)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"rewards: needs at least one function, each of them once, got {', '.join(names) or 'none'}")
+    return names
+
+
 @dataclass(frozen=True)
 class RewardTable:
     """What N completions are worth.
@@ -78,9 +86,7 @@ class Rewards:
     """
 
     def __init__(self, configs: Sequence[RewardConfig], *, time_limit: float = 10.0, workers: int = 4):
-        names = tuple(config.function for config in configs)
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"rewards: needs at least one function, each of them once, got {', '.join(names) or 'none'}")
+        names = reward_names(configs)
         if time_limit <= 0 or workers < 1:
             raise ValueError(f"rewards: needs time_limit > 0 and workers >= 1, got {time_limit} and {workers}")
         self.names, self._weights = names, np.array([config.weight for config in configs], np.float64)

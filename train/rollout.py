@@ -16,7 +16,7 @@ from pvm_jax.checkpoint_files import read_stop_tokens
 from pvm_jax.config import ModelConfig
 from pvm_jax.generation import generate
 from pvm_jax.model import Qwen3VL, abstract_model
-from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, param_shardings, place_rows
+from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, mesh_sizes, param_shardings, place_rows
 from train.config import Bucket, MeshConfig
 from train.grpo_config import GRPOConfig
 from train.program import Program, abstract_batch, placed, rows_per_shard
@@ -159,11 +159,7 @@ def rollout_mesh(config: MeshConfig | None, mesh: Mesh) -> Mesh:
     """
     if config is None:
         return mesh
-    sizes = list(asdict(config).values())
-    if sizes.count(-1) == 1 and 0 not in sizes:
-        sizes[sizes.index(-1)] = mesh.size // -int(np.prod(sizes))
-    if int(np.prod(sizes)) != mesh.size or min(sizes) < 1:
-        raise ValueError(f"rollout_mesh {asdict(config)} does not cover the {mesh.size} devices exactly")
+    sizes = mesh_sizes(**asdict(config), devices=mesh.size, name="rollout_mesh")
     return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
 
 

@@ -188,6 +188,8 @@ def test_the_rollouts_mesh_has_the_same_devices_in_the_same_order():
         rollout_mesh(MeshConfig(data=3, fsdp=1), mesh)
     with pytest.raises(ValueError, match="does not cover the 8 devices"):
         rollout_mesh(MeshConfig(data=-1, fsdp=0), mesh)
+    with pytest.raises(ValueError, match="mesh data=-1 fsdp=0 tensor=1 does not cover the 8 devices"):
+        make_mesh(-1, 0)
 
 
 def test_tables_of_several_batches_are_one():
