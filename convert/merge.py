@@ -40,7 +40,7 @@ def take_branch(root: Path, config: ModelConfig, arrays: Arrays) -> tuple[ModelC
     backbone = {path: array for path, array in arrays.items() if part_of(path) == "backbone"}
     if made_for is not None:
         check_made_for(root, "backbone", made_for, stored_identity(backbone))
-    config = config.with_pvm(text.pvm_layers, text.pvm_hidden_size, text.pvm_visibility)
+    config = config.with_branch_of(text)
     return config, {**backbone, **_part(root, "branch", config)}
 
 

@@ -7,13 +7,19 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from jsonargparse import auto_cli
 
 BASE = "demo/base"
 BRANCH = ("--pvm-layers", "1", "2", "--pvm-hidden-size", "128")
+
+DEMO_OVER_PROBE = 250.0
+"""How many times longer than `probe` the whole demo takes, measured on two cores."""
 
 # What a command makes (the command is skipped where that exists), and the command itself: arguments of `python -m`.
 Step = tuple[Path, Sequence[object]]
@@ -25,11 +31,26 @@ def main(out: Path = Path("out/demo")) -> None:
     Args:
         out: folder for everything that is written.
     """
+    print(f"All of it takes about {DEMO_OVER_PROBE * probe() / 60:.0f} minutes on this machine, if it does nothing else.")
     checkpoint, run, report = out / "checkpoint", out / "run", out / "report"
     run_steps(branch_steps(out))
     show_one_answer(checkpoint, run / "branch", out / "example")
     run_steps([(report / "report.html", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
     print(f"The report: {report / 'report.html'} (open it in a browser)")
+
+
+def probe() -> float:
+    """Seconds that this machine takes for a little of what the demo does: to compile a layer, and to train it."""
+    x, w = jnp.ones((2048, 128)), {"up": jnp.full((8, 128, 512), 0.01), "down": jnp.full((8, 512, 128), 0.01)}
+
+    def loss(w: dict[str, jax.Array]) -> jax.Array:
+        layer = lambda x, w: (x + jax.nn.gelu(x @ w["up"]) @ w["down"], None)  # noqa: E731
+        return jnp.square(jax.lax.scan(layer, x, w)[0]).mean()
+
+    start, step = time.perf_counter(), jax.jit(jax.grad(loss))
+    for _ in range(10):
+        jax.block_until_ready(step(w))
+    return time.perf_counter() - start
 
 
 def branch_steps(out: Path) -> list[Step]:

@@ -138,7 +138,7 @@ def load_branch(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -
     params = nnx.to_pure_dict(nnx.state(model))
     if made_for is not None:
         check_made_for(root, "backbone", made_for, backbone_identity(params))
-    config = model.config.with_pvm(text.pvm_layers, text.pvm_hidden_size, text.pvm_visibility)
+    config = model.config.with_branch_of(text)
     graphdef, abstract = nnx.split(abstract_model(config))
     branch = _restore(root, nnx.State({"pvm": abstract["pvm"]}), _mesh_of(params), dtype)
     return nnx.merge(graphdef, nnx.State(params | branch))

@@ -223,6 +223,10 @@ class ModelConfig:
         branch = {"pvm_layers": tuple(layers), "pvm_hidden_size": hidden_size, "pvm_visibility": visibility}
         return replace(self, text=replace(self.text, **branch))
 
+    def with_branch_of(self, text: TextConfig) -> Self:
+        """This config with the branch that `text` describes: its layers, its width and what it sees."""
+        return self.with_pvm(text.pvm_layers, text.pvm_hidden_size, text.pvm_visibility)
+
     def without_pvm(self) -> Self:
         """The base model's config."""
         return replace(self, text=replace(self.text, pvm_layers=()))

@@ -2,12 +2,11 @@
 
 import os
 
+from tests.xla_flags import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Programs here compile far longer than they run.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-# Or else simulated devices may run a program's independent loops in different orders, and wait in them for each other for ever.
-os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has them from the process that started it
+    os.environ["XLA_FLAGS"] = xla_flags()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path

@@ -134,8 +134,7 @@ def read_model_config(config: FitConfig | FitGRPOConfig) -> ModelConfig:
     else:
         raise FileNotFoundError(f"no checkpoint at {source}: say what it will be, as in --model 8b or --model DIR/config.json")
     if config.branch and not (config.model and not Path(config.branch).exists()):
-        branch = ModelConfig.from_hf(config.branch).text
-        return model_config.with_pvm(branch.pvm_layers, branch.pvm_hidden_size)
+        return model_config.with_branch_of(ModelConfig.from_hf(config.branch).text)
     if config.model and not model_config.text.pvm_layers:
         return model_config.with_pvm()  # as convert.hf_to_orbax would
     return model_config

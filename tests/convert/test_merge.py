@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from pvm_jax.batch import Batch
 from pvm_jax.checkpoint import backbone_identity, by_path, part_of
 from pvm_jax.checkpoint_files import CheckpointError
 from pvm_jax.lora import is_adapter
+from tests.close import assert_close
 from tests.conftest import GOLDEN
 from tests.convert.directories import read_tensors
 
@@ -56,7 +58,7 @@ def lora(base, branch, tmp_path_factory):
 
 
 def weights(model):
-    return by_path(nnx.state(model))
+    return jax.device_get(by_path(nnx.state(model)))
 
 
 def test_merged_export_is_the_adapted_model(base, branch, lora, tmp_path, monkeypatch):
@@ -71,11 +73,11 @@ def test_merged_export_is_the_adapted_model(base, branch, lora, tmp_path, monkey
     for path, weight in merged.items():
         a, b = (adapted.get(f"{path.removesuffix('/weight')}/lora/{part}") for part in "ab")
         expected = adapted[path] if a is None else adapted[path] + LORA.scale * b @ a
-        np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-6, err_msg=path)
+        assert_close(weight, expected, 1e-5, what=path)
         assert (a is None) == np.array_equal(weight, adapted[path])
     arrays = load_file(GOLDEN / "shape_8b" / "forward_inputs.safetensors")
     merged, adapted = (model(Batch.from_hf(arrays, model.config)) for model in models)
-    np.testing.assert_allclose(merged, adapted, rtol=1e-4, atol=1e-4)
+    assert_close(merged, adapted, 3e-5)
 
 
 def test_sums_are_rounded_once_to_the_stored_dtype():

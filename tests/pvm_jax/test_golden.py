@@ -9,13 +9,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from pvm_jax import Batch, ModelConfig, abstract_model, generate, stream
+from tests.close import assert_close
 
-BAR = 1e-4
-
-
-def _assert_close(name, got, want):
-    worst = np.abs(np.asarray(got) - want).max() / np.abs(want).max()
-    assert worst < BAR, f"{name}: {worst:.2e} of the tensor's maximum"
+BAR = 5e-5
 
 
 @pytest.fixture
@@ -47,15 +43,15 @@ def test_every_layer(golden_model, forward):
         ]
         return np.concatenate(order)
 
-    _assert_close("visual_embeds", in_reference_order(got.embeds), want["visual_embeds"])
+    assert_close(in_reference_order(got.embeds), want["visual_embeds"], BAR, what="visual_embeds")
     for j in range(len(config.vision.deepstack_visual_indexes)):
-        _assert_close(f"deepstack.{j}", in_reference_order(got.deepstack[j]), want[f"deepstack.{j}"])
+        assert_close(in_reference_order(got.deepstack[j]), want[f"deepstack.{j}"], BAR, what=f"deepstack.{j}")
     for layer in range(config.text.num_hidden_layers):
-        _assert_close(f"hidden.{layer}", got.streams[layer][:, :length][valid], want[f"hidden.{layer}"][valid])
+        assert_close(got.streams[layer][:, :length][valid], want[f"hidden.{layer}"][valid], BAR, what=f"hidden.{layer}")
     assert set(got.updates) == set(config.text.pvm_layers)
     for layer, update in got.updates.items():
-        _assert_close(f"pvm_update.{layer}", update[:, :length][valid], want[f"pvm_update.{layer}"][valid])
-    _assert_close("logits", got.logits[:, :length][valid], want["logits"][valid])
+        assert_close(update[:, :length][valid], want[f"pvm_update.{layer}"][valid], BAR, what=f"pvm_update.{layer}")
+    assert_close(got.logits[:, :length][valid], want["logits"][valid], BAR, what="logits")
 
 
 def test_call_gives_the_logits(golden_model, forward):
@@ -64,7 +60,7 @@ def test_call_gives_the_logits(golden_model, forward):
     valid = inputs["attention_mask"].astype(bool)
     assert logits.dtype == np.float32
     assert logits.shape == (*batch.tokens.shape, golden_model.config.text.vocab_size)
-    _assert_close("logits", logits[:, : valid.shape[1]][valid], want["logits"][valid])
+    assert_close(logits[:, : valid.shape[1]][valid], want["logits"][valid], BAR, what="logits")
 
 
 def test_greedy_generation(golden, golden_model):
@@ -76,7 +72,7 @@ def test_greedy_generation(golden, golden_model):
     np.testing.assert_array_equal(got.lengths, steps)
     reference = jax.nn.log_softmax(want["scores"], -1)
     reference = np.take_along_axis(np.asarray(reference), want["new_tokens"][..., None], -1)[..., 0]
-    np.testing.assert_allclose(got.logprobs, reference, atol=1e-4)
+    assert_close(got.logprobs, reference, BAR)
     streamed = np.stack(list(stream(golden_model, batch, max_new_tokens=steps, temperature=0.0)), 1)
     np.testing.assert_array_equal(streamed, want["new_tokens"])
 

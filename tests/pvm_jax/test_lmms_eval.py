@@ -18,6 +18,7 @@ from flax import nnx
 from convert.hf_to_orbax import convert
 from demo.task import VALUES, Mixture, draw, make_example
 from pvm_jax import Batch, Processor, load, save_branch
+from tests.close import assert_close
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 QUESTION = "List ground mark ink digit"
@@ -248,7 +249,7 @@ def test_devices_that_share_the_model_answer_as_one(adapter, simple, greedy, wor
     assert shared.generate_until([ask(number) for number in range(3)]) == greedy
     choices = [request(QUESTION, choice, visuals, 0, "grid", "test") for choice in documents[0]["choices"][:3]]
     values, expected = ([value for value, _ in model.loglikelihood(choices)] for model in (shared, simple))
-    assert values == pytest.approx(expected, abs=1e-4)
+    assert_close(values, expected, 1e-5)
     assert axes == [2, 2, None]
 
 
@@ -269,13 +270,13 @@ def test_likelihoods_are_those_of_a_teacher_forced_forward_pass(simple, workplac
         arrays["attention_mask"] = np.ones_like(arrays["input_ids"])
         logits = np.asarray(forward(Batch.from_hf(arrays, model.config)), np.float64)[0, prompt - 1 : prompt - 1 + len(tokens)]
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        assert value == pytest.approx(-logprobs[np.arange(len(tokens)), tokens].sum(), abs=1e-4)
+        assert_close(value, -logprobs[np.arange(len(tokens)), tokens].sum(), 1e-5)
         assert is_greedy == (logits.argmax(-1) == tokens).all()
     values = {number: [value for (n, _), (value, _) in zip(cases, found, strict=True) if n == number] for number in range(3)}
     assert sum(np.argmin(values[number]) == 0 for number in values) >= 2  # the right choice comes first
     by_function = request(QUESTION, lambda document: document["choices"][0], visuals, 0, "grid", "test")
     again, alone, first = simple.loglikelihood([by_function, request("", "A1 ground navy\n"), requests[0]])
-    assert again[0] == pytest.approx(found[0][0], abs=1e-4)
+    assert_close(again[0], found[0][0], 1e-5)
     assert first[0] == again[0]
     assert alone[0] > 0
 

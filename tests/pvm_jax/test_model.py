@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import nullcontext
+from functools import partial
 
 import chex
 import jax
@@ -26,6 +27,7 @@ from pvm_jax import (
 from pvm_jax.batch import hide_images
 from pvm_jax.cache import Samples
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
+from tests.close import assert_close
 
 CONFIG = ModelConfig(
     text=TextConfig(
@@ -116,8 +118,7 @@ def test_packed_rows_give_the_same_logits(model):
     want, got = model(alone), model(packed)
     for number, (row, start) in enumerate([(0, 0), (0, len(EXAMPLES[0].input_ids)), (1, 0), (1, len(EXAMPLES[2].input_ids))]):
         length = len(EXAMPLES[number].input_ids)
-        scale = np.abs(want[number, :length]).max()
-        np.testing.assert_allclose(got[row, start : start + length], want[number, :length], atol=1e-5 * scale)
+        assert_close(got[row, start : start + length], want[number, :length], 1e-5)
 
 
 def test_a_row_without_images_gets_no_update(model):
@@ -145,13 +146,14 @@ def test_a_hidden_image_reaches_the_text_through_the_branch_alone(model, visibil
     assert np.abs(off[0] - off[1]).max() > 1e-2
     np.testing.assert_array_equal(off[2], off[3])
     assert np.abs(on[2] - on[3]).max() > 1e-2
-    assert not np.asarray(model.trace(batch).updates[int(*model.config.text.pvm_layers[:1])])[:, ~text_columns].any()
+    updates = run(model, "trace", batch).updates
+    assert not np.asarray(updates[model.config.text.pvm_layers[0]])[:, ~text_columns].any()
 
 
 def test_a_batch_without_patches_skips_the_tower(model):
     with_columns = Batch.from_rows([[EXAMPLES[1]]], CONFIG, length=16, patches=16)
     without = Batch.from_rows([[EXAMPLES[1]]], CONFIG, length=16, patches=0)
-    np.testing.assert_allclose(model(without), model(with_columns), atol=1e-5)
+    assert_close(model(without), model(with_columns), 1e-5)
 
 
 def test_a_fresh_branch_is_the_base_model_and_can_learn():
@@ -204,8 +206,8 @@ def test_decoding_equals_the_full_forward(model):
             start = len(e.input_ids)
             want = full[row, start : start + 12]
             got = np.stack(stepwise, 2)[row, sample]
-            np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
-            np.testing.assert_allclose(last[row, 0], full[row, start - 1], atol=1e-4 * np.abs(want).max())
+            assert_close(got, want, 1e-5)
+            assert_close(last[row, 0], full[row, start - 1], 1e-5)
 
 
 def test_a_prompt_read_in_chunks_is_the_prompt_read_at_once(model):
@@ -214,11 +216,11 @@ def test_a_prompt_read_in_chunks_is_the_prompt_read_at_once(model):
     want, cache = run(model, "prefill", prompt)
     for chunk in (5, 20):
         got, chunked = run(model, "prefill", prompt, chunk=chunk)
-        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+        assert_close(got, want, 1e-5)
         chex.assert_trees_all_equal(chunked.memories, cache.memories)
         for a, b in ((chunked.prompts.keys, cache.prompts.keys), (chunked.prompts.values, cache.prompts.values)):
             valid = (prompt.segment_ids > 0)[None, :, None, :, None]
-            np.testing.assert_allclose(np.where(valid, a[..., :48, :], 0), np.where(valid, b, 0), atol=1e-5 * np.abs(b).max())
+            assert_close(np.where(valid, a[..., :48, :], 0), np.where(valid, b, 0), 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +250,7 @@ def test_with_visibility_preceding_nothing_depends_on_what_comes_later(shallow, 
         scale = np.abs(full).max()
         assert (np.abs(full - part).max() > 1e-2 * scale) == depends
         if not depends:
-            np.testing.assert_allclose(full, part, atol=1e-5 * scale)
+            assert_close(full, part, 1e-5)
 
 
 def test_visibility_is_the_same_where_the_images_come_first(shallow, preceding):
@@ -257,7 +259,7 @@ def test_visibility_is_the_same_where_the_images_come_first(shallow, preceding):
     first = dataclasses.replace(first, input_ids=first.input_ids[1:], loss_mask=first.loss_mask[1:])
     batch = Batch.from_rows([[first]], CONFIG, length=32, patches=16)
     valid = batch.segment_ids > 0
-    np.testing.assert_allclose(preceding(batch)[valid], shallow(batch)[valid], atol=1e-5)
+    assert_close(preceding(batch)[valid], shallow(batch)[valid], 1e-5)
 
 
 def test_a_kernel_that_cannot_limit_visibility_refuses(preceding):
@@ -297,9 +299,9 @@ def shallow() -> Qwen3VL:
     return randomized(dataclasses.replace(CONFIG, text=text, vision=vision))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
-def test_sharded_equals_unsharded(shallow, shape):
-    """Values and gradients. Four heads do not divide over eight devices: there they stay whole."""
+@pytest.fixture(scope="module")
+def unsharded(shallow):
+    """A function for gradients and values, its batch, and what it gives on one device."""
     batch = Batch.from_rows([[e] for e in EXAMPLES * 2], CONFIG, length=48, patches=64)
     graphdef, params = nnx.split(shallow)
 
@@ -308,7 +310,14 @@ def test_sharded_equals_unsharded(shallow, shape):
         return jnp.sum(jnp.where((batch.segment_ids > 0)[..., None], jnp.sin(hidden), 0)), hidden
 
     step = jax.grad(loss, has_aux=True)
-    want = jax.jit(step)(nnx.as_pure(params), batch)
+    return step, batch, jax.device_get(jax.jit(step)(nnx.as_pure(params), batch))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
+def test_sharded_equals_unsharded(shallow, unsharded, shape):
+    """Values and gradients. Four heads do not divide over eight devices: there they stay whole."""
+    step, batch, want = unsharded
+    params = nnx.state(shallow)
     mesh = make_mesh(*shape)
     shardings = param_shardings(params, mesh)
     with jax.set_mesh(mesh):
@@ -316,22 +325,28 @@ def test_sharded_equals_unsharded(shallow, shape):
         got = jax.jit(step, out_shardings=(shardings, None))(placed, jax.device_put(batch, batch_sharding(mesh)))
     largest = max(jax.tree.leaves(placed), key=lambda leaf: leaf.size)
     assert not largest.sharding.is_fully_replicated
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(want))
-    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(want), atol=2e-5 * scale)
+    assert_close(got, want, 5e-5)
+
+
+@pytest.fixture(scope="module")
+def sampled(shallow):
+    """Two samples of each prompt, read in chunks, in a cache that grows twice: a function of the model, and what it gives."""
+    batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
+    settings = {"max_new_tokens": 16, "num_samples": 2, "prefill_chunk": 20, "seeds": (5, 6, 7, 8)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "FIRST_SLOTS", 4)
+        sample = partial(generate, batch=batch, **settings)
+        yield sample, sample(shallow)
 
 
 @pytest.mark.parametrize("make", [lambda: make_mesh(2, 2, 2), lambda: jax.make_mesh((2, 2, 2), MESH_AXES)])
-def test_sharded_generation_gives_the_same_tokens(shallow, make, monkeypatch):
-    """Two samples of each prompt, read in chunks, in a cache that grows twice. With the mesh in context; and with
-    `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
-    monkeypatch.setattr(generation, "FIRST_SLOTS", 4)
-    batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
-    settings = {"max_new_tokens": 16, "num_samples": 2, "prefill_chunk": 20, "seeds": (5, 6, 7, 8)}
-    want = generate(shallow, batch, **settings)
+def test_sharded_generation_gives_the_same_tokens(shallow, sampled, make):
+    """With the mesh in context; and with `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
+    sample, want = sampled
     mesh = make()
     graphdef, params = nnx.split(shallow)
     sharded = nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh)))
     with jax.set_mesh(mesh) if AxisType.Explicit not in mesh.axis_types else nullcontext():
-        got = generate(sharded, batch, **settings)
+        got = sample(sharded)
     np.testing.assert_array_equal(got.tokens, want.tokens)
-    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+    assert_close(got.logprobs, want.logprobs, 1e-5)

@@ -18,6 +18,7 @@ from PIL import Image
 from demo.checkpoint import write_assets
 from pvm_jax.checkpoint import save
 from pvm_jax.model import Qwen3VL
+from tests.xla_flags import DEVICES
 from train.events import read_values
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +130,7 @@ def losses(root: Path, run_dir: str | Path) -> dict[int, set[float]]:
 
 def environment(*, devices: int) -> dict[str, str]:
     """Of a process with `devices` simulated devices, compiling as tests/conftest.py has it."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one holds
+    flags = f"{os.environ['XLA_FLAGS']} {DEVICES}{devices}"  # the last one holds
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 

@@ -1,6 +1,7 @@
 """What a run takes of each device, ahead of time: compiled for this machine's simulated devices; for a TPU where libtpu is."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -134,13 +135,17 @@ def test_only_shapes_that_no_other_covers_are_compiled():
     assert largest([small, wide]) == [wide]
 
 
-def test_model_is_the_checkpoints_or_a_preset_or_a_config_file():
+def test_model_is_the_checkpoints_or_a_preset_or_a_config_file(tmp_path):
     assert read_model_config(fit_config(model="8b")) == ModelConfig.preset("8b")
     assert read_model_config(fit_config(checkpoint=str(GOLDEN))) == ModelConfig.from_hf(GOLDEN)
     plain = fit_config(model=str(ROOT / "demo" / "base" / "config.json"))
     assert read_model_config(plain).text.pvm_layers  # as conversion would give it
-    branched = read_model_config(replace(plain, branch=str(GOLDEN)))
-    assert branched.text.pvm_layers == ModelConfig.from_hf(GOLDEN).text.pvm_layers
+    golden = ModelConfig.from_hf(GOLDEN)
+    preceding = replace(golden, text=replace(golden.text, pvm_visibility="preceding"))
+    (tmp_path / "config.json").write_text(json.dumps(preceding.to_hf()))
+    branched = read_model_config(replace(plain, branch=str(tmp_path))).text
+    assert (branched.pvm_layers, branched.pvm_hidden_size) == (golden.text.pvm_layers, golden.text.pvm_hidden_size)
+    assert branched.pvm_visibility == "preceding"  # which decides what kernel attends
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere: say what it will be, as in --model 8b"):
         read_model_config(fit_config(checkpoint="nowhere"))
     with pytest.raises(ValueError, match="model '9b': no such file, and unknown preset"):

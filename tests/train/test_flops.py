@@ -20,7 +20,13 @@ from train.step import loss_and_gradient, make_loss, split_model
 
 X, W = jax.ShapeDtypeStruct((5, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
 PRODUCT = 2 * 5 * 3 * 3
-CONFIG = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b")
+GOLDEN = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b")
+CONFIG = replace(
+    GOLDEN,
+    text=replace(GOLDEN.text, num_hidden_layers=2, pvm_layers=(1,)),
+    vision=replace(GOLDEN.vision, depth=2, deepstack_visual_indexes=(0,)),
+)
+"""The smallest model with every part in it."""
 
 
 def test_product_and_its_gradients():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.close import assert_close
 from train.loss import chunked_logprobs
 from train.policy import group_advantages, policy_loss, token_weights
 
@@ -106,9 +107,9 @@ def test_loss_and_gradients_equal_the_formulas_in_float64(step, clip_low, clip_h
         weights = token_weights(step["completion_mask"], kind, max_completion_tokens=T, left_out=left_out)
         actual_loss, actual = loss_and_gradients(step["hidden"], step["head"], advantages, spread(weights))
         expected_loss, size, *expected = reference_loss(step, scale, kind, masked, clip_low, clip_high, beta, temperature)
-        np.testing.assert_allclose(actual_loss, expected_loss, atol=1e-5 * size, rtol=0)  # its terms cancel
+        assert_close(actual_loss, expected_loss, 1e-5, scale=size)  # its terms cancel
         for a, e in zip(actual, expected, strict=True):
-            np.testing.assert_allclose(a, e, atol=1e-5 * np.abs(e).max(), rtol=0)
+            assert_close(a, e, 1e-5)
 
 
 def test_metrics_are_sums_over_the_tokens_of_the_loss():
@@ -126,7 +127,7 @@ def test_metrics_are_sums_over_the_tokens_of_the_loss():
         "kl": 0.5 + np.log(2) - 1,
     }
     assert sums.keys() == expected.keys()
-    np.testing.assert_allclose([sums[name] for name in expected], list(expected.values()), rtol=1e-5)
+    assert_close({name: sums[name] for name in expected}, expected, 1e-5)
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(step):
@@ -135,7 +136,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(step):
     now = step["old"] + np.float32(0.1)
     whole = policy_loss(now, step["old"], advantages, weights)
     parts = [policy_loss(*(x[i::3] for x in (now, step["old"], advantages, weights))) for i in range(3)]
-    jax.tree.map(lambda w, *p: np.testing.assert_allclose(sum(p), w, rtol=1e-5), whole, *parts)
+    assert_close(jax.tree.map(lambda *p: sum(p), *parts), whole, 1e-5)
 
 
 def test_a_token_without_weight_is_no_part_whatever_stands_there():

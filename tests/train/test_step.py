@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from pvm_jax.batch import Batch, Example
 from pvm_jax.model import abstract_model
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
+from tests.close import assert_close
 from train.config import OptimizerConfig
 from train.flops import count_flops
 from train.optimizer import leaf_names, make_optimizer, make_schedule
@@ -30,10 +31,6 @@ from train.step import (
 )
 
 
-def relative_difference(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
 def named(tree):
     return dict(zip(jax.tree.leaves(leaf_names(tree)), jax.tree.leaves(tree), strict=True))
 
@@ -44,13 +41,13 @@ def test_branch_gradients_equal_the_reference(golden, golden_model, golden_batch
     loss = make_loss(graphdef, chunk=8)
     step = jax.jit(lambda *args: loss_and_gradient(loss, *args, accumulation=1))
     mean, gradients = step(nnx.as_pure(trained), nnx.as_pure(frozen), golden_batch)
-    assert float(mean) == pytest.approx(expected["loss"][0], rel=1e-5)
+    assert_close(mean, expected["loss"][0], 1e-5)
     gradients = named(gradients)
     assert len(gradients) == sum(key.startswith("grad.") for key in expected)
     for name, gradient in gradients.items():
         _, layer, rest = name.split("/", 2)
         key = f"grad.model.language_model.layers.{layer}.pvm_block.{rest.replace('/', '.')}"
-        assert relative_difference(gradient, expected[key]) < 1e-3, name
+        assert_close(gradient, expected[key], 1e-4, what=name)
 
 
 def one_device():
@@ -86,22 +83,9 @@ def train(model, batch, trainable, *, steps, mesh=None, accumulation=1):
 def test_twenty_steps_equal_the_reference(golden, golden_model, golden_batch):
     expected = load_file(golden / "train_outputs.safetensors")
     losses, state = train(golden_model, golden_batch, "pvm", steps=20)
-    np.testing.assert_allclose(losses, expected["losses"], rtol=1e-3)
+    assert_close(np.array(losses), expected["losses"], 5e-5)
     gates = [float(gate[0]) for name, gate in named(state.params).items() if name.endswith("gate_alpha")]
-    np.testing.assert_allclose(gates, expected["gates"], rtol=1e-3)
-
-
-def gradient(model, batch, accumulation):
-    graphdef, trained, frozen = split_model(model, "all")
-    loss = make_loss(graphdef, chunk=16)
-    step = jax.jit(lambda *args: loss_and_gradient(loss, *args, accumulation=accumulation))
-    return step(nnx.as_pure(trained), nnx.as_pure(frozen), batch)
-
-
-def test_accumulated_gradients_equal_those_of_one_big_batch(model, eight_rows):
-    (whole, expected), (mean, actual) = gradient(model, eight_rows, 1), gradient(model, eight_rows, 4)
-    assert float(mean) == pytest.approx(float(whole), rel=1e-6)
-    chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-6)
+    assert_close(np.array(gates), expected["gates"], 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +94,12 @@ def unsharded(model, eight_rows):
 
 
 def test_sharded_steps_equal_unsharded(model, eight_rows, unsharded):
-    """In two parts besides."""
+    """In two parts besides, each with its own share of learned tokens."""
     expected, expected_state = unsharded
     losses, state = train(model, eight_rows, "all", steps=5, mesh=make_mesh(2, 2, 2), accumulation=2)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_close(losses, expected, 1e-5)
     moments = optax.tree.get(expected_state.opt_state, "mu"), optax.tree.get(state.opt_state, "mu")
-    chex.assert_trees_all_close(*map(jax.device_get, moments), rtol=1e-3, atol=1e-6)
+    assert_close(*moments, 5e-4)
     for tree in (state.params, optax.tree.get(state.opt_state, "mu")):  # split alike, not copied
         assert not named(tree)["language_model/layers/mlp/up_proj/weight"].sharding.is_fully_replicated
 
@@ -129,7 +113,7 @@ def test_bfloat16_run_keeps_trained_weights_and_moments_in_float32(model, eight_
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, optax.tree.get(state.opt_state, "mu")))} == {
         jnp.float32.dtype
     }
-    assert float(metrics["loss"]) == pytest.approx(unsharded[0][0], rel=1e-2)
+    assert_close(metrics["loss"], unsharded[0][0], 1e-3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model, eight_rows):

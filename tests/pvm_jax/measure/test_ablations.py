@@ -28,6 +28,7 @@ from pvm_jax.measure.pictures import blanked, exchanged, frames, partners, pictu
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model import Qwen3VL
 from pvm_jax.vision import Visual
+from tests.close import assert_close
 from tests.pvm_jax.test_model import CONFIG, randomized
 
 
@@ -60,7 +61,7 @@ def found(model):
 
 def test_branch_off_is_the_model_without_a_branch(model, found):
     base = teacher_forced(without_pvm(model), EXAMPLES, rows=2, chunk=8)
-    np.testing.assert_allclose(found[BRANCH_OFF].loss, base.loss, atol=1e-5)
+    assert_close(found[BRANCH_OFF].loss, base.loss, 1e-5)
     np.testing.assert_array_equal(found[BRANCH_OFF].correct, base.correct)
 
 
@@ -126,7 +127,7 @@ def test_another_image_is_never_the_same_one(model):
         assert (np.nanmax(np.abs(found[ablation].loss - found[AS_IT_IS].loss), axis=1) > 1e-3).all()
     for number, partner in enumerate(partners(examples)):
         pair = teacher_forced(mislead(model), [examples[partner], examples[number]], rows=2, chunk=8).loss[1]
-        np.testing.assert_allclose(found[BRANCH_MISLED].loss[number, : len(pair)], pair, atol=1e-5)
+        assert_close(found[BRANCH_MISLED].loss[number, : len(pair)], pair, 1e-5)
 
 
 def test_pictures_are_exchanged_with_a_conversation_that_shares_none():
