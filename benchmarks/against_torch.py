@@ -4,25 +4,30 @@ pip install torch==2.13.0   # in an environment of its own: torch is no dependen
 python -m benchmarks.against_torch
 """
 
+import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]
 from flax import nnx
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from benchmarks.decoding import TEXT
 from benchmarks.device import best
+from benchmarks.sizes import TEXT
 from convert.layout import layout
 from pvm_jax import Batch, ModelConfig, VisionConfig, abstract_model, generate
 from pvm_jax.checkpoint import by_path
 from train.config import OptimizerConfig
 from train.optimizer import make_optimizer, make_schedule
 from train.step import TrainState, make_loss, make_step, split_model
+
+try:
+    import torch  # pyright: ignore[reportMissingImports]
+except ImportError:
+    sys.exit("benchmarks.against_torch compares with PyTorch, which is not here: pip install torch==2.13.0")
 
 CONFIG = ModelConfig(
     text=TEXT,

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sizes import config_of
 from convert.layout import layout
 from convert.safetensors_files import Planned, write_safetensors
 from pvm_jax.checkpoint_files import write_config
@@ -42,13 +43,13 @@ class Run:
 
 def main() -> None:
     parser = command_parser("python -m benchmarks.conversion", __doc__, EXAMPLES)
-    parser.add_argument("--preset", choices=["2b", "4b", "8b", "32b"], default="8b")
+    parser.add_argument("--preset", choices=["small", "2b", "4b", "8b", "32b"], default="8b")
     parser.add_argument("--scratch", type=str, help="where to work (default: the temporary directory); cleaned up after")
     parser.add_argument("--back", action="store_true", help="also convert back")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         source, copied, orbax, back = (Path(scratch) / name for name in ("hf", "copy", "orbax", "back"))
-        write_random(source, ModelConfig.preset(args.preset, param_dtype="bfloat16").without_pvm())
+        write_random(source, config_of(args.preset).without_pvm())
         size = sum(file.stat().st_size for file in source.iterdir())
         idle = measure([sys.executable, "-c", "import convert.hf_to_orbax, convert.orbax_to_hf"], source)
         command = [sys.executable, "-m"]

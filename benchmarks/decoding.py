@@ -22,30 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.device import random_model
-from pvm_jax import ModelConfig, Qwen3VL, TextConfig, VisionConfig, abstract_model, without_pvm
+from benchmarks.sizes import config_of
+from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
 from pvm_jax.cache import Cache, Prompts, Samples
 from train.flops import count_flops
-
-TEXT = TextConfig(
-    vocab_size=32000,
-    hidden_size=640,
-    intermediate_size=1920,
-    num_hidden_layers=12,
-    num_attention_heads=10,
-    num_key_value_heads=5,
-    head_dim=64,
-    mrope_section=(12, 10, 10),
-)
-"""A decoder for the CPU: 79 M parameters with its embeddings."""
-
-SMALL = ModelConfig(
-    text=TEXT,
-    vision=VisionConfig(
-        hidden_size=64, intermediate_size=64, depth=1, num_heads=1, out_hidden_size=640, deepstack_visual_indexes=(0,)
-    ),
-    tie_word_embeddings=True,
-).with_pvm((6,), 128)
-"""A model for the CPU, in float32; what decodes of it is that of benchmarks.against_torch, with a branch."""
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.
 PEAK_BANDWIDTH = {
@@ -97,7 +77,7 @@ def main(
         count_only: run nothing.
     """
     device = jax.devices()[0]
-    config = SMALL if size == "small" else ModelConfig.preset(size, dtype="bfloat16", param_dtype="bfloat16")
+    config = config_of(size)
     model = abstract_model(config) if count_only else random_model(config)
     bandwidth = next((rate for kind, rate in PEAK_BANDWIDTH.items() if device.device_kind.startswith(kind)), None)
     where = "counted" if count_only else device.device_kind

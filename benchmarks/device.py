@@ -17,6 +17,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sizes import config_of
 from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, abstract_model
 from train.config import OptimizerConfig
 from train.flops import count_flops, peak_flops
@@ -24,20 +25,20 @@ from train.optimizer import make_optimizer, make_schedule
 from train.step import TrainState, make_loss, make_step, split_model
 
 
-def main(preset: str, rows: int = 2, text: int = 3072, side: int = 64) -> None:
+def main(size: str, rows: int = 2, text: int = 3072, side: int = 64) -> None:
     """Prints a table for one device.
 
     Args:
-        preset: model size: 2b, 4b, 8b, 32b.
+        size: of the model: 2b, 4b, 8b, 32b; or "small" (float32).
         rows: rows of the SFT step.
         text: text tokens of a row.
         side: rows and columns of patches of its image.
     """
     device, console = jax.devices()[0], Console(width=120)
-    model = random_model(ModelConfig.preset(preset, dtype="bfloat16", param_dtype="bfloat16"))
+    model = random_model(config_of(size))
     peak = peak_flops(device.device_kind)
     seconds, flops = sft_step(model, batch_of(model.config, rows, text, side))
-    step = Table(title=f"{preset} SFT step (pvm), {rows} rows of {text + side * side // 4 + 2:,} tokens, {device.device_kind}")
+    step = Table(title=f"{size} SFT step (pvm), {rows} rows of {text + side * side // 4 + 2:,} tokens, {device.device_kind}")
     for column in ("seconds", "TFLOP", "TFLOP/s", "MFU"):
         step.add_column(column)
     rate = flops / seconds

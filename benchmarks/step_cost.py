@@ -6,6 +6,7 @@ The published shapes are traced abstractly: no parameter is allocated.
     python -m benchmarks.step_cost --sizes '[2b, 32b]' --tokens 2048 --patches 4096
 """
 
+from dataclasses import replace
 from typing import NamedTuple, get_args
 
 import jax
@@ -14,7 +15,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from pvm_jax import Batch, ModelConfig, abstract_model
+from pvm_jax import Batch, LoRAConfig, ModelConfig, abstract_model
 from train.config import OptimizerConfig, Trainable
 from train.flops import count_flops
 from train.optimizer import make_optimizer
@@ -61,7 +62,8 @@ def main(sizes: tuple[str, ...] = ("4b", "8b"), tokens: int = 8192, patches: int
 
 
 def step_cost(config: ModelConfig, trainable: Trainable, tokens: int, patches: int) -> Cost:
-    """Cost of one row of this size, trained parameters in float32."""
+    """Cost of one row of this size, trained parameters in float32; LoRA with its default rank and targets."""
+    config = replace(config, lora=LoRAConfig() if trainable == "lora" else None)
     graphdef, trained, frozen = split_model(abstract_model(config), trainable)
     params = jax.eval_shape(lambda params: cast(params, "float32"), nnx.as_pure(trained))
     inputs = params, nnx.as_pure(frozen), Batch.empty(config, rows=1, length=tokens, patches=patches)

@@ -1,10 +1,11 @@
-"""Runs the commands in docs/*.md: `make docs-check`, or `python -m tests.check_docs docs/data.md`.
+"""Runs the commands in docs/*.md and every benchmark: `make docs-check`, or `python -m tests.check_docs docs/data.md`.
 
 A fence that begins with ```sh is run, with bash, from the root of the repository; in ```console, ```text and others nothing is.
 The fences of a file run in their order in one place: a folder with links to what the repository holds, where everything that
 they write stays apart from it and is removed. They have no network (Hugging Face is offline) and no accelerator.
 """
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,11 +16,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
+SMALLEST = {
+    "against_torch": "--rows 1 --text 16 --side 4 --new_tokens 4 --repeats 1",
+    "checkpoints": "--sizes [1] --saves 1 --step_seconds 0.05",
+    "conversion": "--preset small --back",
+    "decoding": "--visual_tokens [16] --batches [1] --text_tokens 16 --steps 2 --repeats 1",
+    "device": "small --rows 1 --text 64 --side 8",
+    "input_pipeline": "--count 24 --threads 2",
+    "packing": "--count 24",
+    "step_cost": "--sizes [2b] --tokens 64 --patches 64",
+}
+"""Arguments with which each benchmark is done in seconds (benchmarks/mixed_images.py and sizes.py are what they share)."""
+
 _FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def main(files: Sequence[str]) -> None:
-    """Checks `files` (none: all of docs/); ends with an error that names file and line of the first fence that fails."""
+    """Checks `files` (none: all of docs/, and the benchmarks); ends with an error that names what failed first."""
     for file in map(Path, files or sorted((ROOT / "docs").glob("*.md"))):
         with TemporaryDirectory() as place:
             for entry in ROOT.iterdir():
@@ -31,6 +44,16 @@ def main(files: Sequence[str]) -> None:
                 if done.returncode:
                     sys.exit(f"{file}:{line}: exit status {done.returncode}\n{commands}\n{done.stdout}")
                 print(f"{file}:{line}: {time.perf_counter() - start:.0f} s", flush=True)
+
+    for name, arguments in {} if files else SMALLEST.items():
+        if name == "against_torch" and importlib.util.find_spec("torch") is None:
+            print("benchmarks.against_torch: not run, PyTorch is not installed")
+            continue
+        start, command = time.perf_counter(), f"python -m benchmarks.{name} {arguments}"
+        done = run(command, ROOT)
+        if done.returncode or "┃" not in done.stdout:
+            sys.exit(f"{command}: exit status {done.returncode}, no table\n{done.stdout}")
+        print(f"{command}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def fences(text: str) -> Iterator[tuple[int, str]]:

@@ -1,5 +1,6 @@
 """Every test runs on eight simulated CPU devices, in float32 at full precision."""
 
+import gc
 import os
 
 from tests.xla_flags import xla_flags
@@ -17,6 +18,8 @@ from convert.hf_to_orbax import convert
 from pvm_jax import Qwen3VL, load
 
 GOLDEN = Path(__file__).parent / "golden"
+
+gc.set_threshold(50_000, 20, 100)  # programs are many objects that stay: a tenth of the time went into counting them
 
 
 @pytest.fixture(params=["shape_8b", "shape_4b"])

@@ -1,19 +1,24 @@
-"""The training commands that the documentation shows are ones that a run takes."""
+"""The commands that the documentation shows are ones that there are, with arguments that they take."""
 
+import importlib.util
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from jax.sharding import AbstractMesh
+from jsonargparse import ArgumentParser
 
+from tests.check_docs import SMALLEST
 from train.config import SFTConfig, parse
 from train.grpo_config import GRPOConfig
 from train.program import rows_per_shard
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"python -m train\.(sft|grpo) +(--(?:\\\n|[^`\n])*)")
+COMMAND = re.compile(r"python -m ([a-z_]+(?:\.[a-z_]+)*)((?:\\\n|[^`\n])*)")
 END = re.compile(r"\s(?:#|>|&)")
 """What follows is the shell's."""
 
@@ -21,22 +26,60 @@ PLACEHOLDERS = {"...", "$@"}
 
 
 def shown():
-    """(entry, arguments) of every command in the documentation."""
+    """(module, arguments) of every command in the documentation."""
     for file in FILES:
         text = file.read_text()
         for match in COMMAND.finditer(text):
-            entry, rest = match.groups()
-            words = shlex.split(END.split(rest.replace("\\\n", " "))[0])
+            module, rest = match.groups()
+            words = shlex.split(END.split(rest.replace("\\\n", " "))[0], comments=True)
             place = f"{file.name}:{text.count(chr(10), 0, match.start()) + 1}"
-            yield pytest.param(entry, [word for word in words if word not in PLACEHOLDERS], id=place)
+            yield pytest.param(module, [word for word in words if word not in PLACEHOLDERS], id=place)
 
 
-@pytest.mark.parametrize(("entry", "arguments"), list(shown()))
-def test_a_command_is_one_that_a_run_takes(entry, arguments, monkeypatch):
+class Parsed(BaseException):
+    """Raised where a command has read its arguments, before it does what they say."""
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(("module", "arguments"), list(shown()))
+def test_a_command_is_there_and_takes_its_arguments(module, arguments, monkeypatch):
+    """One that is only named in a sentence is just there."""
+    if module.split(".")[0] in ("lmms_eval", "venv"):
+        pytest.skip("not ours")
+    assert importlib.util.find_spec(module) is not None
+    if not arguments:
+        return
+    parse_args = ArgumentParser.parse_args
+
+    def stop(*args, **options):
+        parse_args(*args, **options)
+        raise Parsed
+
     monkeypatch.chdir(ROOT)
-    cls = {"sft": SFTConfig, "grpo": GRPOConfig}[entry]
-    config, _ = parse(cls, arguments, prog=entry, description="", examples="", flags={"--dry-run": ""})
+    monkeypatch.setattr(ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    with pytest.raises(Parsed):
+        runpy.run_module(module, run_name="__main__")
+
+
+def runs():
+    for param in shown():
+        module, arguments = param.values
+        if module in ("train.sft", "train.grpo") and arguments:
+            yield pytest.param(module, arguments, id=param.id)
+
+
+@pytest.mark.parametrize(("module", "arguments"), list(runs()))
+def test_the_rows_of_a_run_divide_over_its_mesh(module, arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cls = {"train.sft": SFTConfig, "train.grpo": GRPOConfig}[module]
+    config, _ = parse(cls, arguments, prog=module, description="", examples="", flags={"--dry-run": ""})
     sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if -1 not in sizes:
         rows = config.batch_size if isinstance(config, SFTConfig) else config.rows
         rows_per_shard(rows, config.accumulation, AbstractMesh(sizes, ("data", "fsdp", "tensor")))
+
+
+def test_every_benchmark_is_run_by_docs_check():
+    files = (ROOT / "benchmarks").glob("*.py")
+    assert {file.stem for file in files if "__main__" in file.read_text()} == SMALLEST.keys()

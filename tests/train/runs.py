@@ -22,7 +22,7 @@ from tests.xla_flags import DEVICES
 from train.events import read_values
 
 ROOT = Path(__file__).parents[2]
-LONG, STEPS = "--epochs=10", 40  # of 32 examples in batches of 8
+LONG, STEPS = "--epochs=6", 24  # of 32 examples in batches of 8
 
 
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
