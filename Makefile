@@ -51,8 +51,9 @@ base: $(READY)  ## train the tiny checkpoint that the demo starts from, about an
 test: $(READY)  ## the tests, on the CPU
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(TEST_OPTIONS)
 
-newest:  ## the tests with the newest packages of today, on the newest Python that is here
-	$(MAKE) PYTHON=$(lastword $(PYTHONS)) PACKAGES=newest test
+NEWEST := $(addprefix tests/,pvm_jax/test_golden.py pvm_jax/test_generation.py train/test_step.py convert demo test_docs.py)
+newest:  ## goldens, training steps, generation and conversion with the newest packages of today, on the newest Python
+	$(MAKE) PYTHON=$(lastword $(PYTHONS)) PACKAGES=newest TEST_OPTIONS='$(NEWEST)' test
 
 isa: $(READY)  ## the numeric tests with SSE4.2, AVX2 and AVX-512, errors beside their bars
 	$(BIN)/python -m tests.isa

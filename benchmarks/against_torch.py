@@ -7,6 +7,11 @@ python -m benchmarks.against_torch
 import sys
 from collections.abc import Callable
 
+try:
+    import torch  # pyright: ignore[reportMissingImports]
+except ImportError:
+    sys.exit("benchmarks.against_torch needs PyTorch: pip install torch==2.13.0")
+
 import jax
 import numpy as np
 from flax import nnx
@@ -23,11 +28,6 @@ from pvm_jax.checkpoint import by_path
 from train.config import OptimizerConfig
 from train.optimizer import make_optimizer, make_schedule
 from train.step import TrainState, make_loss, make_step, split_model
-
-try:
-    import torch  # pyright: ignore[reportMissingImports]
-except ImportError:
-    sys.exit("benchmarks.against_torch compares with PyTorch, which is not here: pip install torch==2.13.0")
 
 CONFIG = ModelConfig(
     text=TEXT,

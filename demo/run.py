@@ -41,7 +41,7 @@ def main(out: Path = Path("out/demo")) -> None:
 
 def probe() -> float:
     """Seconds that this machine takes for a little of what the demo does: to compile a layer, and to train it."""
-    x, w = jnp.ones((2048, 128)), {"up": jnp.full((8, 128, 512), 0.01), "down": jnp.full((8, 512, 128), 0.01)}
+    x, w = jnp.ones((2048, 128)), {"up": jnp.full((4, 128, 512), 0.01), "down": jnp.full((4, 512, 128), 0.01)}
 
     def loss(w: dict[str, jax.Array]) -> jax.Array:
         layer = lambda x, w: (x + jax.nn.gelu(x @ w["up"]) @ w["down"], None)  # noqa: E731

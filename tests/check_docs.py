@@ -1,4 +1,6 @@
-"""Runs the commands in docs/*.md and every benchmark: `make docs-check`, or `python -m tests.check_docs docs/data.md`.
+"""Runs the commands in docs/*.md, then every benchmark: `make docs-check`.
+
+Of one file alone: `python -m tests.check_docs docs/data.md`.
 
 A fence that begins with ```sh is run, with bash, from the root of the repository; in ```console, ```text and others nothing is.
 The fences of a file run in their order in one place: a folder with links to what the repository holds, where everything that
@@ -23,36 +25,51 @@ SMALLEST = {
     "decoding": "--visual_tokens [16] --batches [1] --text_tokens 16 --steps 2 --repeats 1",
     "device": "small --rows 1 --text 64 --side 8",
     "input_pipeline": "--count 24 --threads 2",
-    "packing": "--count 24",
+    "packing": "--count 24 --batch_size 1",
     "step_cost": "--sizes [2b] --tokens 64 --patches 64",
 }
-"""Arguments with which each benchmark is done in seconds (benchmarks/mixed_images.py and sizes.py are what they share)."""
+"""Arguments with which each benchmark takes least; tests/test_docs.py sees that none is missing.
+
+What they share, benchmarks/mixed_images.py and benchmarks/sizes.py, is no command.
+"""
 
 _FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def main(files: Sequence[str]) -> None:
-    """Checks `files` (none: all of docs/, and the benchmarks); ends with an error that names what failed first."""
+    """Checks `files` (none: all of docs/, then the benchmarks); names what fails first, and ends."""
     for file in map(Path, files or sorted((ROOT / "docs").glob("*.md"))):
-        with TemporaryDirectory() as place:
-            for entry in ROOT.iterdir():
-                if entry.name not in ("out", ".git"):
-                    (Path(place) / entry.name).symlink_to(entry)
-            for line, commands in fences(file.read_text()):
-                start = time.perf_counter()
-                done = run(commands, Path(place))
-                if done.returncode:
-                    sys.exit(f"{file}:{line}: exit status {done.returncode}\n{commands}\n{done.stdout}")
-                print(f"{file}:{line}: {time.perf_counter() - start:.0f} s", flush=True)
+        check_file(file)
+    if not files:
+        check_benchmarks()
 
-    for name, arguments in {} if files else SMALLEST.items():
+
+def check_file(file: Path) -> None:
+    with TemporaryDirectory() as place:
+        for entry in ROOT.iterdir():
+            if entry.name not in ("out", ".git"):
+                (Path(place) / entry.name).symlink_to(entry)
+        for line, commands in fences(file.read_text()):
+            start = time.perf_counter()
+            done = run(commands, Path(place))
+            if done.returncode:
+                sys.exit(f"{file}:{line}: exit status {done.returncode}\n{commands}\n{done.stdout}")
+            print(f"{file}:{line}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def check_benchmarks() -> None:
+    """Each must end well and print a table."""
+    for name, arguments in SMALLEST.items():
         if name == "against_torch" and importlib.util.find_spec("torch") is None:
-            print("benchmarks.against_torch: not run, PyTorch is not installed")
+            print("benchmarks.against_torch: not run, PyTorch is not installed", flush=True)
             continue
-        start, command = time.perf_counter(), f"python -m benchmarks.{name} {arguments}"
+        command = f"python -m benchmarks.{name} {arguments}"
+        start = time.perf_counter()
         done = run(command, ROOT)
-        if done.returncode or "┃" not in done.stdout:
-            sys.exit(f"{command}: exit status {done.returncode}, no table\n{done.stdout}")
+        if done.returncode:
+            sys.exit(f"{command}: exit status {done.returncode}\n{done.stdout}")
+        if "┃" not in done.stdout:
+            sys.exit(f"{command}: no table\n{done.stdout}")
         print(f"{command}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -36,12 +36,18 @@ def shown():
             yield pytest.param(module, [word for word in words if word not in PLACEHOLDERS], id=place)
 
 
+def smallest():
+    """(module, arguments) of every benchmark, as docs-check runs it."""
+    for name, arguments in SMALLEST.items():
+        yield pytest.param(f"benchmarks.{name}", shlex.split(arguments), id=f"smallest {name}")
+
+
 class Parsed(BaseException):
     """Raised where a command has read its arguments, before it does what they say."""
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize(("module", "arguments"), list(shown()))
+@pytest.mark.parametrize(("module", "arguments"), [*shown(), *smallest()])
 def test_a_command_is_there_and_takes_its_arguments(module, arguments, monkeypatch):
     """One that is only named in a sentence is just there."""
     if module.split(".")[0] in ("lmms_eval", "venv"):
@@ -49,6 +55,8 @@ def test_a_command_is_there_and_takes_its_arguments(module, arguments, monkeypat
     assert importlib.util.find_spec(module) is not None
     if not arguments:
         return
+    if module == "benchmarks.against_torch" and importlib.util.find_spec("torch") is None:
+        pytest.skip("needs PyTorch")
     parse_args = ArgumentParser.parse_args
 
     def stop(*args, **options):

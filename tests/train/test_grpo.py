@@ -177,6 +177,6 @@ def test_processes_meshes_and_parts_change_nothing_but_the_last_bits(workplace, 
         assert values[name] == alone[name][:2], name
     for name, scale in (("train/loss", 1), ("train/grad_norm", None), ("policy/entropy", None), ("policy/kl", None)):
         both = (np.array([value for _, value in log[name]])[:2] for log in (values, alone))
-        assert_close(*both, 1e-4, scale=scale, what=name)  # a loss sums terms of the size of 1 that cancel each other
+        assert_close(*both, 3e-4, scale=scale, what=name)  # a loss sums terms of the size of 1 that cancel each other
     texts = [[text for _, text in log["rollout/sample/text_summary"]] for log in (values, alone)]
     assert texts[0] == texts[1][: len(texts[0])]
