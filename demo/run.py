@@ -19,7 +19,7 @@ BASE = "demo/base"
 BRANCH = ("--pvm-layers", "1", "2", "--pvm-hidden-size", "128")
 
 DEMO_OVER_PROBE = 250.0
-"""How many times longer than `probe` the whole demo takes, measured on two cores."""
+"""How many times longer than `probe` the whole demo takes, roughly: not yet measured on a quiet machine."""
 
 # What a command makes (the command is skipped where that exists), and the command itself: arguments of `python -m`.
 Step = tuple[Path, Sequence[object]]

@@ -88,13 +88,26 @@ def test_twenty_steps_equal_the_reference(golden, golden_model, golden_batch):
     assert_close(np.array(gates), expected["gates"], 1e-5)
 
 
+def gradient(model, batch, accumulation):
+    graphdef, trained, frozen = split_model(model, "all")
+    loss = make_loss(graphdef, chunk=16)
+    step = jax.jit(lambda *args: loss_and_gradient(loss, *args, accumulation=accumulation))
+    return step(nnx.as_pure(trained), nnx.as_pure(frozen), batch)
+
+
+def test_accumulated_gradients_equal_those_of_one_big_batch(model, eight_rows):
+    (whole, expected), (mean, actual) = gradient(model, eight_rows, 1), gradient(model, eight_rows, 4)
+    assert_close(mean, whole, 1e-6)
+    assert_close(actual, expected, 1e-5)
+
+
 @pytest.fixture(scope="module")
 def unsharded(model, eight_rows):
     return train(model, eight_rows, "all", steps=5)
 
 
 def test_sharded_steps_equal_unsharded(model, eight_rows, unsharded):
-    """In two parts besides, each with its own share of learned tokens."""
+    """In two parts besides."""
     expected, expected_state = unsharded
     losses, state = train(model, eight_rows, "all", steps=5, mesh=make_mesh(2, 2, 2), accumulation=2)
     assert_close(losses, expected, 1e-5)
