@@ -5,6 +5,7 @@
         --checkpoint checkpoints/8b
 """
 
+import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +50,8 @@ def main(data: DataConfig | None = None, checkpoint: str | None = None, count: i
         name = ", ".join(f"{bucket.tokens} + {bucket.patches}" for bucket in buckets)
         single, order = padding_of_single_examples(sizes, buckets), np.arange(len(sizes), dtype=np.int32)
         plan = make_plan(sizes, [order], buckets, batch_size=batch_size, packing=True, seed=0)
+        if not len(plan):
+            sys.exit(f"error: {len(sizes)} conversations fill no batch of {batch_size} rows of {name}")
         packed, rows = padding(plan, sizes, buckets), len(plan) * batch_size
         held = int((sizes <= [largest[0].tokens, largest[0].patches]).all(1).sum())
         table.add_row(name, "one example a row", f"{held}", "1.0", f"{single.tokens:.1%}", f"{single.patches:.1%}", "")

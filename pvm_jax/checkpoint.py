@@ -6,7 +6,7 @@ A checkpoint is a directory: `config.json` and the tokenizer's and processor's f
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -237,7 +237,8 @@ def backbone_identity(params: Any) -> str:
     Args:
         params: the parameter tree (`nnx.state(model)`, pure or not, or nested dicts).
     """
-    return identity({path: leaf for path, leaf in by_path(params).items() if part_of(path) == "backbone"}, _checksum)
+    backbone = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "backbone"}
+    return identity(backbone, _checksums(backbone))
 
 
 def branch_identity(params: Any) -> str | None:
@@ -245,17 +246,21 @@ def branch_identity(params: Any) -> str | None:
     branch = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "branch"}
     if not any(jnp.any(leaf != 0) for path, leaf in branch.items() if path.endswith("/gate_alpha")):
         return None
-    return identity(branch, _checksum)
+    return identity(branch, _checksums(branch))
 
 
-def identity(arrays: Mapping[str, Any], checksum: Callable[[Any], Any]) -> str:
-    """The name of arrays of these paths, shapes and checksums: `checksum_part` of each, from index 0."""
-    # One tensor after the other: on CPUs a sum needs its terms in memory.
-    lines = [f"{path} {tuple(array.shape)} {int(checksum(array)):08x}" for path, array in sorted(arrays.items())]
+def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
+    """The name of arrays of these paths and shapes; `checksums` has the `checksum_part` of each, from index 0."""
+    lines = [f"{path} {tuple(array.shape)} {int(checksums[path]):08x}" for path, array in sorted(arrays.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One program sums one tensor after the other: on CPUs, where a sum needs its terms in memory, it takes the largest's."""
+    return {path: _checksum(array) for path, array in arrays.items()}
+
+
 def _checksum(x: jax.Array) -> jax.Array:
     """`checksum_part` of the whole of x."""
     if x.ndim < 3:

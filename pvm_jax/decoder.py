@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import ModelConfig, TextConfig
-from pvm_jax.layers import Embedding, Linear, RMSNorm, SwiGLU, merge_heads, remat, split_heads, stack
+from pvm_jax.layers import Embedding, Linear, RMSNorm, Rngs, SwiGLU, merge_heads, remat, split_heads, stack
 from pvm_jax.rope import mrope_angles, rotate
 from pvm_jax.sharding import constrain
 
@@ -53,7 +53,7 @@ class Decoded(NamedTuple):
 class Attention(nnx.Module):
     """Causal grouped-query attention with an RMSNorm on each q and k head (`Qwen3VLTextAttention`)."""
 
-    def __init__(self, c: TextConfig, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, c: TextConfig, *, dtype: str, rngs: Rngs):
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, q_width, ("heads", "embed"), dtype=dtype, rngs=rngs)
         self.k_proj = Linear(c.hidden_size, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, c: TextConfig, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, c: TextConfig, *, dtype: str, rngs: Rngs):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
@@ -102,7 +102,7 @@ def _runs(config: ModelConfig, taps: int, *, alone: bool) -> list[_Run]:
 class Decoder(nnx.Module):
     """`Qwen3VLTextModel`."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.text, config.param_dtype
         self.config = config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), dtype=dtype, rngs=rngs)

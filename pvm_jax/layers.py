@@ -1,29 +1,33 @@
 """The small parts. Parameters keep Hugging Face's names and layout ([out, in]): conversion transposes nothing."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
+Rngs = nnx.Rngs | None
+"""What fresh parameters are drawn from; without any they are jax.ShapeDtypeStructs, and nothing is traced or allocated."""
 
 normal = jax.nn.initializers.normal(0.02)
 zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
 
 
-def parameter(
-    rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str
-) -> nnx.Param[jax.Array]:
+def parameter(rngs: Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str) -> nnx.Param[jax.Array]:
     """A fresh parameter; `axes` are the logical names that sharding.py's table knows."""
-    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+    fresh: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    return nnx.Param(fresh if rngs is None else init(rngs.params(), shape, fresh.dtype), axes=axes)
 
 
-def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
+def stack(make: Callable[[Rngs], Module], count: int, rngs: Rngs) -> Module:
     """`count` alike modules as one: every parameter gets a leading axis [count, ...], to be sliced or scanned."""
-    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+    if rngs is not None:
+        return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+    graphdef, params = nnx.split(make(None))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), nnx.as_pure(params)))
 
 
 class Linear(nnx.Module):
@@ -37,7 +41,7 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         dtype: str,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.weight = parameter(rngs, normal, (out_features, in_features), axes, dtype)
         self.bias = parameter(rngs, zeros, (out_features,), axes[:1], dtype) if bias else None
@@ -52,7 +56,7 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A table [entries, features]; read in `dtype` by `__call__`."""
 
-    def __init__(self, entries: int, features: int, axes: tuple[str, str], *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, entries: int, features: int, axes: tuple[str, str], *, dtype: str, rngs: Rngs):
         self.weight = parameter(rngs, normal, (entries, features), axes, dtype)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -66,7 +70,7 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, features: int, eps: float, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, features: int, eps: float, *, dtype: str, rngs: Rngs):
         self.weight = parameter(rngs, ones, (features,), ("norm",), dtype)
         self.eps = eps
 
@@ -77,7 +81,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Computed in float32, returned in x's dtype."""
 
-    def __init__(self, features: int, eps: float, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, features: int, eps: float, *, dtype: str, rngs: Rngs):
         self.weight = parameter(rngs, ones, (features,), ("norm",), dtype)
         self.bias = parameter(rngs, zeros, (features,), ("norm",), dtype)
         self.eps = eps
@@ -92,7 +96,7 @@ class LayerNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), no biases (`Qwen3VLTextMLP`)."""
 
-    def __init__(self, features: int, intermediate: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, features: int, intermediate: int, *, dtype: str, rngs: Rngs):
         self.gate_proj = Linear(features, intermediate, ("mlp", "embed"), dtype=dtype, rngs=rngs)
         self.up_proj = Linear(features, intermediate, ("mlp", "embed"), dtype=dtype, rngs=rngs)
         self.down_proj = Linear(intermediate, features, ("embed", "mlp"), dtype=dtype, rngs=rngs)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.layers import Linear, parameter, zeros
+from pvm_jax.layers import Linear, Rngs, parameter, zeros
 
 ADAPTER = "lora"
 _NAMES_SHOWN = 8
@@ -23,7 +23,7 @@ class LowRank(nnx.Module):
     1 / sqrt(in), B zero. They are float32, whatever the Linear is: small, and what trains.
     """
 
-    def __init__(self, linear: Linear, config: LoRAConfig, *, rngs: nnx.Rngs):
+    def __init__(self, linear: Linear, config: LoRAConfig, *, rngs: Rngs):
         *stack, out_features, in_features = linear.weight.shape
         out_axis, in_axis = linear.weight.get_metadata("axes")
         bound = 1 / math.sqrt(in_features)
@@ -41,7 +41,7 @@ def _uniform(bound: float) -> Any:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def adapt(model: nnx.Module, config: LoRAConfig, *, rngs: nnx.Rngs) -> None:
+def adapt(model: nnx.Module, config: LoRAConfig, *, rngs: Rngs) -> None:
     """Gives a fresh adapter to every Linear of `model` that `config.targets` names; the model computes what it did.
 
     Raises:

@@ -11,6 +11,7 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.layers import (
     Linear,
     RMSNorm,
+    Rngs,
     SwiGLU,
     merge_heads,
     parameter,
@@ -32,7 +33,7 @@ class Memory(NamedTuple):
 class CrossAttention(nnx.Module):
     """Grouped-query attention from the text stream to the visual tokens: no positions, no causal order."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.text, config.param_dtype
         width, q_width = c.pvm_hidden_size, c.pvm_num_heads * c.head_dim
         kv_width = c.pvm_num_key_value_heads * c.head_dim
@@ -75,7 +76,7 @@ class PersistentVisualMemory(nnx.Module):
     gate's gradient is not.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.text, config.param_dtype
         width = c.pvm_hidden_size
         self.text_reducer = Linear(c.hidden_size, width, ("hidden", "embed"), dtype=dtype, rngs=rngs)

@@ -14,7 +14,7 @@ from pvm_jax.batch import Batch
 from pvm_jax.cache import Cache, Prompts, Samples, Written
 from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.decoder import Attend, Decoded, Decoder, Inner
-from pvm_jax.layers import Linear
+from pvm_jax.layers import Linear, Rngs
 from pvm_jax.lora import adapt, is_adapter
 from pvm_jax.memory import Memory, PersistentVisualMemory
 from pvm_jax.sharding import constrain, param_shardings
@@ -108,7 +108,7 @@ class Qwen3VL(nnx.Module):
     `config.lora`) under `lora` beside the weight that it adapts.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c = config.text
         self.config = config
         self.visual = VisionTower(config, rngs=rngs)
@@ -347,7 +347,7 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arra
 
 def abstract_model(config: ModelConfig) -> Qwen3VL:
     """The model with jax.ShapeDtypeStructs for parameters: shapes, dtypes and logical axes, nothing allocated."""
-    return nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+    return Qwen3VL(config, rngs=None)
 
 
 def without_pvm(model: Qwen3VL) -> Qwen3VL:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from pvm_jax.attention import attention
 from pvm_jax.config import ModelConfig, VisionConfig
-from pvm_jax.layers import Embedding, LayerNorm, Linear, merge_heads, remat, split_heads, stack
+from pvm_jax.layers import Embedding, LayerNorm, Linear, Rngs, merge_heads, remat, split_heads, stack
 from pvm_jax.rope import rotate, vision_angles
 from pvm_jax.sharding import constrain
 
@@ -24,7 +24,7 @@ class Visual(NamedTuple):
 
 
 class VisionMLP(nnx.Module):
-    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         self.linear_fc1 = Linear(c.hidden_size, c.intermediate_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
         self.linear_fc2 = Linear(c.intermediate_size, c.hidden_size, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
 
@@ -35,7 +35,7 @@ class VisionMLP(nnx.Module):
 class VisionAttention(nnx.Module):
     """Full attention within one frame: `segment_ids` [B, P] number the frames of a row."""
 
-    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         # The fused projection's rows are q, k and v in turn, so splitting them over devices would not split heads.
         self.qkv = Linear(c.hidden_size, 3 * c.hidden_size, ("hidden", "embed"), bias=True, dtype=dtype, rngs=rngs)
         self.proj = Linear(c.hidden_size, c.hidden_size, ("embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
@@ -57,7 +57,7 @@ class VisionAttention(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         self.norm1 = LayerNorm(c.hidden_size, _EPS, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(c.hidden_size, _EPS, dtype=dtype, rngs=rngs)
         self.attn = VisionAttention(c, dtype=dtype, rngs=rngs)
@@ -75,7 +75,7 @@ class PatchMerger(nnx.Module):
     The tower's own merger norms each patch, the DeepStack mergers norm after the concatenation.
     """
 
-    def __init__(self, c: VisionConfig, *, norm_after_concat: bool, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, c: VisionConfig, *, norm_after_concat: bool, dtype: str, rngs: Rngs):
         self.merged_size = c.hidden_size * c.merge_factor
         self.norm_after_concat = norm_after_concat
         features = self.merged_size if norm_after_concat else c.hidden_size
@@ -92,14 +92,14 @@ class PatchMerger(nnx.Module):
 class PatchEmbed(nnx.Module):
     """The published Conv3d has kernel = stride = one patch: a matrix product on flattened patches."""
 
-    def __init__(self, c: VisionConfig, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         self.proj = Linear(c.patch_dim, c.hidden_size, ("embed", "hidden"), bias=True, dtype=dtype, rngs=rngs)
 
 
 class VisionTower(nnx.Module):
     """`Qwen3VLVisionModel`, batch-major: rows of patches, padded, each patch knowing its place and its frame."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.vision, config.param_dtype
         self.config = config
         self.patch_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)

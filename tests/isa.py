@@ -30,7 +30,7 @@ def main(tests: list[str]) -> None:
             record = Path(folder) / "record"
             flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa={isa}"
             environment = os.environ | {"XLA_FLAGS": flags, "NPROC": threads, RECORD: str(record)}
-            command = [sys.executable, "-m", "pytest", "--numprocesses", "2", "--dist", "loadscope", "--durations=0", *tests]
+            command = [sys.executable, "-m", "pytest", "--numprocesses", "2", "--dist", "loadscope", *tests]
             failed |= subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0
             for line in map(json.loads, record.read_text().splitlines()):
                 seen = errors[line["place"]]

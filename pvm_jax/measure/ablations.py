@@ -89,8 +89,7 @@ class Misled(Qwen3VL):
 
 def mislead(model: Qwen3VL) -> Qwen3VL:
     """`model` as a Misled: if the branch recalls the image, it answers worse."""
-    abstract = nnx.eval_shape(lambda: Misled(model.config, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(abstract), nnx.state(model))
+    return nnx.merge(nnx.graphdef(Misled(model.config, rngs=None)), nnx.state(model))
 
 
 def _misled(model: Qwen3VL, examples: Sequence[Example], rows: int, chunk: int) -> TeacherForced:

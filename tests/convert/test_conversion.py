@@ -1,8 +1,8 @@
 """Hugging Face -> Orbax -> Hugging Face: equal bytes, and errors that name what is wrong."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -253,9 +253,11 @@ class TestTied:
 
 class TestCommand:
     @pytest.mark.parametrize("module", ["convert.hf_to_orbax", "convert.orbax_to_hf"])
-    def test_help_has_examples(self, module):
-        shown = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True).stdout
-        assert f"\n  python -m {module} " in shown
+    def test_help_has_examples(self, module, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            runpy.run_module(module, run_name="__main__")
+        assert f"\n  python -m {module} " in capsys.readouterr().out
 
     @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
     def test_arguments(self, plain, tmp_path, capsys, monkeypatch):

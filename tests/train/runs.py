@@ -27,10 +27,10 @@ LONG, STEPS = "--epochs=6", 24  # of 32 examples in batches of 8
 
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
     """Writes base/ (a tiny checkpoint, its model is returned) and data.jsonl with images into `root`."""
-    config = write_assets(root / "hf").with_pvm((1,), 64)
-    text = replace(config.text, num_hidden_layers=2)
+    config = write_assets(root / "hf").with_pvm((0,), 64)
+    text = replace(config.text, num_hidden_layers=1)
     vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0))
+    model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0)))()
     save(root / "base", model, assets=root / "hf")
     rng = np.random.default_rng(0)
     with open(root / "data.jsonl", "w") as file:

@@ -1,12 +1,12 @@
 """What a run survives, by doing it to real processes: signals, kills, a full disk, damaged files.
 
-`make faults` kills a run of SFT twenty times and one of GRPO ten times; the default suite the former three times.
+`make faults` kills a run of SFT twenty times and one of GRPO ten times; the default suite the former twice. SIGTERM is sent in
+test_loop.py, which compares what comes after, and to one of two processes in test_distributed.py.
 """
 
 import os
 import random
 import resource
-import signal
 import time
 from pathlib import Path
 
@@ -29,30 +29,36 @@ def root(workplace_with_a_run):
     return workplace_with_a_run
 
 
-def kill_until_it_ends(root: Path, run_dir: str, *more: str, kills: int, module: str = "train.sft") -> int:
-    """Starts a run again and again, ends it `kills` times with SIGKILL at random moments and lets it finish then.
+def kill(root: Path, run_dir: str, *more: str, kills: int, module: str = "train.sft") -> tuple[int, list[int]]:
+    """Starts a run again and again and ends it `kills` times with SIGKILL at random moments.
 
-    A third of the moments are in the start of a process, a third some steps after it goes on, a third while a checkpoint is
-    written. Checks after each that the next life goes on at the newest step that was complete. Returns after how many kills a
-    half-written checkpoint lay there, of that life or of one before it.
+    A third of the moments are while a checkpoint is written, a third some steps after it goes on, a third in the start of a
+    process. Checks after each that the next life goes on at the newest step that was complete. Returns after how many kills a
+    half-written checkpoint lay there, of that life or of one before it, and at which step each life begins, the next one too.
     """
-    rng, half_written, expected = random.Random(kills), 0, [0]
-    for kill in range(kills):
+    rng, half_written, begins = random.Random(kills), 0, [0]
+    for number in range(kills):
         (process,) = runs.start(root, run_dir, *more, module=module)
         try:
-            _await_moment(root, run_dir, process, ("writing", "stepping", "starting")[kill % 3], rng)
-            assert process.poll() is None, f"it ended before kill {kill}: {runs.output_file(root, run_dir, 0).read_text()}"
+            _await_moment(root, run_dir, process, ("writing", "stepping", "starting")[number % 3], rng)
+            assert process.poll() is None, f"it ended before kill {number}: {runs.output_file(root, run_dir, 0).read_text()}"
         finally:
             process.kill()
             process.wait()
         complete, torn = steps_on_disk(root / run_dir / "steps")
         half_written += bool(torn)
         started = read_starts(root / run_dir / "log")
-        assert started == expected[: len(started)], "a life went on from a step that was not the newest complete one"
-        expected = [*started, max(complete, default=0)]
-        print(f"kill {kill + 1}: complete steps {complete}, half-written {torn}")
+        assert started == begins[: len(started)], "a life went on from a step that was not the newest complete one"
+        begins = [*started, max(complete, default=0)]
+        print(f"kill {number + 1}: complete steps {complete}, half-written {torn}")
+    return half_written, begins
+
+
+def kill_until_it_ends(root: Path, run_dir: str, *more: str, kills: int, module: str = "train.sft") -> int:
+    """`kill`, and lets the run finish then."""
+    half_written, begins = kill(root, run_dir, *more, kills=kills, module=module)
     runs.finish(root, run_dir, runs.start(root, run_dir, *more, module=module))
-    assert read_starts(root / run_dir / "log") == expected
+    assert read_starts(root / run_dir / "log") == begins
     return half_written
 
 
@@ -93,10 +99,25 @@ def assert_equal_endings(root, run_dir, undisturbed="whole", count=runs.STEPS):
     assert not torn
 
 
-def test_a_run_killed_at_random_ends_bit_for_bit_like_an_undisturbed_one(root):
-    half_written = kill_until_it_ends(root, "killed", runs.LONG, kills=3)
+def test_a_run_that_is_killed_and_finds_a_full_disk_ends_bit_for_bit_like_an_undisturbed_one(root):
+    half_written, begins = kill(root, "troubled", runs.LONG, kills=2)
     assert half_written > 0, "no kill came while a checkpoint was written"
-    assert_equal_endings(root, "killed")
+
+    (process,) = runs.start(root, "troubled", runs.LONG)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file grows beyond, as on a full disk
+    (said,) = runs.finish(root, "troubled", [process], code=1)
+    steps = root / "troubled" / "steps"
+    assert f"{steps}: step " in said
+    assert "could not be written" in said
+    assert "File too large" in said
+    assert f"the same command then continues from step {begins[-1]}, which is whole" in said
+    complete, torn = steps_on_disk(steps)
+    assert complete[-1] == begins[-1] < runs.STEPS
+    assert torn
+
+    runs.finish(root, "troubled", runs.start(root, "troubled", runs.LONG))
+    assert read_starts(root / "troubled" / "log") == [*begins, begins[-1]]
+    assert_equal_endings(root, "troubled")
 
 
 @pytest.mark.slow
@@ -118,32 +139,6 @@ def test_kills_of_grpo(root):
     print(f"a half-written checkpoint lay there after {half_written} of 10 kills")
     assert half_written > 0
     assert_equal_endings(root, "grpo_killed", "grpo", 40)
-
-
-def test_sigterm_saves_and_exits_clean_and_a_full_disk_is_named(root):
-    """Both to one run, which ends like an undisturbed one all the same."""
-    (process,) = runs.start(root, "troubled", runs.LONG)
-    _await_moment(root, "troubled", process, "stepping", random.Random(0))
-    process.send_signal(signal.SIGTERM)
-    (said,) = runs.finish(root, "troubled", [process])
-    stopped = len(runs.losses(root, "troubled"))
-    assert f"stopped after step {stopped}; the same command continues" in said
-    assert steps_on_disk(root / "troubled" / "steps")[0][-1] == stopped < runs.STEPS
-
-    (process,) = runs.start(root, "troubled", runs.LONG)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file grows beyond, as on a full disk
-    (said,) = runs.finish(root, "troubled", [process], code=1)
-    steps = root / "troubled" / "steps"
-    assert f"{steps}: step " in said
-    assert "could not be written" in said
-    assert "File too large" in said
-    assert f"the same command then continues from step {stopped}, which is whole" in said
-    complete, torn = steps_on_disk(steps)
-    assert complete[-1] == stopped
-    assert torn
-
-    runs.finish(root, "troubled", runs.start(root, "troubled", runs.LONG))
-    assert_equal_endings(root, "troubled")
 
 
 class TestSteps:

@@ -23,8 +23,8 @@ PRODUCT = 2 * 5 * 3 * 3
 GOLDEN = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b")
 CONFIG = replace(
     GOLDEN,
-    text=replace(GOLDEN.text, num_hidden_layers=2, pvm_layers=(1,)),
-    vision=replace(GOLDEN.vision, depth=2, deepstack_visual_indexes=(0,)),
+    text=replace(GOLDEN.text, num_hidden_layers=1, pvm_layers=(0,)),
+    vision=replace(GOLDEN.vision, depth=1, deepstack_visual_indexes=(0,)),
 )
 """The smallest model with every part in it."""
 

@@ -34,7 +34,7 @@ def workplace(tmp_path_factory):
     """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
     root = tmp_path_factory.mktemp("sft")
     model = runs.write_workplace(root, examples=8 * STEPS)
-    model.pvm["1"].gate_alpha[...] = np.nan * model.pvm["1"].gate_alpha[...]
+    model.pvm["0"].gate_alpha[...] = np.nan * model.pvm["0"].gate_alpha[...]
     save(root / "broken", model, assets=root / "hf")
     with runs.programs_kept(root):
         yield root
@@ -139,8 +139,8 @@ def test_held_out_conversations_are_measured_and_answered(workplace, sft_run):
     steps, losses = zip(*values["held_out/loss"], strict=True)
     assert steps == (0, 3, 4)
     assert losses[2] < losses[0]
-    assert values["update_share/1"][0] == (0, 0.0)  # a fresh gate is shut
-    assert 0 < values["update_share/1"][2][1] < 1
+    assert values["update_share/0"][0] == (0, 0.0)  # a fresh gate is shut
+    assert 0 < values["update_share/0"][2][1] < 1
     for number in range(3):
         assert [step for step, _ in values[f"sample/{number}"]] == [0, 3, 4]
         assert "B3 ground navy" in values[f"sample/{number}/text_summary"][0][1]
@@ -169,7 +169,7 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys
     assert "held-out loss" in said
     assert "step 1: loss" in said
     assert "GiB more within a step" in said
-    line = next(line for line in said.splitlines() if " pvm/1/text_reducer/weight " in line)
+    line = next(line for line in said.splitlines() if " pvm/0/text_reducer/weight " in line)
     assert "(64, 128)" in line
     assert "- fsdp" in line
     assert "data+fsdp - -" in next(line for line in said.splitlines() if "│ patches " in line)

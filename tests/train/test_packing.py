@@ -98,11 +98,11 @@ TOKENS, PATCHES = 448, 256
 def world(tmp_path_factory):
     """The smallest model that reads the demo's tokens, its gate open, a processor, and ten short conversations of the mix."""
     folder = tmp_path_factory.mktemp("exact")
-    config = write_assets(folder / "model").with_pvm((1,), 64)
-    text = replace(config.text, num_hidden_layers=2)
+    config = write_assets(folder / "model").with_pvm((0,), 64)
+    text = replace(config.text, num_hidden_layers=1)
     vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
     model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision, remat="none"), rngs=nnx.Rngs(0)))()
-    model.pvm["1"].gate_alpha[...] = jnp.ones(1)
+    model.pvm["0"].gate_alpha[...] = jnp.ones(1)
     processor, file = Processor.from_pretrained(folder / "model"), write_mix(folder / "data", 24, seed=3)
     sizes = measure(open_conversations(file), processor.count, threads=1)
     short = np.flatnonzero((sizes <= (TOKENS, PATCHES)).all(1))[:10]
