@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.sizes import config_of
 from convert.layout import layout
 from convert.safetensors_files import Planned, write_safetensors
-from pvm_jax.checkpoint_files import write_config
+from pvm_jax.checkpoint.directory import write_config
 from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
-from pvm_jax.cache import Cache, Prompts, Samples
+from pvm_jax.model.cache import Cache, Prompts, Samples
 from train.flops import count_flops
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.

@@ -22,8 +22,8 @@ from rich.table import Table
 from benchmarks.mixed_images import make_processor, write_mix
 from benchmarks.step_cost import step_cost
 from convert.dataset import convert
-from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
+from pvm_jax.data.batch import Batch
 from train.config import Bucket, DataConfig
 from train.data import TrainingData, load_training_data
 from train.flops import peak_flops

@@ -17,7 +17,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, loa
 from demo.checkpoint import write_assets
 from demo.task import Mixture, draw, make_example
 from pvm_jax.config import ModelConfig
-from pvm_jax.processing import Processor
+from pvm_jax.data.processor import Processor
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
 SCANS = ("camera", "coins", "moon", "page", "text", "brick", "grass", "gravel")

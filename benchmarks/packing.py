@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.mixed_images import make_processor, write_mix
-from pvm_jax.conversations import open_conversations
-from pvm_jax.processing import Processor
+from pvm_jax.data.conversations import open_conversations
+from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig
 from train.data import measure
 from train.packing import make_plan, padding, padding_of_single_examples

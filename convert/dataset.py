@@ -17,9 +17,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import track
 
-from pvm_jax.checkpoint_files import write_aside
+from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.command_line import command_parser
-from pvm_jax.conversations import (
+from pvm_jax.data.conversations import (
     SHARDS_INDEX,
     SHARDS_SIZES,
     Conversations,
@@ -27,9 +27,9 @@ from pvm_jax.conversations import (
     open_conversations,
     pack_record,
 )
-from pvm_jax.images import encoded_bytes, read_image
-from pvm_jax.messages import Messages, parse
-from pvm_jax.processing import Processor
+from pvm_jax.data.images import encoded_bytes, read_image
+from pvm_jax.data.messages import Messages, parse
+from pvm_jax.data.processor import Processor
 
 EXAMPLES = """
 examples:

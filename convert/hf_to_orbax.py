@@ -14,17 +14,17 @@ from convert.layout import BRANCH, EMBEDDING, HEAD, Slot, Source, layout, parame
 from convert.report import report
 from convert.safetensors_files import DTYPES, SafetensorsReader
 from convert.store import BlockWriter, blocks, create
-from pvm_jax.checkpoint import by_path
-from pvm_jax.checkpoint_files import (
+from pvm_jax.checkpoint.directory import (
     compare_shapes,
     copy_assets,
     read_config,
     write_aside,
     write_config,
 )
+from pvm_jax.checkpoint.store import by_path
 from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
-from pvm_jax.memory import PersistentVisualMemory
+from pvm_jax.model.memory import PersistentVisualMemory
 
 EXAMPLES = """
 examples:

@@ -10,8 +10,8 @@ import tensorstore as ts
 
 from convert.layout import parameter_tree
 from convert.store import open_arrays, stored_identity
-from pvm_jax.checkpoint import branch_identity, check_made_for, part_of, read_branch, read_lora
-from pvm_jax.checkpoint_files import compare_shapes
+from pvm_jax.checkpoint.directory import compare_shapes
+from pvm_jax.checkpoint.store import branch_identity, check_made_for, part_of, read_branch, read_lora
 from pvm_jax.config import ModelConfig
 
 Arrays = Mapping[str, ts.TensorStore]

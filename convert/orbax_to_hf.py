@@ -16,8 +16,8 @@ from convert.merge import Arrays, Update, read_updates, take_branch
 from convert.report import report
 from convert.safetensors_files import Planned, write_safetensors
 from convert.store import blocks, open_arrays
-from pvm_jax.checkpoint import find
-from pvm_jax.checkpoint_files import compare_shapes, copy_assets, read_config, write_aside, write_config
+from pvm_jax.checkpoint.directory import compare_shapes, copy_assets, read_config, write_aside, write_config
+from pvm_jax.checkpoint.store import find
 from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
 

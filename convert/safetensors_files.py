@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.checkpoint.directory import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}

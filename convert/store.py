@@ -15,7 +15,7 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint import PARAMS, checksum_part, identity, stored_arrays
+from pvm_jax.checkpoint.store import PARAMS, checksum_part, identity, stored_arrays
 
 # A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
 BLOCK_BYTES = 8 * 2**20
@@ -53,7 +53,7 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
 
 
 def stored_identity(arrays: Mapping[str, ts.TensorStore]) -> str:
-    """`pvm_jax.checkpoint.identity` of stored arrays, read a block at a time."""
+    """`pvm_jax.checkpoint.store.identity` of stored arrays, read a block at a time."""
     return identity(arrays, {path: _checksum(array) for path, array in arrays.items()})
 
 

@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from convert.orbax_to_hf import convert
 from demo import task
-from pvm_jax.checkpoint import save
+from pvm_jax.checkpoint.store import save
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
-from pvm_jax.model import Qwen3VL
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"

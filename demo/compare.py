@@ -21,11 +21,11 @@ from demo.compare_report import UNTRAINED, Measured, write_report
 from demo.evaluate import Settings, encode, sees
 from demo.recall import attention_on_cell
 from demo.run import BASE, BRANCH, Step, run_steps, train
-from pvm_jax.checkpoint import load
+from pvm_jax.checkpoint.store import load
+from pvm_jax.data.processor import Processor
 from pvm_jax.measure.ablations import mislead
 from pvm_jax.measure.pictures import exchanged
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from train.config import Trainable
 from train.events import read_values
 from train.run import RESULTS

@@ -13,15 +13,15 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from demo.task import VALUES, Example, Mixture, draw, make_example
-from pvm_jax.batch import Example as Encoded
-from pvm_jax.checkpoint import load
-from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.store import load
+from pvm_jax.data.batch import Example as Encoded
+from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import teacher_forced
-from pvm_jax.measure.command import compared, report_on
 from pvm_jax.measure.reading import find_answers
-from pvm_jax.measure.sections import Task
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.measure.report.command import compared, report_on
+from pvm_jax.measure.report.sections import Task
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 TOKENS_PER_LINE = 3
 TITLE = "What the demo's model sees over a long answer"

@@ -6,10 +6,10 @@ import numpy as np
 
 from demo.evaluate import Settings, encode, value_places
 from demo.task import COLUMNS, Example
+from pvm_jax.data.processor import Processor
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.reading import find_answers
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
 def attention_on_cell(

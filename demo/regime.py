@@ -16,8 +16,8 @@ from demo.compare import LOOK_EXAMPLES, claim, file_name, measure, once
 from demo.compare_report import Measured, table
 from demo.evaluate import Settings
 from demo.run import BASE, BRANCH, Step, run_steps, train
-from pvm_jax.checkpoint import load
-from pvm_jax.processing import Processor
+from pvm_jax.checkpoint.store import load
+from pvm_jax.data.processor import Processor
 
 DISTANCE = 200
 MEASURED = Settings(distances=(DISTANCE,), scenes=24)

@@ -4,12 +4,12 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
 
-from pvm_jax.batch import Batch, Example
-from pvm_jax.checkpoint import load, load_branch, load_lora, save, save_branch, save_lora
+from pvm_jax.checkpoint.store import load, load_branch, load_lora, save, save_branch, save_lora
 from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, VisionConfig
+from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.processor import Processor
 from pvm_jax.generation import Chat, Generation, generate, stream
-from pvm_jax.model import Qwen3VL, Trace, abstract_model, add_lora, without_pvm
-from pvm_jax.processing import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL, Trace, abstract_model, add_lora, without_pvm
 from pvm_jax.sharding import make_mesh
 
 __all__ = [

@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 
-from pvm_jax.answer import Answerer, Conversation, answer_file, chat, question
-from pvm_jax.checkpoint import load
-from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax.apps.answer import Answerer, Conversation, answer_file, chat, question
+from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.store import load
 from pvm_jax.command_line import command_parser
+from pvm_jax.data.processor import Processor
 from pvm_jax.generation import Settings
-from pvm_jax.measure.command import Request, measure_checkpoint
-from pvm_jax.measure.sections import MEASUREMENTS
-from pvm_jax.model import without_pvm
-from pvm_jax.processing import Processor
+from pvm_jax.measure.report.command import Request, measure_checkpoint
+from pvm_jax.measure.report.sections import MEASUREMENTS
+from pvm_jax.model.qwen3_vl import without_pvm
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 EXAMPLES = """

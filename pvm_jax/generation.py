@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pvm_jax.batch import Batch, bucket_size
-from pvm_jax.cache import Cache, Prompts, Samples
-from pvm_jax.model import Qwen3VL
+from pvm_jax.data.batch import Batch, bucket_size
+from pvm_jax.model.cache import Cache, Prompts, Samples
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 FIRST_SLOTS = 256
 """Generated tokens that the first cache has slots for; a full one is doubled. One compilation of the loop for each size."""

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint import orbax_context
-from pvm_jax.checkpoint_files import CheckpointError, reason_of
+from pvm_jax.checkpoint.directory import CheckpointError, reason_of
+from pvm_jax.checkpoint.store import orbax_context
 from pvm_jax.config import ModelConfig
 
 

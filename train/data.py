@@ -1,6 +1,6 @@
 """Sources of conversations -> batches of few static shapes, in an order that the seed alone decides.
 
-`pvm_jax.conversations` reads the sources, `train.packing` lays the examples out in rows. Loss falls on assistant turns. An
+`pvm_jax.data.conversations` reads the sources, `train.packing` lays the examples out in rows. Loss falls on assistant turns. An
 example is never truncated: it goes into a row that holds all of it, or nowhere.
 """
 
@@ -17,11 +17,11 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from pvm_jax.batch import Batch, hide_images
 from pvm_jax.config import ModelConfig
-from pvm_jax.conversations import Conversations, open_conversations, size_of
-from pvm_jax.messages import Messages
-from pvm_jax.processing import Processor
+from pvm_jax.data.batch import Batch, hide_images
+from pvm_jax.data.conversations import Conversations, open_conversations, size_of
+from pvm_jax.data.messages import Messages
+from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig, ExamplesConfig, Source
 from train.packing import Plan, bucket_of_examples, make_plan, padding, padding_of_single_examples
 

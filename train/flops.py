@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 from jax.extend import core as jex
 
-from pvm_jax.batch import Batch
-from pvm_jax.model import Qwen3VL
+from pvm_jax.data.batch import Batch
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 # Dense bfloat16 FLOP/s of one device, by what `Device.device_kind` says; from the vendors' data sheets.
 PEAK_FLOPS = {

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pvm_jax.processing import Processor
+from pvm_jax.data.processor import Processor
 from train.grpo_config import GRPOConfig
 from train.prompts import Prompt
 from train.rewards import Rewards, RewardTable

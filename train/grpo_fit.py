@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.generation import FIRST_SLOTS, PREFILL_CHUNK, _loop, _prefill, _Sampling  # what `generate` runs, not run here
-from pvm_jax.model import abstract_model
+from pvm_jax.model.qwen3_vl import abstract_model
 from train.ahead import compile_ahead, device_bytes
 from train.config import Bucket
 from train.fit import Footprint, gib, largest, table_of

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.data.processor import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from train.grading import Grader, completion_values, reward_values, sample_of, texts_of
 from train.grpo_config import EvaluationConfig, GRPOConfig
 from train.log import RunLog

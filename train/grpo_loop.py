@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pvm_jax.checkpoint import backbone_identity
-from pvm_jax.checkpoint_files import read_stop_tokens
-from pvm_jax.processing import Processor
+from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.store import backbone_identity
+from pvm_jax.data.processor import Processor
 from train.config import Bucket
 from train.dry_run import STEPS as DRY_STEPS
 from train.dry_run import memory_of, shardings_table

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.batch import Batch
-from pvm_jax.model import Qwen3VL
+from pvm_jax.data.batch import Batch
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from train.config import Bucket
 from train.grpo_config import GRPOConfig
 from train.loss import chunked_logprobs

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
+from pvm_jax.data.batch import Batch
 from pvm_jax.sharding import local_rows, place_rows
 from train.config import Bucket
 from train.grpo_config import GRPOConfig

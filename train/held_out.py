@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from pvm_jax.batch import Batch
-from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.config import ModelConfig
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.messages import Messages
+from pvm_jax.data.processor import Processor
 from pvm_jax.generation import generate
-from pvm_jax.messages import Messages
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import local_rows, place_rows
 from train.config import HeldOutConfig, SFTConfig
 from train.data import PlannedExamples, load_training_data

@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pvm_jax.checkpoint import backbone_identity
-from pvm_jax.processing import Processor
+from pvm_jax.checkpoint.store import backbone_identity
+from pvm_jax.data.processor import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from train.config import SFTConfig
 from train.data import TrainingData, load_training_data

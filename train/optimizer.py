@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from pvm_jax.lora import ADAPTER
+from pvm_jax.model.lora import ADAPTER
 from train.config import OptimizerConfig
 
 

@@ -10,9 +10,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig
-from pvm_jax.model import Qwen3VL, abstract_model
+from pvm_jax.data.batch import Batch
+from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from pvm_jax.sharding import batch_sharding, param_shardings
 from train.config import Bucket, RunConfig, SFTConfig
 from train.flops import Work, count_costs, peak_flops

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from pvm_jax.batch import Example
-from pvm_jax.conversations import Conversations, open_conversations
-from pvm_jax.messages import Messages, asked
-from pvm_jax.processing import Processor
+from pvm_jax.data.batch import Example
+from pvm_jax.data.conversations import Conversations, open_conversations
+from pvm_jax.data.messages import Messages, asked
+from pvm_jax.data.processor import Processor
 from train.config import Bucket, ExamplesConfig
 from train.data import PlannedExamples, measure, place_of, plan_examples, read_ahead
 from train.samples import text_of

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pvm_jax.batch import Batch
-from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.config import ModelConfig
+from pvm_jax.data.batch import Batch
 from pvm_jax.generation import generate
-from pvm_jax.model import Qwen3VL, abstract_model
+from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, mesh_sizes, param_shardings, place_rows
 from train.config import Bucket, MeshConfig
 from train.grpo_config import GRPOConfig

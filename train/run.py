@@ -13,11 +13,11 @@ from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 
-from pvm_jax.checkpoint import load, save, save_branch, save_lora
+from pvm_jax.checkpoint.store import load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
-from pvm_jax.conversations import stored_bytes
-from pvm_jax.model import Qwen3VL, add_lora
-from pvm_jax.processing import Processor
+from pvm_jax.data.conversations import stored_bytes
+from pvm_jax.data.processor import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL, add_lora
 from pvm_jax.sharding import make_mesh
 from pvm_jax.train_checkpoints import TrainCheckpoints
 from train.config import RunConfig, Trainable

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pvm_jax.images import read_image
-from pvm_jax.messages import Messages, parse
+from pvm_jax.data.images import read_image
+from pvm_jax.data.messages import Messages, parse
 
 
 class Sample(NamedTuple):

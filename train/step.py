@@ -11,9 +11,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pvm_jax.batch import Batch
-from pvm_jax.lora import is_adapter
-from pvm_jax.model import Qwen3VL
+from pvm_jax.data.batch import Batch
+from pvm_jax.model.lora import is_adapter
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import constrain, param_shardings
 from train.config import Trainable
 from train.flops import Work

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.batch import Batch, Example
+from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.messages import Messages
+from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import TeacherForced, teacher_forced
 from pvm_jax.measure.pictures import blanked, exchanged, partners
-from pvm_jax.memory import Memory
-from pvm_jax.messages import Messages
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
-from pvm_jax.vision import Visual
+from pvm_jax.model.memory import Memory
+from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.model.vision import Visual
 
 AS_IT_IS = "as it is"
 BRANCH_OFF = "branch off"

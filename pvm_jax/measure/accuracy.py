@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.batch import Batch, Example, bucket_size
-from pvm_jax.decoder import Inner
+from pvm_jax.data.batch import Batch, Example, bucket_size
 from pvm_jax.generation import generate
 from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, only_if, predicts_an_answer, read
-from pvm_jax.model import Piece, Qwen3VL
+from pvm_jax.model.decoder import Inner
+from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 Grade = Callable[[int, np.ndarray], np.ndarray]
 """(number of the conversation, written token ids [T]) -> a score in [0, 1] for each position [T'], NaN where none is due."""

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pvm_jax.batch import Batch, Example, bucket_size
-from pvm_jax.cache import Samples
+from pvm_jax.data.batch import Batch, Example, bucket_size
 from pvm_jax.generation import generate, stream
-from pvm_jax.model import Qwen3VL
+from pvm_jax.model.cache import Samples
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
 class Cost(NamedTuple):

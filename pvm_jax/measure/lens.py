@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.batch import Batch, Example
-from pvm_jax.decoder import Inner
+from pvm_jax.data.batch import Batch, Example
 from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, only_if, predicts_an_answer, read
-from pvm_jax.model import Piece, Qwen3VL
+from pvm_jax.model.decoder import Inner
+from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 
 class Lens(NamedTuple):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.attention import attention_weights
-from pvm_jax.batch import Batch, Example
-from pvm_jax.decoder import Inner
+from pvm_jax.data.batch import Batch, Example
 from pvm_jax.measure.reading import read
-from pvm_jax.model import Piece, Qwen3VL
+from pvm_jax.model.attention import attention_weights
+from pvm_jax.model.decoder import Inner
+from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 
 class Looked(NamedTuple):

@@ -10,9 +10,9 @@ from hashlib import sha256
 import jax
 import numpy as np
 
-from pvm_jax.batch import Example
 from pvm_jax.config import VisionConfig
-from pvm_jax.images import PixelSettings
+from pvm_jax.data.batch import Example
+from pvm_jax.data.images import PixelSettings
 
 
 def frames(example: Example, config: VisionConfig) -> list[np.ndarray]:

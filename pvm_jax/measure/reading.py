@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pvm_jax.batch import Batch, Example, bucket_size, hide_images
-from pvm_jax.model import Piece, Qwen3VL
+from pvm_jax.data.batch import Batch, Example, bucket_size, hide_images
+from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 Program = Callable[[Qwen3VL, Batch, jax.Array, int], Any]
 """(model, batch, columns [B, A], chunk) -> a pytree of arrays [B, ...]; a function of a module, since it is compiled once."""

@@ -15,8 +15,8 @@ from PIL import Image
 from benchmarks.mixed_images import make_processor
 from convert import dataset
 from convert.dataset import convert, histogram
-from pvm_jax.conversations import open_conversations, size_of
-from pvm_jax.images import read_image
+from pvm_jax.data.conversations import open_conversations, size_of
+from pvm_jax.data.images import read_image
 from train import data as train_data
 from train.config import Bucket, DataConfig
 from train.data import load_training_data

@@ -8,10 +8,10 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from demo import checkpoint, task
-from pvm_jax.batch import Batch
-from pvm_jax.checkpoint import load
+from pvm_jax.checkpoint.store import load
 from pvm_jax.config import ModelConfig
-from pvm_jax.processing import Processor
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.processor import Processor
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from demo.compare_report import Measured, write_report
 from demo.evaluate import Settings
 from demo.run import BRANCH
 from pvm_jax.config import LoRAConfig
-from pvm_jax.model import Qwen3VL, abstract_model
-from pvm_jax.processing import Processor
+from pvm_jax.data.processor import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from train.config import SFTConfig, parse
 from train.events import EventWriter
 from train.step import split_model

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, load, load_branch, save, save_branch
-from pvm_jax.checkpoint import backbone_identity, by_path
-from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.checkpoint.directory import CheckpointError
+from pvm_jax.checkpoint.store import backbone_identity, by_path
 from pvm_jax.sharding import make_mesh, param_shardings
 from pvm_jax.train_checkpoints import TrainCheckpoints
 
@@ -133,7 +133,7 @@ class TestLoad:
 class TestSave:
     def test_interrupted(self, model, tmp_path, monkeypatch):
         """A write that fails leaves nothing; one that was killed leaves what `load` tells from a checkpoint."""
-        monkeypatch.setattr("pvm_jax.checkpoint._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr("pvm_jax.checkpoint.store._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path / "saved", model)
         assert not list(tmp_path.iterdir())

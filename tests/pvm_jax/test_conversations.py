@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pvm_jax import conversations as module
-from pvm_jax.conversations import open_conversations, stored_bytes
-from pvm_jax.images import read_image
+from pvm_jax.data import conversations as module
+from pvm_jax.data.conversations import open_conversations, stored_bytes
+from pvm_jax.data.images import read_image
 
 
 def png(shade):

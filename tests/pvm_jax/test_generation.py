@@ -12,7 +12,7 @@ from flax import nnx
 
 from pvm_jax import Batch, Chat, Example, Qwen3VL, abstract_model, generate, generation, stream, without_pvm
 from pvm_jax.generation import _loop, _prefill, _Sampling, _start
-from pvm_jax.vision import VisionTower
+from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES
 from tests.pvm_jax.test_model import shallow as model  # noqa: F401

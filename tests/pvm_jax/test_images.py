@@ -11,7 +11,7 @@ from skimage import data
 from sklearn.datasets import load_sample_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pvm_jax.images import ImageSettings, VideoSettings, image_size, patches, read_image
+from pvm_jax.data.images import ImageSettings, VideoSettings, image_size, patches, read_image
 
 QWEN3_VL = {
     "size": {"shortest_edge": 65536, "longest_edge": 16777216},

@@ -50,13 +50,13 @@ def _double() -> dict[str, ModuleType]:
 
 @pytest.fixture(scope="module")
 def adapter():
-    """The module pvm_jax.lmms_eval."""
+    """The module pvm_jax.apps.lmms_eval."""
     with pytest.MonkeyPatch.context() as patch:
         if not INSTALLED:
             for name, module in _double().items():
                 patch.setitem(sys.modules, name, module)
-        yield importlib.import_module("pvm_jax.lmms_eval")
-        sys.modules.pop("pvm_jax.lmms_eval")
+        yield importlib.import_module("pvm_jax.apps.lmms_eval")
+        sys.modules.pop("pvm_jax.apps.lmms_eval")
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +338,7 @@ def test_lmms_eval_itself_runs_a_local_task(workplace, monkeypatch, tmp_path, ta
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
-    from pvm_jax.lmms_eval import manifest
+    from pvm_jax.apps.lmms_eval import manifest
 
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)  # the entry point does it where pvm-jax is installed
     shutil.copytree(TASK, tmp_path / "task")

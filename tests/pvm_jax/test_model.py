@@ -24,8 +24,8 @@ from pvm_jax import (
     generation,
     without_pvm,
 )
-from pvm_jax.batch import hide_images
-from pvm_jax.cache import Samples
+from pvm_jax.data.batch import hide_images
+from pvm_jax.model.cache import Samples
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from tests.close import assert_close
 

@@ -16,9 +16,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
-from pvm_jax.batch import Batch
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
-from pvm_jax.processing import Processor
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.processor import Processor
 
 SPECIAL = [
     "<|endoftext|>",

@@ -10,9 +10,9 @@ from filelock import FileLock
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pvm_jax.batch import Batch, Example
 from pvm_jax.config import ModelConfig
-from pvm_jax.model import Qwen3VL
+from pvm_jax.data.batch import Batch, Example
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from tests.train import runs
 
 

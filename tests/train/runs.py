@@ -16,8 +16,8 @@ from flax import nnx
 from PIL import Image
 
 from demo.checkpoint import write_assets
-from pvm_jax.checkpoint import save
-from pvm_jax.model import Qwen3VL
+from pvm_jax.checkpoint.store import save
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from tests.xla_flags import DEVICES
 from train.events import read_values
 

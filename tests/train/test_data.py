@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pvm_jax.conversations import open_conversations, size_of
+from pvm_jax.data.conversations import open_conversations, size_of
 from train import data as train_data
 from train.config import Bucket, DataConfig, Source
 from train.data import epoch_readings, load_training_data
@@ -19,7 +19,7 @@ from train.samples import images_of, text_of
 
 @dataclass(frozen=True)
 class FakeBatch:
-    """Stands for pvm_jax.batch.Batch: which examples, in which shape, in rows whose images are hidden or not."""
+    """Stands for pvm_jax.data.batch.Batch: which examples, in which shape, in rows whose images are hidden or not."""
 
     rows: list[list[int]]
     shape: tuple[int, int]

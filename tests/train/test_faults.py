@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pvm_jax.checkpoint import by_path, load
-from pvm_jax.checkpoint_files import CheckpointError
+from pvm_jax.checkpoint.directory import CheckpointError
+from pvm_jax.checkpoint.store import by_path, load
 from pvm_jax.config import ModelConfig
 from pvm_jax.train_checkpoints import TrainCheckpoints
 from tests.train import runs

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pvm_jax.batch import Batch, Example
 from pvm_jax.config import ModelConfig
-from pvm_jax.model import abstract_model
+from pvm_jax.data.batch import Batch, Example
+from pvm_jax.model.qwen3_vl import abstract_model
 from train.config import Bucket, DataConfig, SFTConfig
 from train.flops import Work, count_flops, peak_flops
 from train.program import step_costs

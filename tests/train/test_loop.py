@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pvm_jax.checkpoint import load, save
-from pvm_jax.lora import is_adapter
+from pvm_jax.checkpoint.store import load, save
+from pvm_jax.model.lora import is_adapter
 from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
 from tests.train import runs

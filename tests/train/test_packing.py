@@ -12,9 +12,9 @@ from flax import nnx
 from benchmarks.mixed_images import make_processor, write_mix
 from benchmarks.packing import BUCKETS
 from demo.checkpoint import write_assets
-from pvm_jax.conversations import open_conversations
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.data.conversations import open_conversations
+from pvm_jax.data.processor import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from tests.close import assert_close
 from train.config import Bucket, DataConfig
 from train.data import load_training_data, measure

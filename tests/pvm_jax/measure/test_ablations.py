@@ -10,7 +10,7 @@ from PIL import Image
 
 from demo.checkpoint import write_assets
 from pvm_jax import Batch, Example, Processor, without_pvm
-from pvm_jax.images import ImageSettings, patches
+from pvm_jax.data.images import ImageSettings, patches
 from pvm_jax.measure.ablations import (
     AS_IT_IS,
     BRANCH_ALONE,
@@ -26,8 +26,8 @@ from pvm_jax.measure.ablations import (
 from pvm_jax.measure.accuracy import exact_so_far, prompt_of, teacher_forced, write
 from pvm_jax.measure.pictures import blanked, exchanged, frames, partners, picture, with_frames
 from pvm_jax.measure.reading import find_answers
-from pvm_jax.model import Qwen3VL
-from pvm_jax.vision import Visual
+from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.model.vision import Visual
 from tests.close import assert_close
 from tests.pvm_jax.test_model import CONFIG, randomized
 

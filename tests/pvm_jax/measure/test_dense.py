@@ -10,14 +10,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pvm_jax.batch import Batch, _split_rows
-from pvm_jax.decoder import DecoderLayer
+from pvm_jax.data.batch import Batch, _split_rows
 from pvm_jax.measure.accuracy import teacher_forced
 from pvm_jax.measure.dilution import dilution
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.reading import find_answers
-from pvm_jax.rope import mrope_angles
+from pvm_jax.model.decoder import DecoderLayer
+from pvm_jax.model.rope import mrope_angles
 from tests.close import assert_close
 
 BAR = 1e-5

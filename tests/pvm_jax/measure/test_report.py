@@ -15,13 +15,14 @@ from demo.checkpoint import make_config, make_tokenizer, write_assets
 from demo.task import Mixture, draw, make_example
 from pvm_jax import Batch, Processor, abstract_model, load, save
 from pvm_jax.__main__ import main
-from pvm_jax.measure import dilution, figures, lens, reading, sections
+from pvm_jax.measure import dilution, lens, reading
 from pvm_jax.measure.accuracy import prompt_of, write
-from pvm_jax.measure.command import Request, make_task
-from pvm_jax.measure.figures import Look, Panel, Series
 from pvm_jax.measure.intervals import Estimate
-from pvm_jax.measure.report import write_report
-from pvm_jax.measure.sections import MEASUREMENTS, Section
+from pvm_jax.measure.report import figures, sections
+from pvm_jax.measure.report.command import Request, make_task
+from pvm_jax.measure.report.figures import Look, Panel, Series
+from pvm_jax.measure.report.page import write_report
+from pvm_jax.measure.report.sections import MEASUREMENTS, Section
 from tests.close import assert_close
 from tests.pvm_jax.test_model import randomized
 
@@ -141,7 +142,7 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(checkpoint, data, tmp_path, monkeypatch, wrong, named):
-    monkeypatch.setattr("pvm_jax.measure.command.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pvm_jax.measure.report.page.command.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match=named):
         main(arguments(checkpoint, data, tmp_path, *wrong))
     assert not (tmp_path / "report.html").exists()
@@ -206,7 +207,7 @@ def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch
 
 @pytest.mark.parametrize("there", ["a file", "a folder that takes none"])
 def test_an_output_that_cannot_be_written_is_refused_before_it_measures(checkpoint, data, tmp_path, monkeypatch, there):
-    monkeypatch.setattr("pvm_jax.measure.command.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pvm_jax.measure.report.page.command.measure", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "report" if there == "a file" else Path("/proc/self")  # root may write to any other
     with pytest.raises(SystemExit, match=str(out)):
@@ -215,7 +216,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_it_measures(checkpoi
 
 def test_without_matplotlib_it_says_what_to_install_before_it_measures(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    monkeypatch.setattr("pvm_jax.measure.command.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pvm_jax.measure.report.page.command.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match=r"pip install 'pvm-jax\[measure\]'"):
         main(arguments(checkpoint, data, tmp_path, "--only", "lens"))
 

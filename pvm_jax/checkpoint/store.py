@@ -17,7 +17,7 @@ from flax import nnx, traverse_util
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint_files import (
+from pvm_jax.checkpoint.directory import (
     CheckpointError,
     aside_of,
     compare_shapes,
@@ -28,8 +28,8 @@ from pvm_jax.checkpoint_files import (
     write_config,
 )
 from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig
-from pvm_jax.lora import is_adapter
-from pvm_jax.model import Qwen3VL, abstract_model
+from pvm_jax.model.lora import is_adapter
+from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from pvm_jax.sharding import param_shardings
 
 PARAMS = "params"

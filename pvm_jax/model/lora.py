@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.layers import Linear, Rngs, parameter, zeros
+from pvm_jax.model.layers import Linear, Rngs, parameter, zeros
 
 ADAPTER = "lora"
 _NAMES_SHOWN = 8

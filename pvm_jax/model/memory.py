@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.attention import attention, attention_mask, attention_weights
 from pvm_jax.config import ModelConfig
-from pvm_jax.layers import (
+from pvm_jax.model.attention import attention, attention_mask, attention_weights
+from pvm_jax.model.layers import (
     Linear,
     RMSNorm,
     Rngs,

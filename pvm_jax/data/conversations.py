@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 from grain.sources import ArrayRecordDataSource
 
-from pvm_jax.messages import Messages
+from pvm_jax.data.messages import Messages
 
 SHARDS_INDEX = "dataset.json"
 """The file that makes a directory one of `convert.dataset`'s; written last."""

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pvm_jax.measure.figures import Look, Panel, inline, standalone, svg
-from pvm_jax.measure.sections import Section
+from pvm_jax.measure.report.figures import Look, Panel, inline, standalone, svg
+from pvm_jax.measure.report.sections import Section
 
 _PAGE = """\
 <!doctype html>

@@ -18,13 +18,13 @@ from flax import nnx
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from pvm_jax.answer import Answerer
-from pvm_jax.batch import Batch, Example, bucket_size
-from pvm_jax.checkpoint import load
-from pvm_jax.checkpoint_files import read_stop_tokens
+from pvm_jax.apps.answer import Answerer
+from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.store import load
+from pvm_jax.data.batch import Batch, Example, bucket_size
+from pvm_jax.data.processor import Processor
 from pvm_jax.generation import Settings
-from pvm_jax.model import Qwen3VL, without_pvm
-from pvm_jax.processing import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL, without_pvm
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
@@ -34,7 +34,9 @@ def manifest() -> Any:
     """What lmms-eval registers under the name pvm_jax."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
-    return ModelManifest("pvm_jax", simple_class_path="pvm_jax.lmms_eval.PVM", chat_class_path="pvm_jax.lmms_eval.PVMChat")
+    return ModelManifest(
+        "pvm_jax", simple_class_path="pvm_jax.apps.lmms_eval.PVM", chat_class_path="pvm_jax.apps.lmms_eval.PVMChat"
+    )
 
 
 class _Question(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.memory import Memory
+from pvm_jax.model.memory import Memory
 from pvm_jax.sharding import constrain
 
 

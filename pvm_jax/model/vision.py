@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.attention import attention
 from pvm_jax.config import ModelConfig, VisionConfig
-from pvm_jax.layers import Embedding, LayerNorm, Linear, Rngs, merge_heads, remat, split_heads, stack
-from pvm_jax.rope import rotate, vision_angles
+from pvm_jax.model.attention import attention
+from pvm_jax.model.layers import Embedding, LayerNorm, Linear, Rngs, merge_heads, remat, split_heads, stack
+from pvm_jax.model.rope import rotate, vision_angles
 from pvm_jax.sharding import constrain
 
 _EPS = 1e-6

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pvm_jax.batch import Example
-from pvm_jax.checkpoint import load
-from pvm_jax.checkpoint_files import read_stop_tokens
-from pvm_jax.conversations import Conversations, check_learnable, open_conversations
+from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.store import load
+from pvm_jax.data.batch import Example
+from pvm_jax.data.conversations import Conversations, check_learnable, open_conversations
+from pvm_jax.data.messages import naming
+from pvm_jax.data.processor import Processor
 from pvm_jax.measure.ablations import silence, with_filler
-from pvm_jax.measure.figures import check_matplotlib
 from pvm_jax.measure.pictures import partners
 from pvm_jax.measure.reading import find_answers
-from pvm_jax.measure.report import write_report
-from pvm_jax.measure.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
-from pvm_jax.messages import naming
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.measure.report.figures import check_matplotlib
+from pvm_jax.measure.report.page import write_report
+from pvm_jax.measure.report.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
+from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 

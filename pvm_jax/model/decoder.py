@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import ModelConfig, TextConfig
-from pvm_jax.layers import Embedding, Linear, RMSNorm, Rngs, SwiGLU, merge_heads, remat, split_heads, stack
-from pvm_jax.rope import mrope_angles, rotate
+from pvm_jax.model.layers import Embedding, Linear, RMSNorm, Rngs, SwiGLU, merge_heads, remat, split_heads, stack
+from pvm_jax.model.rope import mrope_angles, rotate
 from pvm_jax.sharding import constrain
 
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]

@@ -7,20 +7,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pvm_jax.batch import Example, Frame, visual_runs
+from pvm_jax.data.batch import Example, Frame, visual_runs
+from pvm_jax.data.processor import Processor
 from pvm_jax.measure.ablations import IMAGE_SWAPPED, ablations, by_filler
 from pvm_jax.measure.accuracy import Grade, TeacherForced, prompt_of, teacher_forced, write
-from pvm_jax.measure.captions import caption
 from pvm_jax.measure.cost import Cost, cost
 from pvm_jax.measure.dilution import dilution
-from pvm_jax.measure.figures import Look, Panel, Series
 from pvm_jax.measure.intervals import Bucket, Estimate, by_length, by_position, doubling_buckets, estimate
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.pictures import picture
 from pvm_jax.measure.reading import find_answers
-from pvm_jax.model import Qwen3VL, without_pvm
-from pvm_jax.processing import Processor
+from pvm_jax.measure.report.captions import caption
+from pvm_jax.measure.report.figures import Look, Panel, Series
+from pvm_jax.model.qwen3_vl import Qwen3VL, without_pvm
 
 WITH, WITHOUT = "with the branch", "without"
 """Names of a model and of the same weights with every gate at 0."""

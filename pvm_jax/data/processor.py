@@ -1,6 +1,6 @@
 """Chat messages with images and videos -> the arrays that Hugging Face's Qwen3VLProcessor gives, without torch.
 
-The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.images` the pixels.
+The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.data.images` the pixels.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pvm_jax.batch import Example
-from pvm_jax.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
-from pvm_jax.messages import Conversation, Messages, naming, parse
+from pvm_jax.data.batch import Example
+from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
+from pvm_jax.data.messages import Conversation, Messages, naming, parse
 
 VISUAL_TOKENS = {
     "image_token": "<|image_pad|>",

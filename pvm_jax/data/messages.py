@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pvm_jax.images import Source
+from pvm_jax.data.images import Source
 
 DEFAULT_FPS = 24.0
 

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.attention import attention, attention_mask, shared_attention
-from pvm_jax.batch import Batch
-from pvm_jax.cache import Cache, Prompts, Samples, Written
 from pvm_jax.config import LoRAConfig, ModelConfig
-from pvm_jax.decoder import Attend, Decoded, Decoder, Inner
-from pvm_jax.layers import Linear, Rngs
-from pvm_jax.lora import adapt, is_adapter
-from pvm_jax.memory import Memory, PersistentVisualMemory
+from pvm_jax.data.batch import Batch
+from pvm_jax.model.attention import attention, attention_mask, shared_attention
+from pvm_jax.model.cache import Cache, Prompts, Samples, Written
+from pvm_jax.model.decoder import Attend, Decoded, Decoder, Inner
+from pvm_jax.model.layers import Linear, Rngs
+from pvm_jax.model.lora import adapt, is_adapter
+from pvm_jax.model.memory import Memory, PersistentVisualMemory
+from pvm_jax.model.vision import VisionTower, Visual
 from pvm_jax.sharding import constrain, param_shardings
-from pvm_jax.vision import VisionTower, Visual
 
 
 class _Columns(NamedTuple):

@@ -14,13 +14,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from pvm_jax.batch import Batch, Example, bucket_size
-from pvm_jax.conversations import Conversations, open_conversations
+from pvm_jax.data.batch import Batch, Example, bucket_size
+from pvm_jax.data.conversations import Conversations, open_conversations
+from pvm_jax.data.images import image_size
+from pvm_jax.data.messages import asked
+from pvm_jax.data.processor import Processor
 from pvm_jax.generation import Chat, Settings, generate
-from pvm_jax.images import image_size
-from pvm_jax.messages import asked
-from pvm_jax.model import Qwen3VL
-from pvm_jax.processing import Processor
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 IMAGE_COMMAND = "/image "
 """What a chat's line begins with that adds an image to the next question."""
