@@ -26,8 +26,8 @@ from convert.layout import layout
 from pvm_jax import Batch, ModelConfig, VisionConfig, abstract_model, generate
 from pvm_jax.checkpoint.store import by_path
 from train.config import OptimizerConfig
-from train.optimizer import make_optimizer, make_schedule
-from train.step import TrainState, make_loss, make_step, split_model
+from train.step.optimizer import make_optimizer, make_schedule
+from train.step.state import TrainState, make_loss, make_step, split_model
 
 CONFIG = ModelConfig(
     text=TEXT,

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax import ModelConfig
-from pvm_jax.train_checkpoints import TrainCheckpoints
 from train.config import SFTConfig
+from train.run.checkpoints import TrainCheckpoints
 
 _WIDTH = 512
 _LAYERS = 3

@@ -25,7 +25,7 @@ from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
 from pvm_jax.model.cache import Cache, Prompts, Samples
-from train.flops import count_flops
+from train.step.flops import count_flops
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.
 PEAK_BANDWIDTH = {

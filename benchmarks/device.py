@@ -20,9 +20,9 @@ from rich.table import Table
 from benchmarks.sizes import config_of
 from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, abstract_model
 from train.config import OptimizerConfig
-from train.flops import count_flops, peak_flops
-from train.optimizer import make_optimizer, make_schedule
-from train.step import TrainState, make_loss, make_step, split_model
+from train.step.flops import count_flops, peak_flops
+from train.step.optimizer import make_optimizer, make_schedule
+from train.step.state import TrainState, make_loss, make_step, split_model
 
 
 def main(size: str, rows: int = 2, text: int = 3072, side: int = 64) -> None:

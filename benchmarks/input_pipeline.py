@@ -25,8 +25,8 @@ from convert.dataset import convert
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from train.config import Bucket, DataConfig
-from train.data import TrainingData, load_training_data
-from train.flops import peak_flops
+from train.data.loading import TrainingData, load_training_data
+from train.step.flops import peak_flops
 
 CHIPS = ("TPU v5e", "TPU v5p", "TPU v6e", "NVIDIA H100")
 

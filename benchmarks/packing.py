@@ -19,8 +19,8 @@ from benchmarks.mixed_images import make_processor, write_mix
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig
-from train.data import measure
-from train.packing import make_plan, padding, padding_of_single_examples
+from train.data.loading import measure
+from train.data.packing import make_plan, padding, padding_of_single_examples
 
 PATCHES_PER_TOKEN = 1.25  # of the mix; rows with much more or less of either would be padded in the other
 BUCKETS = [Bucket(tokens, int(tokens * PATCHES_PER_TOKEN)) for tokens in (512, 1024, 2048, 4096, 8192)]

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from pvm_jax import Batch, LoRAConfig, ModelConfig, abstract_model
 from train.config import OptimizerConfig, Trainable
-from train.flops import count_flops
-from train.optimizer import make_optimizer
-from train.step import cast, loss_and_gradient, make_loss, split_model
+from train.step.flops import count_flops
+from train.step.optimizer import make_optimizer
+from train.step.state import cast, loss_and_gradient, make_loss, split_model
 
 
 class Cost(NamedTuple):

@@ -27,9 +27,9 @@ from pvm_jax.measure.ablations import mislead
 from pvm_jax.measure.pictures import exchanged
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from train.config import Trainable
-from train.events import read_values
-from train.run import RESULTS
-from train.step import split_model
+from train.run.events import read_values
+from train.run.lifecycle import RESULTS
+from train.step.state import split_model
 
 EXAMPLES = "demo/branch_data.yaml"
 LOOK_EXAMPLES = "demo/look_data.yaml"

@@ -17,7 +17,7 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from demo.run import Step, branch_steps, run_steps
-from train.events import read_values
+from train.run.events import read_values
 
 HELD_OUT = ("--count", "48", "--mixture.digits", "heldout", "--mixture.seed", "7")
 REWARD = "held_out/reward/mean"

@@ -14,7 +14,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 # Parameters name their axes in layers.py's `axes=`, activations in `constrain`. "embed" is the parameters' model dimension,
 # "hidden" the activations': the latter stays whole because the batch already uses the fsdp axis. "loss_rows" and "loss_vocab":
-# a training step's logits, see train/loss.py.
+# a training step's logits, see train/step/loss.py.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "samples": (),

@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser
 
 from tests.check_docs import SMALLEST
 from train.config import SFTConfig, parse
-from train.grpo_config import GRPOConfig
-from train.program import rows_per_shard
+from train.grpo.config import GRPOConfig
+from train.step.program import rows_per_shard
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

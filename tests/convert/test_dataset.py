@@ -17,9 +17,9 @@ from convert import dataset
 from convert.dataset import convert, histogram
 from pvm_jax.data.conversations import open_conversations, size_of
 from pvm_jax.data.images import read_image
-from train import data as train_data
 from train.config import Bucket, DataConfig
-from train.data import load_training_data
+from train.data import loading as train_data
+from train.data.loading import load_training_data
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from train.config import SFTConfig, parse
-from train.events import EventWriter
-from train.step import split_model
+from train.run.events import EventWriter
+from train.step.state import split_model
 
 SETTINGS = Settings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)
 

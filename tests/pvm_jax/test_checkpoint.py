@@ -17,7 +17,7 @@ from pvm_jax import ModelConfig, Qwen3VL, abstract_model, load, load_branch, sav
 from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.store import backbone_identity, by_path
 from pvm_jax.sharding import make_mesh, param_shardings
-from pvm_jax.train_checkpoints import TrainCheckpoints
+from train.run.checkpoints import TrainCheckpoints
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

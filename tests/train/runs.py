@@ -19,7 +19,7 @@ from demo.checkpoint import write_assets
 from pvm_jax.checkpoint.store import save
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from tests.xla_flags import DEVICES
-from train.events import read_values
+from train.run.events import read_values
 
 ROOT = Path(__file__).parents[2]
 LONG, STEPS = "--epochs=6", 24  # of 32 examples in batches of 8

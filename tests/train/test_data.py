@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from pvm_jax.data.conversations import open_conversations, size_of
-from train import data as train_data
 from train.config import Bucket, DataConfig, Source
-from train.data import epoch_readings, load_training_data
-from train.held_out import first_conversations
-from train.samples import images_of, text_of
+from train.data import loading as train_data
+from train.data.loading import epoch_readings, load_training_data
+from train.run.samples import images_of, text_of
+from train.sft.held_out import first_conversations
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from tests.close import assert_close
 from tests.train import runs
 from train.config import DistributedConfig
-from train.distributed import join
+from train.run.distributed import join
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh
 from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, place_rows
 from train.config import DistributedConfig
-from train.distributed import joined, stop_requests
+from train.run.distributed import joined, stop_requests
 
 address, process = sys.argv[1], int(sys.argv[2])
 with joined(DistributedConfig(address, 2, process)):

@@ -19,9 +19,9 @@ from flax import nnx
 from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.store import by_path, load
 from pvm_jax.config import ModelConfig
-from pvm_jax.train_checkpoints import TrainCheckpoints
 from tests.train import runs
-from train.events import EventWriter, read_starts
+from train.run.checkpoints import TrainCheckpoints
+from train.run.events import EventWriter, read_starts
 
 
 @pytest.fixture

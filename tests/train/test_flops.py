@@ -14,9 +14,9 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch, Example
 from pvm_jax.model.qwen3_vl import abstract_model
 from train.config import Bucket, DataConfig, SFTConfig
-from train.flops import Work, count_flops, peak_flops
-from train.program import step_costs
-from train.step import loss_and_gradient, make_loss, split_model
+from train.step.flops import Work, count_flops, peak_flops
+from train.step.program import step_costs
+from train.step.state import loss_and_gradient, make_loss, split_model
 
 X, W = jax.ShapeDtypeStruct((5, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
 PRODUCT = 2 * 5 * 3 * 3

@@ -3,7 +3,7 @@
 # ruff: noqa: RUF001 (letters that look like others are cases)
 import pytest
 
-from train.graders import accuracy_reward, format_reward, load_grader, same_answer
+from train.rewards.functions import accuracy_reward, format_reward, load_grader, same_answer
 
 WHOLE = "<think>4 sides</think>\n<answer>4</answer>"
 

@@ -15,11 +15,11 @@ from pvm_jax.checkpoint.store import load
 from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.train import runs
-from train import grpo
-from train.events import read_values
-from train.grpo_loop import _TRAINING_STREAM
-from train.log import RunLog
-from train.rollout import Sampler
+from train.grpo import __main__ as grpo
+from train.grpo.loop import _TRAINING_STREAM
+from train.grpo.rollout import Sampler
+from train.run.events import read_values
+from train.run.log import RunLog
 
 PROMPTS, GROUP, STEPS = 8, 2, 4
 

@@ -10,10 +10,10 @@ import pytest
 from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
 from train.config import Bucket, ExamplesConfig, MeshConfig
-from train.grpo_config import GRPOConfig
-from train.grpo_fit import measure_rollout, measure_update
-from train.grpo_program import GRPOProgram
-from train.rollout import Sampler
+from train.fit.grpo import measure_rollout, measure_update
+from train.grpo.config import GRPOConfig
+from train.grpo.program import GRPOProgram
+from train.grpo.rollout import Sampler
 
 GOLDEN, GIB = Path(__file__).parents[1] / "golden" / "shape_8b", 2**30
 

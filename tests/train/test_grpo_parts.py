@@ -14,15 +14,15 @@ from pvm_jax.data.conversations import open_conversations
 from pvm_jax.sharding import make_mesh
 from tests.train.reward_functions import letters
 from train.config import Bucket, ExamplesConfig, MeshConfig, parse
-from train.fit import FitConfig, FitGRPOConfig, recipe
-from train.grading import reward_values
-from train.grpo_config import GRPOConfig
-from train.grpo_held_out import joined
-from train.grpo_loop import describe
-from train.grpo_step import parts_of, rows_of, weigh
-from train.prompts import Prompt, PromptBatch, read_prompt
-from train.rewards import RewardConfig, RewardTable
-from train.rollout import Completions, rollout_mesh
+from train.fit.__main__ import FitConfig, FitGRPOConfig, recipe
+from train.grpo.config import GRPOConfig
+from train.grpo.grading import reward_values
+from train.grpo.held_out import joined
+from train.grpo.loop import describe
+from train.grpo.prompts import Prompt, PromptBatch, read_prompt
+from train.grpo.rollout import Completions, rollout_mesh
+from train.grpo.update import parts_of, rows_of, weigh
+from train.rewards.pool import RewardConfig, RewardTable
 
 ROOT = Path(__file__).parents[2]
 DATA = ExamplesConfig("data.jsonl", [Bucket(16, 16)])

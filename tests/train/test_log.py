@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from train.events import read_values
-from train.log import RunLog
+from train.run.events import read_values
+from train.run.log import RunLog
 
 
 def metrics(loss=1.0, **more):

@@ -19,9 +19,9 @@ from pvm_jax.model.qwen3_vl import abstract_model, add_lora
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh
 from tests.close import assert_close
 from train.config import Bucket, DataConfig, OptimizerConfig, SFTConfig, parse
-from train.flops import count_flops
-from train.program import SFTProgram
-from train.step import loss_and_gradient, make_loss, split_model
+from train.step.flops import count_flops
+from train.step.program import SFTProgram
+from train.step.state import loss_and_gradient, make_loss, split_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EVERYWHERE = LoRAConfig(rank=2, alpha=6, targets=".*")

@@ -10,7 +10,7 @@ from jax.extend import core as jex
 
 from pvm_jax.sharding import batch_sharding, make_mesh
 from tests.close import assert_close
-from train.loss import chunked_cross_entropy, chunked_logprobs
+from train.step.loss import chunked_cross_entropy, chunked_logprobs
 
 B, S, D, V = 8, 37, 16, 211
 

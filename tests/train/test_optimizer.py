@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from train.config import OptimizerConfig
-from train.optimizer import decays, make_optimizer, make_schedule
+from train.step.optimizer import decays, make_optimizer, make_schedule
 
 
 def test_cosine_climbs_then_falls_to_zero():

@@ -17,9 +17,9 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from tests.close import assert_close
 from train.config import Bucket, DataConfig
-from train.data import load_training_data, measure
-from train.packing import make_plan, pack, padding, padding_of_single_examples
-from train.step import loss_and_gradient, make_loss, split_model
+from train.data.loading import load_training_data, measure
+from train.data.packing import make_plan, pack, padding, padding_of_single_examples
+from train.step.state import loss_and_gradient, make_loss, split_model
 
 
 @pytest.fixture(scope="module")

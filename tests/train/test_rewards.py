@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.rewards import RewardConfig, Rewards
+from train.rewards.pool import RewardConfig, Rewards
 
 USER = "tests.train.graders_of_a_user:"
 

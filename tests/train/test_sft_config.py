@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from train import sft
 from train.config import Bucket, SFTConfig, parse
+from train.sft import __main__ as sft
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILE = """

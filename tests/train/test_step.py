@@ -18,9 +18,9 @@ from pvm_jax.model.qwen3_vl import abstract_model
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from tests.close import assert_close
 from train.config import OptimizerConfig
-from train.flops import count_flops
-from train.optimizer import leaf_names, make_optimizer, make_schedule
-from train.step import (
+from train.step.flops import count_flops
+from train.step.optimizer import leaf_names, make_optimizer, make_schedule
+from train.step.state import (
     cast,
     init_state,
     loss_and_gradient,

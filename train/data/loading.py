@@ -1,0 +1,289 @@
+"""Sources of conversations -> batches of few static shapes, in an order that the seed alone decides.
+
+`pvm_jax.data.conversations` reads the sources, `train.data.packing` lays the examples out in rows. Loss falls on assistant
+turns. An example is never truncated: it goes into a row that holds all of it, or nowhere.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from pvm_jax.config import ModelConfig
+from pvm_jax.data.batch import Batch, hide_images
+from pvm_jax.data.conversations import Conversations, open_conversations, size_of
+from pvm_jax.data.messages import Messages
+from pvm_jax.data.processor import Processor
+from train.config import Bucket, DataConfig, ExamplesConfig, Source
+from train.data.packing import Plan, bucket_of_examples, make_plan, padding, padding_of_single_examples
+
+
+@dataclass(frozen=True)
+class PlannedExamples:
+    """Which examples each step of a run reads.
+
+    Attributes:
+        plan: the examples of every row, as places in the sources one after the other.
+        buckets: the plan's, smallest first.
+        sources: the opened sources.
+        report: what became of the examples, for the log.
+    """
+
+    plan: Plan
+    buckets: Sequence[Bucket]
+    sources: Sequence[Conversations]
+    report: str
+
+    def examples(self, step: int) -> list[list[str]]:
+        """File and place of the examples in each row of the whole batch of `step`, whatever part of it this host reads."""
+        return [[_where(self.sources, example) for example in row] for row in self.plan.rows(step)]
+
+
+@dataclass(frozen=True)
+class TrainingData(PlannedExamples):
+    """The batches of a run.
+
+    Attributes:
+        batches: element i is this host's rows of step i's batch, NumPy leaves.
+    """
+
+    batches: grain.MapDataset[Batch]
+
+    def iterator(self, start: int, threads: int, prefetch: int) -> Iterator[Batch]:
+        """The batches from step `start` on, read ahead in `threads` threads."""
+        return read_ahead(self.batches, start, threads, prefetch)
+
+
+def read_ahead(steps: grain.MapDataset[Any], start: int, threads: int, prefetch: int) -> Iterator[Any]:
+    """What `steps` holds from step `start` on, read ahead in `threads` threads."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(steps[start:].to_iter_dataset(options))
+
+
+def load_training_data(
+    data: DataConfig,
+    processor: Processor,
+    model_config: ModelConfig,
+    *,
+    batch_size: int,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    sizes_file: Path | None = None,
+    fill_last: bool = False,
+) -> TrainingData:
+    """Measures every example, sorts them into rows and lays out all batches of the run.
+
+    Every host gets the same shape at every step, and the order does not depend on how many hosts there are.
+
+    Args:
+        batch_size: rows of a batch, over all hosts.
+        epochs: passes over the data.
+        max_steps: how many steps are kept.
+        seed: of the order.
+        rows: those of a batch that this host reads (None: all).
+        sizes_file: keeps the measured sizes for the next start on the same data (an .npy file).
+        fill_last: the last batch of each bucket is filled with rows that are all padding, so that no example is left over.
+
+    Raises:
+        FileNotFoundError, ValueError: for a bad source or record (named), for an example that no bucket holds with `too_long`
+            "error", or if no bucket can fill a batch.
+        OSError: if `sizes_file` cannot be written.
+    """
+    sources = [open_conversations(source.path) for source in data.mixture]
+    stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
+    planned = plan_examples(
+        data,
+        sources,
+        lambda: np.concatenate([_sizes(source, processor, data.threads) for source in sources]),
+        batch_size=batch_size,
+        packing=data.packing,
+        epochs=epochs,
+        max_steps=max_steps,
+        seed=seed,
+        sizes_file=sizes_file,
+        fill_last=fill_last,
+    )
+    mine = range(batch_size) if rows is None else rows
+
+    def read(step: int) -> Batch:
+        bucket = planned.buckets[planned.plan.bucket(step)]
+        members = planned.plan.rows(step)
+        examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
+        batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+        return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
+
+    report = planned.report
+    if stale:
+        report += (
+            f". Measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
+        )
+    batches = grain.MapDataset.range(len(planned.plan)).map(read)
+    return TrainingData(planned.plan, planned.buckets, sources, report, batches)
+
+
+def plan_examples(
+    data: ExamplesConfig,
+    sources: Sequence[Conversations],
+    measure_all: Callable[[], np.ndarray],
+    *,
+    batch_size: int,
+    packing: bool,
+    epochs: int = 1,
+    max_steps: int | None = None,
+    seed: int = 0,
+    sizes_file: Path | None = None,
+    fill_last: bool = False,
+) -> PlannedExamples:
+    """The plan of `load_training_data`, by its arguments; `measure_all` gives (tokens, patches) of all examples, [N, 2]."""
+    sizes = _cached(sizes_file, measure_all)
+    buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
+    too_long = np.flatnonzero(bucket_of_examples(sizes, buckets) < 0)
+    if len(too_long) and data.too_long == "error":
+        tokens, patches = sizes[too_long[0]]
+        raise ValueError(
+            f"{len(too_long)} examples fit no bucket, the first is {_where(sources, too_long[0])} with {tokens} tokens and "
+            f"{patches} patches: add a larger bucket to data.buckets or set data.too_long to drop"
+        )
+    plan = make_plan(
+        sizes,
+        [epoch_readings(data.mixture, list(map(len, sources)), seed, epoch) for epoch in range(epochs)],
+        buckets,
+        batch_size=batch_size,
+        packing=packing,
+        seed=seed,
+        max_steps=max_steps,
+        fill_last=fill_last,
+    )
+    if not len(plan):
+        raise ValueError(
+            f"{', '.join(source.path for source in data.mixture)}: no bucket has the {batch_size} rows of one batch; "
+            f"{len(too_long)} of {len(sizes)} examples are too long. Make the batch smaller, or change data.buckets"
+            f"{' or data.packing' if packing else ''}"
+        )
+    return PlannedExamples(plan, buckets, sources, _report(plan, sizes, buckets, epochs, too_long))
+
+
+def _is_hidden(row: int, share: float) -> bool:
+    """Whether a row of the whole batch is one of those whose images are hidden: they are spread evenly."""
+    return int((row + 1) * share) > int(row * share)
+
+
+def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """The examples that an epoch reads, shuffled: [readings] int32, places in the sources one after the other.
+
+    Args:
+        lengths: examples of each source.
+
+    Raises:
+        ValueError: for a weight by which an epoch reads nothing of its source.
+    """
+    rng, first, readings = np.random.default_rng((seed, epoch)), 0, []
+    for source, length in zip(mixture, lengths, strict=True):
+        whole = int(source.weight)
+        part = round((source.weight - whole) * length)
+        if not whole and not part:
+            raise ValueError(f"data.sources: weight {source.weight} of the {length} examples of {source.path} is none")
+        readings += [np.tile(np.arange(length), whole) + first, rng.permutation(length)[:part] + first]
+        first += length
+    return rng.permutation(np.concatenate(readings)).astype(np.int32)
+
+
+def measure(
+    conversations: Conversations,
+    count: Callable[[Messages], tuple[int, int]],
+    threads: int,
+    *,
+    read: Callable[[Conversations, int], Messages] = Conversations.__getitem__,
+) -> np.ndarray:
+    """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal. `read` refuses what it must."""
+
+    def sizes(start: int) -> list[tuple[int, int]]:
+        return [size(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))]
+
+    def size(index: int) -> tuple[int, int]:
+        messages = read(conversations, index)
+        with conversations.naming(index):
+            return count(messages)
+
+    starts = range(0, len(conversations), _MEASURE_CHUNK)
+    with ThreadPoolExecutor(threads) as pool:
+        console = Console()
+        chunks = track(
+            pool.map(sizes, starts),
+            f"Measuring {conversations.path}",
+            total=len(starts),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        return np.array([size for chunk in chunks for size in chunk], np.int32)
+
+
+_MEASURE_CHUNK = 64
+
+
+def _sizes(conversations: Conversations, processor: Processor, threads: int) -> np.ndarray:
+    """The sizes that the data bring, if this very processor measured them, else measured now."""
+    if conversations.sizes is not None and not _measured_by_another(conversations, processor):
+        return conversations.sizes
+    return measure(conversations, partial(size_of, count=processor.count), threads)
+
+
+def _measured_by_another(conversations: Conversations, processor: Processor) -> bool:
+    return conversations.measured_by is not None and conversations.measured_by != processor.fingerprint
+
+
+def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+    if file and file.exists():
+        return np.load(file)
+    array = make()
+    if file and jax.process_index() == 0:
+        aside = file.with_suffix(".partial.npy")
+        try:
+            np.save(aside, array)
+            aside.replace(file)
+        except OSError as error:
+            raise OSError(f"{file} cannot be written ({error}): free space there, or give another --run_dir") from error
+    return array
+
+
+def _encode(sources: Sequence[Conversations], processor: Processor, example: int):
+    source, index = place_of(sources, example)
+    messages = source[index]
+    with source.naming(index):
+        return processor.encode(messages)
+
+
+def _where(sources: Sequence[Conversations], example: int) -> str:
+    source, index = place_of(sources, example)
+    return source.where(index)
+
+
+def place_of(sources: Sequence[Conversations], example: int) -> tuple[Conversations, int]:
+    """The source that holds an example, and its place there."""
+    for source in sources:
+        if example < len(source):
+            return source, int(example)
+        example -= len(source)
+    raise IndexError(f"the sources hold no example {example} more")
+
+
+def _report(plan: Plan, sizes: np.ndarray, buckets: Sequence[Bucket], epochs: int, too_long: np.ndarray) -> str:
+    rows = len(plan.row_starts) - 1
+    now, single = padding(plan, sizes, buckets), padding_of_single_examples(sizes, buckets)
+    held = np.delete(sizes, too_long, axis=0).sum(0)
+    return (
+        f"{len(sizes):,} examples, {epochs} epochs, {len(plan):,} steps of {plan.batch_size} rows with "
+        f"{len(plan.examples) / rows:.1f} examples each. Padding: {now.tokens:.1%} of tokens, {now.patches:.1%} of patches "
+        f"({single.tokens:.1%}, {single.patches:.1%} with one example a row); the data have {held[1] / held[0]:.2f} patches a "
+        f"token. {len(too_long):,} examples are too long for every bucket, {plan.left_over:,} readings fill no batch"
+    )

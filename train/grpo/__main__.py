@@ -1,0 +1,43 @@
+"""GRPO refinement on images (decoder, PVM branch, LoRA adapters or everything): `python -m train.grpo --config FILE`."""
+
+import sys
+from collections.abc import Sequence
+
+from train.config import parse
+from train.grpo.config import GRPOConfig
+
+EXAMPLES = """
+examples:
+  python -m train.grpo --config configs/grpo_qwen3_vl_8b.yaml
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --trainable pvm --optimizer.learning_rate 1e-5
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --rewards '[{function: my_package.rewards:shortness}]'
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --dry-run
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --print_config
+A run that was stopped continues from its last checkpoint when the same command is given again.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (default: the command line) and runs the training."""
+    config, flags = parse(
+        GRPOConfig,
+        argv,
+        prog="python -m train.grpo",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+        flags={"--dry-run": "build everything, take two steps on real data, print shapes, shardings and memory; write nothing"},
+    )
+    # After parsing: --help and errors need not wait for JAX.
+    from train.grpo.loop import dry_steps, prepare, train_grpo
+    from train.run.distributed import joined
+    from train.run.dry_run import dry_run
+
+    with joined(config.distributed):
+        if flags:
+            dry_run(config, prepare, dry_steps)
+        else:
+            train_grpo(config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,180 @@
+"""What a run tells: TensorBoard scalars of every step, and one live line of progress."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.run.events import EventWriter
+
+HEADLINE = {"loss": "loss {:.4f}", "grad_norm": "grad {:.3g}", "learning_rate": "lr {:.2e}"}
+_QUIET_SECONDS = 60
+_MOST_SKIPS = 10
+
+
+class RunLog:
+    """Collects the metrics of steps on the device and reads them `every` steps, so that no step waits for the log.
+
+    Process 0 writes; the others only look for values that are not finite.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        start: int,
+        total: int,
+        every: int,
+        peak: float | None,
+        not_finite: Literal["stop", "skip"] = "stop",
+        examples: Callable[[int], list[list[str]]] = lambda step: [],
+        headline: Mapping[str, str] = MappingProxyType(HEADLINE),
+        apart: Sequence[str] = (),
+    ):
+        """Args:
+        peak: FLOP/s of all devices together; None where unknown (no MFU is logged then).
+        not_finite: whether a step whose loss or gradient is not finite ends the run, or is reported.
+        examples: step -> the names of what each row of its batch holds, for that report.
+        headline: metrics that the line of progress shows, each with how it is written.
+        apart: phases of a step whose time is no part of the speed, since nothing is trained in it.
+        """
+        self.total, self.every, self.peak, self.not_finite, self.examples = total, every, peak, not_finite, examples
+        self._headline, self._apart = headline, apart
+        self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
+        self._writer = EventWriter(directory, start=start) if jax.process_index() == 0 else None
+        self._pending: list[tuple[int, Mapping[str, Any]]] = []
+        self._phases: dict[str, float] = {}
+        self._skipped_in_a_row = 0
+        self._started = time.perf_counter()
+        self._told = -math.inf
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[line]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=start, line="")
+
+    def __enter__(self) -> "RunLog":
+        if not self.peak:
+            kind = jax.devices()[0].device_kind
+            self.print(f"MFU is not logged: train/step/flops.py does not know the peak of {kind!r}")
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+        if self._writer:
+            self._writer.close()
+
+    def print(self, message: str) -> None:
+        """One line on the console, above the progress line."""
+        self.console.print(message, markup=False)
+
+    def add(self, step: int, metrics: Mapping[str, Any], *, timed: bool = True) -> None:
+        """Takes the metrics of step `step` (from 0); reads them when enough have come, or at once, without a speed, unless
+        `timed` (the step had to be compiled)."""
+        self._pending.append((step, metrics))
+        if not timed or (step + 1) % self.every == 0:
+            self.flush(timed=timed)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes values that belong to step `step`, by their TensorBoard names."""
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, float(value), step)
+
+    def sample(self, step: int, name: str, text: str, image: np.ndarray | None) -> None:
+        """Writes a conversation (Markdown) and its image [H, W, 3] uint8."""
+        if self._writer:
+            self._writer.add_text(name, text, step)
+            if image is not None:
+                self._writer.add_image(name, image, step)
+
+    @contextmanager
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Times what the run does besides its steps, as time/`name`: of step `step`, and then left out of the steps' speed,
+        or, with None, as a part of every step, per step."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        if step is None:
+            self._phases[name] = self._phases.get(name, 0) + seconds
+        else:
+            self.scalars(step, {f"time/{name}": seconds})
+            self._started += seconds
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last flush (a compilation) out of the speed."""
+        self._started = time.perf_counter()
+        self._phases.clear()
+
+    def flush(self, *, timed: bool = True) -> None:
+        """Waits for the pending steps and writes them, with their speed unless `timed` is False (a compilation).
+
+        Raises:
+            FloatingPointError: if a loss or gradient norm is not finite; where such steps are skipped, if ten in a row were.
+        """
+        if not self._pending:
+            return
+        values = jax.device_get([metrics for _, metrics in self._pending])
+        seconds = time.perf_counter() - self._started
+        for (step, _), metrics in zip(self._pending, values, strict=True):
+            self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in metrics.items()})
+            self._check(step, metrics)
+        if timed and self._writer:
+            training = seconds - sum(self._phases.get(name, 0) for name in self._apart)
+            speed = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / training}
+            if self.peak:
+                speed["mfu"] = sum(float(metrics["flops"]) for metrics in values) / training / self.peak
+            times = {"step": seconds} | self._phases
+            last = self._pending[-1][0]
+            self.scalars(last, {f"train/{name}": value for name, value in speed.items()})
+            self.scalars(last, {f"time/{name}": value / len(values) for name, value in times.items()})
+            self._report(last + 1, values[-1] | speed, seconds / len(values))
+        if self._writer:
+            self._writer.flush()
+        self._pending.clear()
+        self.restart_clock()
+
+    def _check(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        names = "; ".join(", ".join(row) for row in self.examples(step))
+        what = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite. Its examples: {names}"
+        if self.not_finite == "stop":
+            raise FloatingPointError(
+                f"{what}. The last step checkpoint is from before it: lower optimizer.learning_rate, look at these examples, "
+                "or set not_finite to skip"
+            )
+        self.print(f"skipped {what}")
+        if self._skipped_in_a_row == _MOST_SKIPS:
+            raise FloatingPointError(f"the last {_MOST_SKIPS} steps were not finite: the run cannot recover. {what}")
+
+    def _report(self, done: int, values: Mapping[str, Any], seconds_per_step: float) -> None:
+        line = "  ".join(written.format(values[name]) for name, written in self._headline.items())
+        line += "".join(f"  {name} {value:+.4f}" for name, value in values.items() if name.startswith("gate/"))
+        line += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in values:
+            line += f"  MFU {values['mfu']:.1%}"
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=done, line=line)
+        elif time.monotonic() - self._told > _QUIET_SECONDS or done == self.total:
+            self._told = time.monotonic()
+            left = timedelta(seconds=round((self.total - done) * seconds_per_step))
+            self.print(f"step {done}/{self.total}  {line}  ETA {left}")
