@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax import ModelConfig
-from train.config import SFTConfig
 from train.run.checkpoints import TrainCheckpoints
+from train.sft.config import SFTConfig
 
 _WIDTH = 512
 _LAYERS = 3

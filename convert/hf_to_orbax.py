@@ -21,10 +21,10 @@ from pvm_jax.checkpoint.directory import (
     write_aside,
     write_config,
 )
-from pvm_jax.checkpoint.store import by_path
 from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
 from pvm_jax.model.memory import PersistentVisualMemory
+from pvm_jax.model.parameters import by_path
 
 EXAMPLES = """
 examples:

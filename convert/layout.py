@@ -12,8 +12,8 @@ from functools import cache
 import jax
 from flax import nnx
 
-from pvm_jax.checkpoint.store import by_path
 from pvm_jax.config import ModelConfig
+from pvm_jax.model.parameters import by_path
 from pvm_jax.model.qwen3_vl import abstract_model
 
 # A path of the tree -> the Hugging Face name; {index} is the layer's place in a stack. The first match counts.

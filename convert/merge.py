@@ -11,8 +11,10 @@ import tensorstore as ts
 from convert.layout import parameter_tree
 from convert.store import open_arrays, stored_identity
 from pvm_jax.checkpoint.directory import compare_shapes
-from pvm_jax.checkpoint.store import branch_identity, check_made_for, part_of, read_branch, read_lora
+from pvm_jax.checkpoint.identity import branch_identity
+from pvm_jax.checkpoint.store import check_made_for, read_branch, read_lora
 from pvm_jax.config import ModelConfig
+from pvm_jax.model.parameters import part_of
 
 Arrays = Mapping[str, ts.TensorStore]
 

@@ -15,7 +15,8 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint.store import PARAMS, checksum_part, identity, stored_arrays
+from pvm_jax.checkpoint.identity import checksum_part, identity
+from pvm_jax.checkpoint.store import PARAMS, stored_arrays
 
 # A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
 BLOCK_BYTES = 8 * 2**20

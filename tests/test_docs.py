@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh
 from jsonargparse import ArgumentParser
 
 from tests.check_docs import SMALLEST
-from train.config import SFTConfig, parse
+from train.cli import parse
 from train.grpo.config import GRPOConfig
+from train.sft.config import SFTConfig
 from train.step.program import rows_per_shard
 
 ROOT = Path(__file__).parents[1]

@@ -1,17 +1,9 @@
 """What a run is told, as frozen dataclasses; YAML files and the command line fill them in."""
 
-import difflib
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal, NoReturn, TypeVar
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal, TypeVar
 
-import jax
-from jsonargparse import ArgumentParser
-
-from pvm_jax.command_line import HelpFormatter
 from pvm_jax.config import LoRAConfig
 
 Config = TypeVar("Config")
@@ -197,28 +189,6 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
-class HeldOutConfig:
-    """Conversations that are measured and not trained on, in the buckets of the training data.
-
-    Attributes:
-        sources: as data.sources.
-        every: steps between two measurements; the first is before step 0, the last after the last step.
-        samples: conversations whose answers are generated and written to TensorBoard: the first of the first source that fit a
-            bucket.
-        max_new_tokens: of each of these answers.
-    """
-
-    sources: str | list[str | Source]
-    every: int = 500
-    samples: int = 4
-    max_new_tokens: int = 128
-
-    def __post_init__(self):
-        if not self.sources or self.every < 1 or self.samples < 0 or self.max_new_tokens < 1:
-            raise ValueError("held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """What every training run is told.
 
@@ -277,99 +247,3 @@ class RunConfig:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-
-
-@dataclass(frozen=True)
-class SFTConfig(RunConfig):
-    """Supervised fine-tuning. The defaults are the paper's alignment stage.
-
-    Attributes:
-        data: the training examples.
-        batch_size: rows of one optimizer step, over all devices; a row is one example, or several with data.packing.
-        held_out: what is measured while the run goes on; nothing by default.
-    """
-
-    data: DataConfig
-    _: KW_ONLY
-    batch_size: int = 64
-    held_out: HeldOutConfig | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
-
-
-class Parser(ArgumentParser):
-    """An argument parser that proposes the nearest option for a misspelt one."""
-
-    def error(self, message: str, *args, **kwargs) -> NoReturn:
-        """Prints `message` with a suggestion where it names an unknown option, and exits."""
-        unknown = _UNKNOWN_OPTION.findall(message)
-        known = sorted({key for action in self._actions for key in _names(action.option_strings)})
-        for groups in unknown:
-            word = next(filter(None, groups))
-            near = difflib.get_close_matches(word, known, n=1) or difflib.get_close_matches(
-                word, [key.rpartition(".")[2] for key in known], n=1
-            )
-            if near:
-                message += f". Did you mean {near[0]!r}?"
-        super().error(message, *args, **kwargs)
-
-
-_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'")
-
-
-def _names(option_strings: Sequence[str]) -> list[str]:
-    return [option.removeprefix("--") for option in option_strings]
-
-
-def parse(
-    cls: type[Config],
-    argv: Sequence[str] | None,
-    *,
-    prog: str,
-    description: str,
-    examples: str,
-    flags: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[Config, set[str]]:
-    """An instance of the dataclass `cls` from `--config FILE` (YAML) and overriding `--section.key value` arguments.
-
-    Args:
-        flags: options without a value that do not belong to a config, as "--dry-run", and their help.
-
-    Returns:
-        The instance, and those of `flags` that were given.
-
-    Exits with a message that names the key for unknown, missing or ill-typed values and for what `cls` itself refuses.
-    """
-    parser = Parser(
-        prog=prog,
-        usage=f"{prog} --config FILE [--key value ...]",
-        description=description,
-        epilog=examples,
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    for flag, help_text in flags.items():
-        parser.add_argument(flag, action="store_true", help=help_text)
-    parser.add_class_arguments(cls)
-    namespace = parser.parse_args(argv)
-    try:
-        values = vars(parser.instantiate(namespace))
-        given = {flag for flag in flags if values.pop(flag.removeprefix("--").replace("-", "_"))}
-        values.pop("config")
-        config = cls(**values)
-        _refuse_non_finite(config)
-        return config, given
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _refuse_non_finite(config: Any) -> None:
-    """ValueError for a number of the dataclass `config` that is none, or infinite, naming its key: comparisons let NaN pass."""
-    for path, value in jax.tree.leaves_with_path(asdict(config)):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='.')} must be finite, got {value}")

@@ -1,15 +1,15 @@
 """Orbax behind one door: whole models, the branch or an adapter alone, and the steps of a training run.
 
 A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face names them, and
-`params/`, an Orbax pytree of the model's parameters (paths as in model.py). It lives on a local or mounted file system.
+`params/`, an Orbax pytree of the model's parameters (paths as in model/qwen3_vl.py). It lives on a local or mounted file
+system.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,10 @@ from pvm_jax.checkpoint.directory import (
     write_aside,
     write_config,
 )
+from pvm_jax.checkpoint.identity import backbone_identity, branch_identity
 from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig
 from pvm_jax.model.lora import is_adapter
+from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from pvm_jax.sharding import param_shardings
 
@@ -219,75 +221,6 @@ def _mesh_of(params: Mapping[str, Any]) -> jax.sharding.Mesh | None:
     mesh = sharding.mesh if isinstance(sharding, jax.NamedSharding) else None
     assert not isinstance(mesh, jax.sharding.AbstractMesh)
     return mesh
-
-
-def part_of(path: str) -> Literal["backbone", "branch", "lora"]:
-    """The part of a model that the parameter at `path` belongs to; each can be stored alone."""
-    keys = path.split("/")
-    if is_adapter(tuple(keys)):
-        return "lora"
-    return "branch" if keys[0] == "pvm" else "backbone"
-
-
-def backbone_identity(params: Any) -> str:
-    """A short hexadecimal name of all parameters outside the branch and the adapters.
-
-    It depends on their bfloat16 values alone: not on the sharding, nor on whether they are held in float32 or bfloat16.
-
-    Args:
-        params: the parameter tree (`nnx.state(model)`, pure or not, or nested dicts).
-    """
-    backbone = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "backbone"}
-    return identity(backbone, _checksums(backbone))
-
-
-def branch_identity(params: Any) -> str | None:
-    """The same of the branch; None where there is none, or where it is silent (every gate 0)."""
-    branch = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "branch"}
-    if not any(jnp.any(leaf != 0) for path, leaf in branch.items() if path.endswith("/gate_alpha")):
-        return None
-    return identity(branch, _checksums(branch))
-
-
-def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
-    """The name of arrays of these paths and shapes; `checksums` has the `checksum_part` of each, from index 0."""
-    lines = [f"{path} {tuple(array.shape)} {int(checksums[path]):08x}" for path, array in sorted(arrays.items())]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """One program sums one tensor after the other: on CPUs, where a sum needs its terms in memory, it takes the largest's."""
-    return {path: _checksum(array) for path, array in arrays.items()}
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """`checksum_part` of the whole of x."""
-    if x.ndim < 3:
-        return checksum_part(x, jnp.uint32(0))
-    starts = jnp.arange(len(x), dtype=jnp.uint32) * jnp.uint32(math.prod(x.shape[1:]))
-    return jnp.sum(jax.lax.map(lambda args: checksum_part(*args), (x, starts)), dtype=jnp.uint32)
-
-
-@jax.jit
-def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
-    """The sum over `part` of its bfloat16 bits times (2 * flat index + 1), modulo 2^32; its first index is `start` (uint32).
-
-    The checksums of an array's parts add up to the array's.
-    """
-    bits = jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    index = jnp.broadcast_to(start, part.shape)
-    for axis in range(part.ndim):
-        stride = jnp.uint32(math.prod(part.shape[axis + 1 :]))
-        index += jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis) * stride
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a parameter tree by path, as in "language_model/norm/weight"."""
-    pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
-    leaves, _ = jax.tree.flatten_with_path(pure)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def find(path: str | Path) -> Path:

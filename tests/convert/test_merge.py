@@ -14,9 +14,10 @@ from convert import hf_to_orbax, orbax_to_hf, store
 from convert.merge import Update
 from pvm_jax import LoRAConfig, add_lora, load, save, save_branch, save_lora
 from pvm_jax.checkpoint.directory import CheckpointError
-from pvm_jax.checkpoint.store import backbone_identity, by_path, part_of
+from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.lora import is_adapter
+from pvm_jax.model.parameters import by_path, part_of
 from tests.close import assert_close
 from tests.conftest import GOLDEN
 from tests.convert.directories import read_tensors

@@ -19,8 +19,9 @@ from demo.run import BRANCH
 from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
-from train.config import SFTConfig, parse
+from train.cli import parse
 from train.run.events import EventWriter
+from train.sft.config import SFTConfig
 from train.step.state import split_model
 
 SETTINGS = Settings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)

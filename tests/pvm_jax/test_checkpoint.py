@@ -15,7 +15,8 @@ from flax import nnx
 
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, load, load_branch, save, save_branch
 from pvm_jax.checkpoint.directory import CheckpointError
-from pvm_jax.checkpoint.store import backbone_identity, by_path
+from pvm_jax.checkpoint.identity import backbone_identity
+from pvm_jax.model.parameters import by_path
 from pvm_jax.sharding import make_mesh, param_shardings
 from train.run.checkpoints import TrainCheckpoints
 

@@ -11,9 +11,10 @@ from flax import nnx
 
 from pvm_jax import LoRAConfig, ModelConfig, Qwen3VL, abstract_model, add_lora, generate, load, load_lora, save, save_lora
 from pvm_jax.checkpoint.directory import CheckpointError
-from pvm_jax.checkpoint.store import by_path, part_of, save_branch
+from pvm_jax.checkpoint.store import save_branch
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.lora import is_adapter
+from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.sharding import make_mesh, param_shardings
 from tests.close import assert_close
 

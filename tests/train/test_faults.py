@@ -17,8 +17,9 @@ import pytest
 from flax import nnx
 
 from pvm_jax.checkpoint.directory import CheckpointError
-from pvm_jax.checkpoint.store import by_path, load
+from pvm_jax.checkpoint.store import load
 from pvm_jax.config import ModelConfig
+from pvm_jax.model.parameters import by_path
 from tests.train import runs
 from train.run.checkpoints import TrainCheckpoints
 from train.run.events import EventWriter, read_starts

@@ -16,9 +16,11 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
 from train.config import Bucket, DataConfig
 from train.fit import __main__ as fit
-from train.fit.__main__ import FitConfig, largest, measure, read_model_config
+from train.fit.__main__ import FitConfig, read_model_config
+from train.fit.footprint import largest
+from train.fit.sft import measure
+from train.sft.program import SFTProgram
 from train.step.compile_ahead import _refused, gpu_devices, tpu_devices
-from train.step.program import SFTProgram
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "shape_8b"

@@ -13,7 +13,8 @@ from flax import nnx
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch, Example
 from pvm_jax.model.qwen3_vl import abstract_model
-from train.config import Bucket, DataConfig, SFTConfig
+from train.config import Bucket, DataConfig
+from train.sft.config import SFTConfig
 from train.step.flops import Work, count_flops, peak_flops
 from train.step.program import step_costs
 from train.step.state import loss_and_gradient, make_loss, split_model

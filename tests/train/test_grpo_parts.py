@@ -13,7 +13,8 @@ from pvm_jax.data.batch import Example
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.sharding import make_mesh
 from tests.train.reward_functions import letters
-from train.config import Bucket, ExamplesConfig, MeshConfig, parse
+from train.cli import parse
+from train.config import Bucket, ExamplesConfig, MeshConfig
 from train.fit.__main__ import FitConfig, FitGRPOConfig, recipe
 from train.grpo.config import GRPOConfig
 from train.grpo.grading import reward_values

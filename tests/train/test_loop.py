@@ -16,14 +16,15 @@ from pvm_jax.model.lora import is_adapter
 from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
 from tests.train import runs
-from train.config import Bucket, DataConfig, HeldOutConfig, SFTConfig
+from train.config import Bucket, DataConfig
 from train.run.events import read_values
 from train.run.lifecycle import export
 from train.run.log import RunLog
 from train.sft import __main__ as sft
+from train.sft.config import HeldOutConfig, SFTConfig
 from train.sft.held_out import HeldOut
 from train.sft.loop import prepare
-from train.step.program import SFTProgram
+from train.sft.program import SFTProgram
 
 STEPS = 6
 ONE_SHAPE = "--data.buckets=[{tokens: 48, patches: 8}]"

@@ -12,15 +12,17 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from pvm_jax.checkpoint.store import by_path, part_of
 from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.data.batch import Batch
+from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import abstract_model, add_lora
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh
 from tests.close import assert_close
-from train.config import Bucket, DataConfig, OptimizerConfig, SFTConfig, parse
+from train.cli import parse
+from train.config import Bucket, DataConfig, OptimizerConfig
+from train.sft.config import SFTConfig
+from train.sft.program import SFTProgram
 from train.step.flops import count_flops
-from train.step.program import SFTProgram
 from train.step.state import loss_and_gradient, make_loss, split_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"

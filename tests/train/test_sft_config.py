@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from train.config import Bucket, SFTConfig, parse
+from train.cli import parse
+from train.config import Bucket
 from train.sft import __main__ as sft
+from train.sft.config import SFTConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILE = """

@@ -14,7 +14,7 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.generation import FIRST_SLOTS, PREFILL_CHUNK, _loop, _prefill, _Sampling  # what `generate` runs, not run here
 from pvm_jax.model.qwen3_vl import abstract_model
 from train.config import Bucket
-from train.fit.__main__ import Footprint, gib, largest, table_of
+from train.fit.footprint import Footprint, gib, largest, table_of
 from train.grpo.config import GRPOConfig
 from train.grpo.program import GRPOProgram
 from train.grpo.rollout import Sampler, check_prompts

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from train.config import parse
+from train.cli import parse
 from train.grpo.config import GRPOConfig
 
 EXAMPLES = """

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pvm_jax.checkpoint.directory import read_stop_tokens
-from pvm_jax.checkpoint.store import backbone_identity
+from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.processor import Processor
 from train.config import Bucket
 from train.grpo.config import EvaluationConfig, GRPOConfig

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from pvm_jax.checkpoint.store import by_path
+from pvm_jax.model.parameters import by_path
 from pvm_jax.sharding import make_mesh
 from train.config import RunConfig
 from train.run.lifecycle import Prepared

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from train.config import SFTConfig, parse
+from train.cli import parse
+from train.sft.config import SFTConfig
 
 EXAMPLES = """
 examples:

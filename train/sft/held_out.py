@@ -18,10 +18,10 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.generation import generate
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import local_rows, place_rows
-from train.config import HeldOutConfig, SFTConfig
 from train.data.loading import PlannedExamples, load_training_data
 from train.run.log import RunLog
 from train.run.samples import Sample, images_of, text_of
+from train.sft.config import HeldOutConfig, SFTConfig
 from train.step.loss import chunked_cross_entropy
 from train.step.program import Program
 from train.step.state import Metrics, TrainState

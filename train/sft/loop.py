@@ -9,17 +9,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pvm_jax.checkpoint.store import backbone_identity
+from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.processor import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, place_rows
-from train.config import SFTConfig
 from train.data.loading import TrainingData, load_training_data
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
 from train.run.lifecycle import Prepared, StepDone, load_model
 from train.run.log import RunLog
+from train.sft.config import SFTConfig
 from train.sft.held_out import HeldOut
-from train.step.program import SFTProgram, rows_per_shard
+from train.sft.program import SFTProgram
+from train.step.program import rows_per_shard
 from train.step.state import TrainState
 
 

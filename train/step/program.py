@@ -1,7 +1,7 @@
 """What a run computes, known before any array exists: shapes, shardings and the step."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -14,10 +14,10 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from pvm_jax.sharding import batch_sharding, param_shardings
-from train.config import Bucket, RunConfig, SFTConfig
+from train.config import Bucket, RunConfig
 from train.step.flops import Work, count_costs, peak_flops
 from train.step.optimizer import make_optimizer, make_schedule
-from train.step.state import Step, TrainState, cast, init_state, make_loss, make_step, split_model, state_shardings
+from train.step.state import TrainState, cast, init_state, split_model, state_shardings
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,6 @@ class Program:
     def abstract_batch(self, bucket: Bucket, rows: int) -> Batch:
         """ShapeDtypeStructs of a batch of `rows` rows of `bucket`, with their shardings."""
         return abstract_batch(self.model_config, bucket, rows, self.batch_sharding)
-
-
-@dataclass(frozen=True)
-class SFTProgram(Program):
-    """The program of supervised fine-tuning."""
-
-    config: SFTConfig
-
-    @cached_property
-    def step(self) -> Step:
-        """Jitted, donates its state; metrics count its FLOPs where `costs` are known."""
-        config = self.config
-        loss = make_loss(self.graphdef, chunk=config.loss_chunk)
-        step = make_step(loss, self.optimizer, self.schedule, accumulation=config.accumulation, costs=self.costs)
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
 
 
 def abstract_batch(model_config: ModelConfig, bucket: Bucket, rows: int, sharding: NamedSharding) -> Batch:
