@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from convert.layout import BRANCH, EMBEDDING, HEAD, Slot, Source, layout, parameter_tree, sources
 from convert.report import report
@@ -22,7 +23,7 @@ from pvm_jax.checkpoint.directory import (
     write_config,
 )
 from pvm_jax.command_line import command_parser
-from pvm_jax.config import ModelConfig
+from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
 
@@ -70,7 +71,7 @@ def convert(
     pvm_visibility: str | None = None,
     *,
     plain: bool = False,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     seed: int = 0,
 ) -> None:
     """Writes the checkpoint `dst`; in memory are some 300 MB of it at a time, whatever the size.
@@ -79,14 +80,14 @@ def convert(
         pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by size for a fresh one.
         pvm_visibility: as `TextConfig` has it; None takes the checkpoint's.
         plain: without a branch: none is added, the checkpoint's own is left out.
-        dtype: "float32" or "bfloat16", of everything; None keeps each tensor's own.
+        dtype: float32 or bfloat16, of everything; None keeps each tensor's own.
         seed: of a fresh branch.
 
     Raises:
         FileNotFoundError: if config.json or weights are missing.
         FileExistsError: if `dst` holds something.
         CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file is broken.
-        ValueError: if the branch is both described and left out.
+        ValueError: if the branch is both described and left out, or for another dtype.
     """
     src = Path(src)
     original = read_config(src)
@@ -104,10 +105,11 @@ def convert(
     wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}
     with reader:
         _check(src, reader, wanted, tied=config.tie_word_embeddings, one_dtype=dtype is not None)
-        target = dtype or DTYPES[reader.tensors[EMBEDDING].dtype].name
+        width = None if dtype is None else dtype_name(dtype)
+        target = width or DTYPES[reader.tensors[EMBEDDING].dtype].name
         stored = sources(wanted)
         arrays = {
-            path: jax.ShapeDtypeStruct(leaf.shape, dtype or _stored_dtype(reader, stored.get(path), target))
+            path: jax.ShapeDtypeStruct(leaf.shape, width or _stored_dtype(reader, stored.get(path), target))
             for path, leaf in parameter_tree(config).items()
         }
         branch = _fresh_branch(config, target, seed) if fresh else {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 PVM_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
@@ -154,7 +155,8 @@ class ModelConfig:
     """A whole Qwen3-VL.
 
     Attributes:
-        dtype: activations' dtype inside the model, "float32" or "bfloat16". Norms, softmax and logits are float32 always.
+        dtype: activations' dtype inside the model, float32 or bfloat16; its name is kept. Norms, softmax and logits are
+            float32 always.
         param_dtype: dtype in which fresh parameters are made; a loaded checkpoint keeps its own.
         remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full" (keeps layer inputs alone)
             or "dots" (keeps matrix products).
@@ -184,8 +186,7 @@ class ModelConfig:
         if len(self.vision.deepstack_visual_indexes) > self.text.num_hidden_layers:
             raise ValueError("more deepstack_visual_indexes than decoder layers")
         for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(f"{name} must be float32 or bfloat16, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, dtype_name(getattr(self, name), name))
         if self.remat not in ("none", "full", "dots"):
             raise ValueError(f"remat must be none, full or dots, got {self.remat!r}")
 
@@ -305,6 +306,17 @@ class ModelConfig:
 
 
 _SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def dtype_name(dtype: DTypeLike, name: str = "dtype") -> str:
+    """ "float32" or "bfloat16", of whatever JAX takes for a dtype. Raises ValueError, which names `name`, for any other."""
+    try:
+        found = jnp.dtype(dtype).name
+    except TypeError:
+        found = None
+    if found not in ("float32", "bfloat16"):
+        raise ValueError(f"{name} must be float32 or bfloat16, got {dtype!r}")
+    return found
 
 
 def _read_json(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from pvm_jax.checkpoint.directory import (
@@ -28,7 +29,7 @@ from pvm_jax.checkpoint.directory import (
     write_config,
 )
 from pvm_jax.checkpoint.identity import backbone_identity, branch_identity
-from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig
+from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, dtype_name
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
@@ -47,7 +48,7 @@ def load(
     path: str | Path,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    dtype: str | None = None,
+    dtype: DTypeLike | None = None,
     branch: str | Path | None = None,
     lora: str | Path | None = None,
 ) -> Qwen3VL:
@@ -56,7 +57,7 @@ def load(
     Args:
         path: a checkpoint directory (`convert.hf_to_orbax`, `save`).
         mesh: from `make_mesh`; None puts everything on the default device.
-        dtype: "float32" or "bfloat16": of parameters (cast while reading) and activations. None keeps every parameter's
+        dtype: float32 or bfloat16: of parameters (cast while reading) and activations. None keeps every parameter's
             stored dtype; activations then take the embedding table's.
         branch: another checkpoint to take the PVM branch from, a branch alone (`save_branch`) or a whole model.
         lora: an adapter to put beside the weights (`save_lora`).
@@ -65,6 +66,7 @@ def load(
         FileNotFoundError: if there is nothing at `path`.
         CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the branch or the adapter was
             trained on another backbone.
+        ValueError: for another dtype.
     """
     root = find(path)
     for key, argument, what in ((_BRANCH_KEY, "branch", "a PVM branch"), (_LORA_KEY, "lora", "a LoRA adapter")):
@@ -73,7 +75,7 @@ def load(
     config = ModelConfig.from_hf(root)
     if branch is not None:
         config = config.without_pvm()
-    width = dtype or jnp.dtype(stored_arrays(root)[_EMBEDDING].dtype).name
+    width = dtype_name(stored_arrays(root)[_EMBEDDING].dtype if dtype is None else dtype)
     config = replace(config, dtype=width, param_dtype=width)
     graphdef, params = nnx.split(abstract_model(config))
     model = nnx.merge(graphdef, nnx.State(_restore(root, params, mesh, dtype)))
@@ -126,7 +128,7 @@ def save_branch(path: str | Path, model: Qwen3VL) -> None:
         _write(aside, {"pvm": params["pvm"]})
 
 
-def load_branch(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -> Qwen3VL:
+def load_branch(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = None) -> Qwen3VL:
     """`model` with the PVM branch of another checkpoint, sharded as the model is; its own branch, if any, is replaced.
 
     A branch that was saved alone fits one backbone only. A whole checkpoint's branch is taken as it is: the caller
@@ -163,7 +165,7 @@ def save_lora(path: str | Path, model: Qwen3VL) -> None:
         _write(aside, nnx.to_pure_dict(nnx.state(model, is_adapter)))
 
 
-def load_lora(path: str | Path, model: Qwen3VL, *, dtype: str | None = None) -> Qwen3VL:
+def load_lora(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = None) -> Qwen3VL:
     """`model` with the adapter that `save_lora` wrote, sharded as the model is; its own adapter, if any, is replaced.
 
     An adapter fits one backbone only, and if it was trained beside a branch that was not silent, that branch only.
@@ -249,9 +251,10 @@ def stored_arrays(root: Path) -> dict[str, Any]:
     return by_path(ocp.metadata(str(root / PARAMS)).metadata)
 
 
-def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtype: str | None) -> dict[str, Any]:
+def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtype: DTypeLike | None) -> dict[str, Any]:
     """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint may hold parts that are not asked for."""
     expected, stored = by_path(params), stored_arrays(root)
+    width = None if dtype is None else dtype_name(dtype)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
     wanted = {part_of(path) for path in expected}
     found = {path: shape for path, shape in shapes.items() if part_of(path) in wanted}
@@ -261,7 +264,7 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
     else:
         shardings = by_path(param_shardings(params, mesh))
     abstract = {
-        path: jax.ShapeDtypeStruct(leaf.shape, dtype or stored[path].dtype, sharding=shardings[path])
+        path: jax.ShapeDtypeStruct(leaf.shape, width or stored[path].dtype, sharding=shardings[path])
         for path, leaf in expected.items()
     }
     context = orbax_context(partial=True)

@@ -89,10 +89,16 @@ class TestLoad:
         assert_equal(parameters(load(tmp_path / "sharded", mesh=make_mesh(2, 1, 4))), parameters(model))
         assert_equal(parameters(load(tmp_path / "sharded")), parameters(model))
 
-    def test_dtype_casts_while_reading(self, converted, model):
-        loaded = load(converted, dtype="bfloat16", mesh=make_mesh())
+    @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, jnp.dtype(jnp.bfloat16)])
+    def test_dtype_casts_while_reading(self, converted, model, dtype):
+        loaded = load(converted, dtype=dtype, mesh=make_mesh())
         assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
         assert_equal(parameters(loaded), {path: leaf.astype(jnp.bfloat16) for path, leaf in parameters(model).items()})
+
+    @pytest.mark.parametrize("dtype", ["float16", jnp.int32, "half"])
+    def test_another_dtype_is_refused(self, converted, dtype):
+        with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got"):
+            load(converted, dtype=dtype)
 
     def test_stored_dtypes_are_kept(self, converted, tmp_path):
         """A trained float32 branch beside its bfloat16 backbone."""
