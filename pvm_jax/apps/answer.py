@@ -14,8 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from pvm_jax.data.batch import Batch, Example, bucket_size
+from pvm_jax.data.batch import Batch
 from pvm_jax.data.conversations import Conversations, open_conversations
+from pvm_jax.data.example import Example
 from pvm_jax.data.images import image_size
 from pvm_jax.data.messages import asked
 from pvm_jax.data.processor import Processor
@@ -45,9 +46,7 @@ class Answerer:
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """One row for each of the examples."""
-        length = bucket_size(max(len(example.input_ids) for example in examples))
-        patches = bucket_size(max(example.num_patches for example in examples))
-        return Batch.from_rows([[example] for example in examples], self.model.config, length=length, patches=patches)
+        return Batch.from_examples(examples, self.model.config)
 
     def answers(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[str]]:
         """The texts of each example's samples, which follow the example's own seed."""

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from pvm_jax.apps.answer import Answerer
 from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
-from pvm_jax.data.batch import Batch, Example, bucket_size
+from pvm_jax.data.batch import Batch, bucket_size
+from pvm_jax.data.example import Example
 from pvm_jax.data.processor import Processor
 from pvm_jax.generation import Settings
 from pvm_jax.model.qwen3_vl import Qwen3VL, without_pvm
@@ -305,9 +306,7 @@ def read_frames(path: str, count: int) -> tuple[list[Any], list[float]]:
 def continuation_scores(model: Qwen3VL, examples: Sequence[Example]) -> list[tuple[float, bool]]:
     """For each example the log-probability of the tokens that its loss_mask marks, in nats, and whether each of them is the
     likeliest; logits exist for these alone."""
-    length = bucket_size(max(len(example.input_ids) for example in examples))
-    patches = bucket_size(max(example.num_patches for example in examples))
-    batch = Batch.from_rows([[example] for example in examples], model.config, length=length, patches=patches)
+    batch = Batch.from_examples(examples, model.config)
     marked = [np.flatnonzero(np.asarray(example.loss_mask)) for example in examples]
     columns = np.zeros((len(examples), bucket_size(max(map(len, marked)))), np.int32)
     for row, where in zip(columns, marked, strict=True):

@@ -1,44 +1,22 @@
 """What the model reads: `Batch`, and the host-side layout that makes it from Hugging Face's arrays or from examples.
 
-Everything whose shape or value depends on the images' sizes (MRoPE positions, interpolation of the learned positions, gather
-indices, segments) is computed here in NumPy, so that nothing on the device depends on values for its shape.
+Everything whose shape or value depends on the images' sizes (positions.py, gather indices, segments) is computed on the host,
+in NumPy, so that nothing on the device depends on values for its shape.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, Self
+from functools import partial
+from typing import Any, Self
 
 import jax
 import numpy as np
 
-from pvm_jax.config import ModelConfig, VisionConfig
+from pvm_jax.config import ModelConfig
+from pvm_jax.data.example import Example, runs_of, visual_runs
+from pvm_jax.data.positions import frame_geometry, mrope_positions
 
 Array = Any  # NumPy's where the batch is made, JAX's where the model reads it
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One unpadded conversation in Hugging Face's layout.
-
-    Attributes:
-        input_ids: [S] with one placeholder per visual token.
-        pixel_values: [P, patch_dim], the images' patches in prompt order, each image in 2x2-block order; None without images.
-        image_grid_thw: [images, 3], patches of each image (1, rows, columns).
-        pixel_values_videos, video_grid_thw: the same for videos (frame pairs, rows, columns).
-        loss_mask: [S] bool, True on the tokens that are learned; None: none are.
-    """
-
-    input_ids: np.ndarray
-    pixel_values: np.ndarray | None = None
-    image_grid_thw: np.ndarray | None = None
-    pixel_values_videos: np.ndarray | None = None
-    video_grid_thw: np.ndarray | None = None
-    loss_mask: np.ndarray | None = None
-
-    @property
-    def num_patches(self) -> int:
-        return sum(len(pixels) for pixels in (self.pixel_values, self.pixel_values_videos) if pixels is not None)
 
 
 @partial(
@@ -130,6 +108,18 @@ class Batch:
         return batch
 
     @classmethod
+    def from_examples(cls, examples: Sequence[Example], config: ModelConfig, *, among: Sequence[Example] | None = None) -> Self:
+        """One example a row, in columns of the next `bucket_size` that holds the longest of `among` (default: `examples`).
+
+        Raises:
+            ValueError: as `from_rows`.
+        """
+        among = examples if among is None else among
+        length = bucket_size(max(len(example.input_ids) for example in among))
+        patches = bucket_size(max(example.num_patches for example in among))
+        return cls.from_rows([[example] for example in examples], config, length=length, patches=patches)
+
+    @classmethod
     def from_hf(cls, arrays: Mapping[str, Any], config: ModelConfig) -> Self:
         """The batch of what a Hugging Face Qwen3-VL processor gives, left- or right-padded.
 
@@ -194,11 +184,11 @@ class _RowWriter:
         self.segment += 1
         batch.tokens[row, columns] = example.input_ids
         batch.segment_ids[row, columns] = self.segment
-        batch.positions[row][:, columns] = _mrope_positions(len(example.input_ids), images, self.config.vision)
+        batch.positions[row][:, columns] = mrope_positions(len(example.input_ids), images, self.config.vision)
         if example.loss_mask is not None:
             batch.loss_weights[row, columns[1:]] = example.loss_mask[1:]  # the first token has nothing to be predicted from
         for image in images:
-            geometry = _frame_geometry(image.rows, image.columns, self.config.vision)
+            geometry = frame_geometry(image.rows, image.columns, self.config.vision)
             where = slice(self.patch, self.patch + len(image.pixels))
             tokens = np.arange(self.patch // merge, where.stop // merge)
             self.frame += 1
@@ -211,120 +201,6 @@ class _RowWriter:
             batch.visual_segment_ids[row, tokens] = self.segment
             self.patch = where.stop
         self.column += len(columns)
-
-
-class Frame(NamedTuple):
-    """One image, or one frame pair of a video, and the token that its placeholders start at."""
-
-    start: int
-    rows: int
-    columns: int
-    pixels: np.ndarray
-
-
-def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
-    """The example's frames in prompt order, each checked against its run of placeholders."""
-    ids, vision = example.input_ids, config.vision
-    if ids.ndim != 1:
-        raise ValueError(f"input_ids must be one-dimensional, got shape {ids.shape}")
-    outside = ids[(ids < 0) | (ids >= config.text.vocab_size)]
-    if outside.size:
-        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.text.vocab_size}")
-    frames = []
-    for kind, token, pixels, grids in (
-        ("image", config.image_token_id, example.pixel_values, example.image_grid_thw),
-        ("video", config.video_token_id, example.pixel_values_videos, example.video_grid_thw),
-    ):
-        sizes = _frame_sizes(kind, pixels, grids, vision)
-        starts, lengths = _runs_of(ids, token)
-        if len(starts) != len(sizes):
-            raise ValueError(
-                f"the prompt has {len(starts)} runs of {kind} placeholders, but there are {len(sizes)} {kind} frames"
-            )
-        offset = 0
-        for start, length, (rows, columns) in zip(starts, lengths, sizes, strict=True):
-            assert pixels is not None
-            expected = rows * columns // vision.merge_factor
-            if length != expected:
-                raise ValueError(
-                    f"the {kind} placeholders at token {start} are {length}, but its {rows} x {columns} patches make "
-                    f"{expected} visual tokens (was the prompt truncated inside the image?)"
-                )
-            frames.append(Frame(int(start), rows, columns, pixels[offset : offset + rows * columns]))
-            offset += rows * columns
-    return sorted(frames, key=lambda frame: frame.start)
-
-
-def _frame_sizes(kind: str, pixels: np.ndarray | None, grids: np.ndarray | None, vision: VisionConfig) -> list[tuple[int, int]]:
-    """(rows, columns) of every frame of all grids."""
-    if (pixels is None) != (grids is None):
-        raise ValueError(f"{kind} pixels and {kind}_grid_thw must come together")
-    if pixels is None or grids is None:
-        return []
-    merge = vision.spatial_merge_size
-    if grids.ndim != 2 or grids.shape[1] != 3:
-        raise ValueError(f"{kind}_grid_thw must be [n, 3], got {grids.shape}")
-    if (grids <= 0).any() or (grids[:, 1:] % merge).any():
-        raise ValueError(f"{kind}_grid_thw needs positive sizes, rows and columns multiples of {merge}; got {grids.tolist()}")
-    expected = (int(grids.prod(1).sum()), vision.patch_dim)
-    if pixels.shape != expected:
-        raise ValueError(f"{kind} pixels must be {expected} for grids {grids.tolist()}, got {pixels.shape}")
-    return [(int(rows), int(columns)) for time, rows, columns in grids for _ in range(time)]
-
-
-def _runs_of(ids: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of the maximal runs of `token`."""
-    edges = np.diff(np.concatenate([[0], (ids == token).astype(np.int8), [0]]))
-    starts = np.flatnonzero(edges == 1)
-    return starts, np.flatnonzero(edges == -1) - starts
-
-
-def _mrope_positions(length: int, frames: Sequence[Frame], vision: VisionConfig) -> np.ndarray:
-    """[3, length] (`Qwen3VLModel.get_rope_index`): text counts on in all three, a frame spans its grid, and the text after it
-    goes on from the largest position so far plus one. A video's frame counts as one step of time."""
-    positions = np.empty((3, length), np.int32)
-    column = value = 0
-    for frame in frames:
-        text = frame.start - column
-        positions[:, column : frame.start] = value + np.arange(text)
-        value += text
-        grid = (1, frame.rows // vision.spatial_merge_size, frame.columns // vision.spatial_merge_size)
-        column = frame.start + grid[1] * grid[2]
-        positions[:, frame.start : column] = value + np.indices(grid).reshape(3, -1)
-        value += max(grid)
-    positions[:, column:] = value + np.arange(length - column)
-    return positions
-
-
-class _Geometry(NamedTuple):
-    positions: np.ndarray
-    interp_indices: np.ndarray
-    interp_weights: np.ndarray
-
-
-@lru_cache(maxsize=4096)
-def _frame_geometry(rows: int, columns: int, vision: VisionConfig) -> _Geometry:
-    """Where the patches of a frame lie, in 2x2-block order: [P, 2], and their four learned positions: [P, 4] twice
-    (`Qwen3VLVisionModel.fast_pos_embed_interpolate`)."""
-    side, merge = vision.position_grid_size, vision.spatial_merge_size
-    low, high, share = [], [], []
-    for size in (rows, columns):
-        place = np.linspace(0, side - 1, size, dtype=np.float32)
-        low.append(place.astype(np.int32))
-        high.append(np.minimum(low[-1] + 1, side - 1))
-        share.append(place - low[-1])
-    indices, weights = [], []
-    for row, row_share in ((low[0], 1 - share[0]), (high[0], share[0])):
-        for column, column_share in ((low[1], 1 - share[1]), (high[1], share[1])):
-            indices.append(row[:, None] * side + column)
-            weights.append(row_share[:, None] * column_share)
-    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1)
-
-    def block_order(x: np.ndarray) -> np.ndarray:
-        blocks = x.reshape(rows // merge, merge, columns // merge, merge, -1)
-        return blocks.transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1)
-
-    return _Geometry(*(block_order(x) for x in (grid, np.stack(indices, -1), np.stack(weights, -1))))
 
 
 def _split_rows(arrays: dict[str, np.ndarray], config: ModelConfig) -> tuple[list[Example], list[np.ndarray]]:
@@ -351,8 +227,8 @@ def _split_rows(arrays: dict[str, np.ndarray], config: ModelConfig) -> tuple[lis
             if (labels[row, where] != tokens)[loss_mask].any():
                 raise ValueError(f"row {row}: labels must be -100 or equal input_ids")
         try:
-            image = images.take(len(_runs_of(tokens, config.image_token_id)[0]))
-            video = videos.take(len(_runs_of(tokens, config.video_token_id)[0]))
+            image = images.take(len(runs_of(tokens, config.image_token_id)[0]))
+            video = videos.take(len(runs_of(tokens, config.video_token_id)[0]))
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from None
         examples.append(Example(tokens, *image, *video, loss_mask))

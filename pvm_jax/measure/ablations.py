@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.data.messages import Messages
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import TeacherForced, teacher_forced

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.data.batch import Batch, Example, bucket_size
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.generation import generate
 from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, only_if, predicts_an_answer, read
 from pvm_jax.model.decoder import Inner
@@ -97,12 +98,10 @@ def write(
     cut = [prompt_of(example) for example in examples]
     references = [reference for _, reference in cut]
     prompts = [prompt for prompt, _ in cut]
-    length = bucket_size(max(len(prompt.input_ids) for prompt in prompts))
-    patches = bucket_size(max(prompt.num_patches for prompt in prompts))
     rows, tokens = min(rows, len(examples)), []
     for start in range(0, len(prompts), rows):
         members = [prompts[i % len(prompts)] for i in range(start, start + rows)]
-        batch = Batch.from_rows([[prompt] for prompt in members], model.config, length=length, patches=patches)
+        batch = Batch.from_examples(members, model.config, among=prompts)
         got = generate(model, batch, max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=tuple(stop_tokens))
         ids, lengths = np.asarray(got.tokens), np.asarray(got.lengths)
         tokens += [row[:length] for row, length in zip(ids, lengths, strict=True)]

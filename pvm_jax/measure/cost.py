@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pvm_jax.data.batch import Batch, Example, bucket_size
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.generation import generate, stream
 from pvm_jax.model.cache import Samples
 from pvm_jax.model.qwen3_vl import Qwen3VL
@@ -48,8 +49,7 @@ def cost(models: Mapping[str, Qwen3VL], prompt: Example, *, new_tokens: int = 12
     """
     if new_tokens < 2 or rounds < 1:
         raise ValueError(f"new_tokens must be at least 2 and rounds at least 1, got {new_tokens} and {rounds}")
-    length, patches = bucket_size(len(prompt.input_ids)), bucket_size(prompt.num_patches)
-    batches = {n: Batch.from_rows([[prompt]], model.config, length=length, patches=patches) for n, model in models.items()}
+    batches = {name: Batch.from_examples([prompt], model.config) for name, model in models.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.measure.reading import at_predicting, find_answers, read
 from pvm_jax.model.attention import attention_weights
 from pvm_jax.model.decoder import Inner

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, only_if, predicts_an_answer, read
 from pvm_jax.model.decoder import Inner
 from pvm_jax.model.qwen3_vl import Piece, Qwen3VL

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.measure.reading import read
 from pvm_jax.model.attention import attention_weights
 from pvm_jax.model.decoder import Inner
@@ -17,7 +18,7 @@ from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 class Looked(NamedTuple):
     """Attention on V visual tokens, where T tokens of each of N conversations are predicted.
 
-    The visual tokens stand in the order of the patches (`batch.visual_runs`), frame by frame, rows before columns; what a
+    The visual tokens stand in the order of the patches (`visual_runs`), frame by frame, rows before columns; what a
     conversation has fewer than V is 0.
 
     Attributes:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from pvm_jax.config import VisionConfig
-from pvm_jax.data.batch import Example
+from pvm_jax.data.example import Example
 from pvm_jax.data.images import PixelSettings
 
 

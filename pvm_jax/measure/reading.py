@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pvm_jax.data.batch import Batch, Example, bucket_size, hide_images
+from pvm_jax.data.batch import Batch, hide_images
+from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 Program = Callable[[Qwen3VL, Batch, jax.Array, int], Any]
@@ -82,15 +83,13 @@ def read(
         The program's pytree in NumPy, [N, ...].
     """
     rows = min(rows, len(examples))
-    length = bucket_size(max(len(example.input_ids) for example in examples))
-    patches = bucket_size(max(example.num_patches for example in examples))
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     parts = []
     for start in range(0, len(examples), rows):
         # A last batch is filled from the front: the row before a conversation is never the same one (`ablations.mislead`).
         members = [i % len(examples) for i in range(start, start + rows)]
-        batch = Batch.from_rows([[examples[i]] for i in members], model.config, length=length, patches=patches)
+        batch = Batch.from_examples([examples[i] for i in members], model.config, among=examples)
         batch = hide_images(batch, [hide] * rows)
         parts.append(jax.device_get(_run(graphdef, params, batch, columns[members], program, chunk)))
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(examples)], *parts)

@@ -11,7 +11,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from tests.train import runs
 

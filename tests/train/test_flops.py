@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import abstract_model
 from train.config import Bucket, DataConfig
 from train.sft.config import SFTConfig

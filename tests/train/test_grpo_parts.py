@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.batch import Example
 from pvm_jax.data.conversations import open_conversations
+from pvm_jax.data.example import Example
 from pvm_jax.sharding import make_mesh
 from tests.train.reward_functions import letters
 from train.cli import parse

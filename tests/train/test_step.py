@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
-from pvm_jax.data.batch import Batch, Example
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import abstract_model
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from tests.close import assert_close

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from pvm_jax.data.batch import Example
 from pvm_jax.data.conversations import Conversations, open_conversations
+from pvm_jax.data.example import Example
 from pvm_jax.data.messages import Messages, asked
 from pvm_jax.data.processor import Processor
 from train.config import Bucket, ExamplesConfig

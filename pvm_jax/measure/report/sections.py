@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pvm_jax.data.batch import Example, Frame, visual_runs
+from pvm_jax.data.example import Example, Frame, visual_runs
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.ablations import IMAGE_SWAPPED, ablations, by_filler
 from pvm_jax.measure.accuracy import Grade, TeacherForced, prompt_of, teacher_forced, write
