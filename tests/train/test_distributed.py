@@ -63,7 +63,8 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh
 from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, place_rows
 from train.config import DistributedConfig
-from train.run.distributed import joined, stop_requests
+from train.run.distributed import joined
+from train.run.preemption import stop_requests
 
 address, process = sys.argv[1], int(sys.argv[2])
 with joined(DistributedConfig(address, 2, process)):

@@ -43,9 +43,9 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def sft_run(workplace, monkeypatch):
-    """(run_dir, *arguments, stop_at) -> {step: loss} of the steps that the command did."""
+    """(run_dir, *arguments, stop_at, by) -> {step: loss} of the steps that the command did; stopped by this signal."""
 
-    def run(run_dir, *arguments, stop_at=None):
+    def run(run_dir, *arguments, stop_at=None, by=signal.SIGTERM):
         losses, write, add = {}, RunLog.scalars, RunLog.add
 
         def record(log, step, values):
@@ -55,7 +55,7 @@ def sft_run(workplace, monkeypatch):
         def stop(log, step, *args, **options):
             add(log, step, *args, **options)
             if step == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), by)
 
         monkeypatch.setattr(RunLog, "scalars", record)
         monkeypatch.setattr(RunLog, "add", stop)
@@ -102,7 +102,9 @@ def step_checkpoints(run_dir):
 def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace, sft_run):
     lora = ("--trainable=lora", "--lora.rank=2", "--lora.targets=.*q_proj", "--max_steps=4")
     whole = sft_run("lora", *lora)
-    assert sft_run("lora_parts", *lora, stop_at=1) | sft_run("lora_parts", *lora) == whole
+    before = sft_run("lora_parts", *lora, stop_at=1, by=signal.SIGINT)  # Ctrl-C
+    assert sorted(before) == [0, 1]
+    assert before | sft_run("lora_parts", *lora) == whole
     trained = [load(workplace / "base", lora=workplace / run / "lora") for run in ("lora", "lora_parts")]
     chex.assert_trees_all_equal(*(nnx.as_pure(nnx.state(model)) for model in trained))
     adapters = jax.tree.leaves(nnx.state(trained[0], is_adapter))

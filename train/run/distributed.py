@@ -1,16 +1,13 @@
-"""Several processes, one run: how they find each other, and how they stop together."""
+"""Several processes, one run: how they find each other, and how one that fails ends."""
 
 import os
-import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import DistributedConfig
 
@@ -44,7 +41,7 @@ def join(config: DistributedConfig) -> None:
     TPU slices, SLURM (a process for each GPU, as srun starts them), Open MPI and Kubernetes jobs are found by JAX. A process
     that waits longer than `config.timeout` for the others ends with a message that says for whom.
     """
-    # It would keep SIGTERM from ending a process that has not begun to train; `stop_requests` is told by Python.
+    # It would keep SIGTERM from ending a process that has not begun to train; preemption.py is told by Python.
     jax.config.update("jax_enable_preemption_service", False)
     if config.num_processes == 1 or (config.num_processes is None and os.environ.get("SLURM_NTASKS") == "1"):
         return  # JAX would give a lone SLURM task one of its GPUs
@@ -68,30 +65,6 @@ def join(config: DistributedConfig) -> None:
                     "distributed.num_processes and distributed.process_id, or distributed.num_processes 1"
                 ) from error
             # No cluster, no coordinator: this process is alone.
-
-
-@contextmanager
-def stop_requests(mesh: Mesh) -> Iterator[Callable[[], bool]]:
-    """Listens to SIGTERM for the block. Yields what all processes call once a step: whether the run was asked to end.
-
-    With several processes the answer is whether any of them had been told at the call before, the same for all: a flag of
-    each travels through the devices behind the step that was given to them, so that nobody waits for it.
-    """
-    requests: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: requests.append(number))
-    flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    anyone = jax.jit(lambda told: told.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
-    answers: list[jax.Array] = []
-
-    def agreed() -> bool:
-        told = np.full(1, bool(requests))
-        answers.append(anyone(jax.make_array_from_callback((mesh.size,), flags, lambda _: told)))
-        return len(answers) > 1 and bool(answers.pop(0))
-
-    try:
-        yield agreed if jax.process_count() > 1 else lambda: bool(requests)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 _FOREVER = 7 * 24 * 3600  # s

@@ -22,8 +22,8 @@ from pvm_jax.sharding import make_mesh
 from train.config import RunConfig, Trainable
 from train.data.loading import PlannedExamples
 from train.run.checkpoints import TrainCheckpoints
-from train.run.distributed import stop_requests
 from train.run.log import RunLog
+from train.run.preemption import stop_requests
 from train.step.flops import devices_peak_flops
 from train.step.program import Program
 from train.step.state import TrainState, split_model
