@@ -22,7 +22,7 @@ def stop_requests(mesh: Mesh) -> Iterator[Callable[[], bool]]:
     each travels through the devices behind the step that was given to them, so that nobody waits for it.
     """
     requests: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def request(number: int, _: Any) -> None:
         requests.append(number)
