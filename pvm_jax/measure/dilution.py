@@ -12,6 +12,7 @@ from pvm_jax.data.example import Example
 from pvm_jax.measure.reading import at_predicting, find_answers, read
 from pvm_jax.model.attention import attention_weights
 from pvm_jax.model.decoder import Inner
+from pvm_jax.model.layers import l2_norm
 from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 
@@ -49,7 +50,7 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> tu
         slots = jnp.pad(is_visual, ((0, 0), (0, piece.mask.shape[-1] - is_visual.shape[1])))
         weights = attention_weights(inner.q, jnp.moveaxis(inner.cache.keys[inner.index], 1, 2), piece.mask)
         mass = jnp.where(slots[:, None, None], weights, 0).sum(-1).mean(1)
-        return (mass, None, None) if inner.update is None else (mass, _norm(inner.ffn), _norm(inner.update))
+        return (mass, None, None) if inner.update is None else (mass, l2_norm(inner.ffn), l2_norm(inner.update))
 
     def conclude(piece: Piece, hidden: jax.Array, layers: list) -> list[jax.Array]:
         nothing = jnp.zeros((0, *hidden.shape[:2]))
@@ -58,8 +59,3 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> tu
     mass, ffn, update = (at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk))
     before = jnp.take_along_axis(jnp.cumsum(is_visual, 1), columns - 1, axis=1)
     return mass, before / columns, ffn, update
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    """[B, S, D] -> [B, S]."""
-    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)

@@ -69,6 +69,11 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
     return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)).astype(x.dtype)
 
 
+def l2_norm(x: jax.Array) -> jax.Array:
+    """[..., D] -> [...], in float32."""
+    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, features: int, eps: float, *, dtype: str, rngs: Rngs):
         self.weight = parameter(rngs, ones, (features,), ("norm",), dtype)

@@ -12,7 +12,12 @@ def by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a parameter tree by path, as in "language_model/norm/weight"."""
     pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
     leaves, _ = jax.tree.flatten_with_path(pure)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path: tuple) -> str:
+    """A JAX key path as by_path writes it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def part_of(path: str) -> Literal["backbone", "branch", "lora"]:

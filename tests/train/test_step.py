@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
+from pvm_jax.model.parameters import by_path
 from pvm_jax.model.qwen3_vl import abstract_model
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from tests.close import assert_close
 from train.config import OptimizerConfig
 from train.step.flops import count_flops
-from train.step.optimizer import leaf_names, make_optimizer, make_schedule
+from train.step.optimizer import make_optimizer, make_schedule
 from train.step.state import (
     cast,
     init_state,
@@ -32,10 +33,6 @@ from train.step.state import (
 )
 
 
-def named(tree):
-    return dict(zip(jax.tree.leaves(leaf_names(tree)), jax.tree.leaves(tree), strict=True))
-
-
 def test_branch_gradients_equal_the_reference(golden, golden_model, golden_batch):
     expected = load_file(golden / "grad_outputs.safetensors")
     graphdef, trained, frozen = split_model(golden_model, "pvm")
@@ -43,7 +40,7 @@ def test_branch_gradients_equal_the_reference(golden, golden_model, golden_batch
     step = jax.jit(lambda *args: loss_and_gradient(loss, *args, accumulation=1))
     mean, gradients = step(nnx.as_pure(trained), nnx.as_pure(frozen), golden_batch)
     assert_close(mean, expected["loss"][0], 1e-5)
-    gradients = named(gradients)
+    gradients = by_path(gradients)
     assert len(gradients) == sum(key.startswith("grad.") for key in expected)
     for name, gradient in gradients.items():
         _, layer, rest = name.split("/", 2)
@@ -85,7 +82,7 @@ def test_twenty_steps_equal_the_reference(golden, golden_model, golden_batch):
     expected = load_file(golden / "train_outputs.safetensors")
     losses, state = train(golden_model, golden_batch, "pvm", steps=20)
     assert_close(np.array(losses), expected["losses"], 5e-5)
-    gates = [float(gate[0]) for name, gate in named(state.params).items() if name.endswith("gate_alpha")]
+    gates = [float(gate[0]) for name, gate in by_path(state.params).items() if name.endswith("gate_alpha")]
     assert_close(np.array(gates), expected["gates"], 1e-5)
 
 
@@ -115,7 +112,7 @@ def test_sharded_steps_equal_unsharded(model, eight_rows, unsharded):
     moments = optax.tree.get(expected_state.opt_state, "mu"), optax.tree.get(state.opt_state, "mu")
     assert_close(*moments, 5e-4)
     for tree in (state.params, optax.tree.get(state.opt_state, "mu")):  # split alike, not copied
-        assert not named(tree)["language_model/layers/mlp/up_proj/weight"].sharding.is_fully_replicated
+        assert not by_path(tree)["language_model/layers/mlp/up_proj/weight"].sharding.is_fully_replicated
 
 
 def test_bfloat16_run_keeps_trained_weights_and_moments_in_float32(model, eight_rows, unsharded):

@@ -16,6 +16,7 @@ from pvm_jax.data.batch import Batch
 from pvm_jax.data.messages import Messages
 from pvm_jax.data.processor import Processor
 from pvm_jax.generation import generate
+from pvm_jax.model.layers import l2_norm
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import local_rows, place_rows
 from train.data.loading import PlannedExamples, load_training_data
@@ -113,17 +114,14 @@ def make_measurement(graphdef: nnx.GraphDef, *, chunk: int) -> Callable[[Any, An
         trace = model.trace(batch)
         loss, tokens = chunked_cross_entropy(trace.hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk)
         shares = {
-            f"update_share/{layer}": (batch.loss_weights * _norm(update) / jnp.maximum(_norm(trace.streams[layer]), 1e-6)).sum()
+            f"update_share/{layer}": (
+                batch.loss_weights * l2_norm(update) / jnp.maximum(l2_norm(trace.streams[layer]), 1e-6)
+            ).sum()
             for layer, update in trace.updates.items()
         }
         return {"tokens": tokens, "held_out/loss": loss} | shares
 
     return measure
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    """[B, S, D] -> [B, S]."""
-    return jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
 
 
 def _first_answer(messages: Messages) -> int:

@@ -6,12 +6,8 @@ import jax
 import optax
 
 from pvm_jax.model.lora import ADAPTER
+from pvm_jax.model.parameters import path_name
 from train.config import OptimizerConfig
-
-
-def leaf_names(tree: Any) -> Any:
-    """A tree like `tree` whose leaves are their own paths: "pvm/8/gate_alpha"."""
-    return jax.tree.map_with_path(lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -37,8 +33,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def decays(params: Any) -> Any:
     """True for the leaves that weight decay touches: every weight but those of norms, every adapter; no bias, no gate."""
 
-    def decay(name: str) -> bool:
-        *_, module, leaf = name.split("/")
+    def decay(path: tuple, _: Any) -> bool:
+        *_, module, leaf = path_name(path).split("/")
         return module == ADAPTER or (leaf == "weight" and "norm" not in module)
 
-    return jax.tree.map(decay, leaf_names(params))
+    return jax.tree.map_with_path(decay, params)

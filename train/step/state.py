@@ -13,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.lora import is_adapter
+from pvm_jax.model.parameters import by_path
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import constrain, param_shardings
 from train.config import Trainable
 from train.step.flops import Work
 from train.step.loss import chunked_cross_entropy
-from train.step.optimizer import leaf_names
 
 Metrics = dict[str, jax.Array]
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
@@ -170,8 +170,7 @@ def with_padding(counts: Metrics) -> Metrics:
 
 def gates(params: Any) -> Metrics:
     """{"gate/8": scalar, ...} out of a parameter tree; empty without a branch."""
-    named = zip(jax.tree.leaves(leaf_names(params)), jax.tree.leaves(params), strict=True)
-    return {f"gate/{name.split('/')[1]}": gate[0] for name, gate in named if name.endswith("gate_alpha")}
+    return {f"gate/{path.split('/')[1]}": gate[0] for path, gate in by_path(params).items() if path.endswith("gate_alpha")}
 
 
 def state_shardings(trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
