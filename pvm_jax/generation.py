@@ -37,8 +37,8 @@ class Generation(NamedTuple):
     lengths: jax.Array
 
 
-class _Sampling(NamedTuple):
-    """What the compiled loop depends on."""
+class Sampling(NamedTuple):
+    """How a token is chosen: what the compiled programs depend on."""
 
     temperature: float
     top_k: int | None
@@ -69,7 +69,7 @@ class _Run(NamedTuple):
     graphdef: nnx.GraphDef
     params: nnx.State
     cache: Cache
-    sampling: _Sampling
+    sampling: Sampling
 
 
 class Settings(TypedDict, total=False):
@@ -190,12 +190,12 @@ def _start(
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if seeds is not None and (len(seeds) != rows or not all(0 <= seed < 2**31 for seed in seeds)):
         raise ValueError(f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}")
-    sampling = _Sampling(temperature, top_k, top_p, tuple(stop_tokens))
+    sampling = Sampling(temperature, top_k, top_p, tuple(stop_tokens))
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     keys = _sample_keys(jax.random.key(0) if rng is None else rng, np.arange(rows) if seeds is None else seeds, num_samples)
     slots = min(FIRST_SLOTS, max_new_tokens)
-    cache, state = _prefill(graphdef, params, batch, keys, past, sampling, max_new_tokens, slots, prefill_chunk)
+    cache, state = prefill(graphdef, params, batch, keys, past, sampling, max_new_tokens, slots, prefill_chunk)
     return _Run(graphdef, params, cache, sampling), state
 
 
@@ -209,13 +209,13 @@ def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens", "slots", "chunk"))
-def _prefill(
+def prefill(
     graphdef,
     params,
     batch: Batch,
     keys: jax.Array,
     past: Cache | None,
-    sampling: _Sampling,
+    sampling: Sampling,
     max_new_tokens: int,
     slots: int,
     chunk: int,
@@ -253,7 +253,7 @@ def _steps(run: _Run, state: _State, max_new_tokens: int) -> Iterator[_State]:
 def _advance(run: _Run, state: _State, until: int) -> _State:
     """Decodes until `until` tokens are emitted or every row is done, in a cache that is doubled when it is full."""
     while True:
-        state = _loop(run.graphdef, run.params, run.cache, state, until, run.sampling)
+        state = decode_loop(run.graphdef, run.params, run.cache, state, until, run.sampling)
         if state.samples.slots >= until - 1 or bool(jnp.all(state.done)):
             return state
         slots = min(2 * state.samples.slots, state.output.tokens.shape[-1])
@@ -280,7 +280,7 @@ def _fold(cache: Cache, state: _State, slots: int) -> Cache:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
-def _loop(graphdef, params, cache: Cache, state: _State, until: jax.Array | int, sampling: _Sampling) -> _State:
+def decode_loop(graphdef, params, cache: Cache, state: _State, until: jax.Array | int, sampling: Sampling) -> _State:
     """Decodes until `until` tokens are emitted, the samples' slots are full or every row is done."""
     model: Qwen3VL = nnx.merge(graphdef, params)
 
@@ -296,7 +296,7 @@ def _loop(graphdef, params, cache: Cache, state: _State, until: jax.Array | int,
     return jax.lax.while_loop(wanted, step, state)
 
 
-def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: _Sampling) -> _State:
+def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) -> _State:
     """Chooses each sample's next token from hidden [B, N, D] and records it."""
     logits = model.logits(hidden)
     rows = state.keys.reshape(-1)
@@ -315,7 +315,7 @@ def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: _Sampling)
     return state._replace(token=token, emitted=state.emitted + 1, done=done, output=output)
 
 
-def _choose(logits: jax.Array, keys: jax.Array, sampling: _Sampling, never: tuple[int, ...]) -> jax.Array:
+def _choose(logits: jax.Array, keys: jax.Array, sampling: Sampling, never: tuple[int, ...]) -> jax.Array:
     """[rows, vocab] -> [rows]."""
     logits = logits.at[:, jnp.asarray(never)].set(-jnp.inf)
     if sampling.temperature == 0:

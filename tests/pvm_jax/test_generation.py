@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from pvm_jax import Batch, Chat, Example, Qwen3VL, abstract_model, generate, generation, stream, without_pvm
-from pvm_jax.generation import _loop, _prefill, _Sampling, _start
+from pvm_jax.generation import Sampling, _start, decode_loop, prefill
 from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES
@@ -163,10 +163,10 @@ def test_a_decoding_step_copies_neither_weights_nor_cache():
     params = nnx.as_pure(params)
     prompt = Batch.empty(CONFIG, rows=2, length=512, patches=64)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 2)))
-    sampling = _Sampling(0.0, None, None, ())
-    prefill = functools.partial(_prefill, graphdef, past=None, sampling=sampling, max_new_tokens=256, slots=256, chunk=512)
-    cache, state = jax.eval_shape(prefill, params, prompt, keys)
-    used = _loop.lower(graphdef, params, cache, state, 256, sampling).compile().memory_analysis()
+    sampling = Sampling(0.0, None, None, ())
+    read = functools.partial(prefill, graphdef, past=None, sampling=sampling, max_new_tokens=256, slots=256, chunk=512)
+    cache, state = jax.eval_shape(read, params, prompt, keys)
+    used = decode_loop.lower(graphdef, params, cache, state, 256, sampling).compile().memory_analysis()
     weights, stored = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, (cache, state)))
     assert used.temp_size_in_bytes < 2 / 24 * (weights + stored) < min(weights, stored)
     assert used.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.samples))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.generation import FIRST_SLOTS, PREFILL_CHUNK, _loop, _prefill, _Sampling  # what `generate` runs, not run here
+from pvm_jax.generation import FIRST_SLOTS, PREFILL_CHUNK, Sampling, decode_loop, prefill  # what `generate` runs, not run here
 from pvm_jax.model.qwen3_vl import abstract_model
 from train.config import Bucket
 from train.fit.footprint import Footprint, gib, largest, table_of
@@ -151,18 +151,18 @@ def measure_rollout(program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: in
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (len(batch.tokens), config.group_size)))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=everywhere)
     longest = config.max_completion_tokens
-    sampling = _Sampling(config.temperature, None, config.top_p if config.top_p < 1 else None, (0,))
+    sampling = Sampling(config.temperature, None, config.top_p if config.top_p < 1 else None, (0,))
     graphdef = nnx.graphdef(abstract_model(program.model_config))
     static = {"sampling": sampling, "max_new_tokens": longest, "chunk": PREFILL_CHUNK}
     arguments = (graphdef, weights, batch, keys, None)
     first = min(FIRST_SLOTS, longest)
-    read = compile_ahead(_prefill, *arguments, mesh=place, slots=first, **static)
+    read = compile_ahead(prefill, *arguments, mesh=place, slots=first, **static)
     compiled, caches = [read], (0, 0)
     if read.refusal is None:
-        shapes = jax.eval_shape(partial(_prefill, graphdef, past=None, slots=longest, **static), weights, batch, keys)
+        shapes = jax.eval_shape(partial(prefill, graphdef, past=None, slots=longest, **static), weights, batch, keys)
         cache, state = placed(shapes, read.results)
         until = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        compiled.append(compile_ahead(_loop, graphdef, weights, cache, state, until, mesh=place, sampling=sampling))
+        compiled.append(compile_ahead(decode_loop, graphdef, weights, cache, state, until, mesh=place, sampling=sampling))
         caches = device_bytes(cache), device_bytes(state.samples)
     # While the cache grows for the last time, the half that was full lies beside the whole.
     here = device_bytes(weights)
