@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from train.cli import parse
 from train.grpo.config import GRPOConfig
+from train.grpo.loop import RECIPE
+from train.run.entry import FLAGS, start
 
 EXAMPLES = """
 examples:
@@ -20,23 +22,9 @@ A run that was stopped continues from its last checkpoint when the same command 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
     config, flags = parse(
-        GRPOConfig,
-        argv,
-        prog="python -m train.grpo",
-        description=__doc__ or "",
-        examples=EXAMPLES,
-        flags={"--dry-run": "build everything, take two steps on real data, print shapes, shardings and memory; write nothing"},
+        GRPOConfig, argv, prog="python -m train.grpo", description=__doc__ or "", examples=EXAMPLES, flags=FLAGS
     )
-    # After parsing: --help and errors need not wait for JAX.
-    from train.grpo.loop import dry_steps, prepare, train_grpo
-    from train.run.distributed import joined
-    from train.run.dry_run import dry_run
-
-    with joined(config.distributed):
-        if flags:
-            dry_run(config, prepare, dry_steps)
-        else:
-            train_grpo(config)
+    start(config, RECIPE, flags)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.update import Graded, parts_of, train_on, weigh
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run.lifecycle import Prepared, StepDone, load_model, run
+from train.run.lifecycle import Prepared, Recipe, StepDone, load_model
 from train.run.log import HEADLINE, RunLog
 from train.step.program import rows_per_shard
 from train.step.state import TrainState, cast, split_model
@@ -40,12 +40,6 @@ class PreparedGRPO(Prepared):
     data: Prompts
     program: GRPOProgram
     reference: Any = None
-
-
-def train_grpo(config: GRPOConfig) -> None:
-    """Trains as `config` says; see `train.run.lifecycle.run`."""
-    headline = {"reward/mean": "reward {:.3f}", "completion/length": "length {:.0f}", "policy/entropy": "entropy {:.2f}"}
-    run(config, prepare, train, headline=headline | HEADLINE, apart=("data", "rollout", "rewards"))
 
 
 def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -> PreparedGRPO:
@@ -185,3 +179,7 @@ def describe(graded: Graded, rewards: np.ndarray, group_size: int) -> dict[str, 
     groups = rewards.reshape(-1, group_size)
     alike = np.ptp(groups, axis=1) == 0
     return completion_values("completion", graded.completions) | {"reward/zero_spread": alike.mean()}
+
+
+_HEADLINE = {"reward/mean": "reward {:.3f}", "completion/length": "length {:.0f}", "policy/entropy": "entropy {:.2f}"}
+RECIPE = Recipe(prepare, train, dry_steps, {"headline": _HEADLINE | HEADLINE, "apart": ("data", "rollout", "rewards")})

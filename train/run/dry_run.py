@@ -1,6 +1,5 @@
 """`--dry-run`: everything that a run builds, two steps on its real data, and not a file written."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from pvm_jax.model.parameters import by_path
 from pvm_jax.sharding import make_mesh
 from train.config import RunConfig
-from train.run.lifecycle import Prepared
+from train.run.lifecycle import Recipe
 from train.step.compile_ahead import device_bytes
 
 STEPS = 2
@@ -19,12 +18,8 @@ _LARGEST = 8
 _PLAIN_WIDTH = 140
 
 
-def dry_run(config: RunConfig, prepare: Callable[..., Prepared], steps: Callable[[Any, Console], None]) -> None:
-    """Prints mesh, data, shapes and shardings, and what `steps` prints.
-
-    Args:
-        prepare: as of `train.run.lifecycle.run`.
-        steps: (prepared, console): does `STEPS` steps and prints what they took and gave.
+def dry_run(config: RunConfig, recipe: Recipe) -> None:
+    """Prints mesh, data, shapes and shardings, and what `STEPS` steps of the recipe took and gave.
 
     Raises:
         What `train.run.lifecycle.run` would raise while it builds the same.
@@ -34,7 +29,7 @@ def dry_run(config: RunConfig, prepare: Callable[..., Prepared], steps: Callable
         console.width = _PLAIN_WIDTH
     mesh = make_mesh(**asdict(config.mesh))
     with jax.set_mesh(mesh):
-        work = prepare(config, mesh)
+        work = recipe.prepare(config, mesh)
         program = work.program
         console.print(f"mesh: {dict(mesh.shape)} of {jax.device_count()} x {jax.devices()[0].device_kind}", markup=False)
         console.print(work.data.report, markup=False)
@@ -44,7 +39,7 @@ def dry_run(config: RunConfig, prepare: Callable[..., Prepared], steps: Callable
             ("frozen", program.frozen),
         ):
             console.print(shardings_table(title, tree))
-        steps(work, console)
+        recipe.dry_steps(work, console)
 
 
 def memory_of(compiled: jax.stages.Compiled) -> str:

@@ -3,8 +3,8 @@ train, write the result."""
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
+from rich.console import Console
 
 from pvm_jax.checkpoint.store import load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
@@ -91,19 +92,29 @@ class Prepared:
 StepDone = Callable[[int, TrainState], bool]
 """(step, state after it) -> whether the run stops here. Every step ends with it; it writes the step checkpoints."""
 
-Train = Callable[[Any, RunLog, StepDone], TrainState]
-"""(prepared, log, step_done) -> the state after the last step, or where the run was stopped."""
+
+@dataclass(frozen=True)
+class Recipe:
+    """What sets one kind of run apart from the others.
+
+    Attributes:
+        prepare: (config, mesh, sizes_file=a path in `run_dir`) -> Prepared; runs before any step.
+        train: (prepared, log, step_done) -> the state after the last step, or where the run was stopped.
+        dry_steps: (prepared, console): a few steps, and prints what they took and gave.
+        log_options: further arguments of `RunLog`.
+    """
+
+    prepare: Callable[..., Prepared]
+    train: Callable[[Any, RunLog, StepDone], TrainState]
+    dry_steps: Callable[[Any, Console], None]
+    log_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(config: RunConfig, prepare: Callable[..., Prepared], train: Train, **log_options: Any) -> None:
+def run(config: RunConfig, recipe: Recipe) -> None:
     """Trains as `config` says, from the last step checkpoint in `run_dir` if there is one.
 
-    Args:
-        prepare: (config, mesh, sizes_file=a path in `run_dir`) -> Prepared; runs before any step.
-        log_options: further arguments of `RunLog`.
-
     Raises:
-        ValueError: as `prepare`, or if `run_dir` holds a run with another config.
+        ValueError: as `recipe.prepare`, or if `run_dir` holds a run with another config.
         FileExistsError: if the run in `run_dir` is finished.
         FloatingPointError: if the loss stops being finite (see RunConfig.not_finite).
     """
@@ -114,7 +125,7 @@ def run(config: RunConfig, prepare: Callable[..., Prepared], train: Train, **log
     if result.exists():
         raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
     with jax.set_mesh(mesh):
-        work = prepare(config, mesh, sizes_file=run_dir / SIZES)
+        work = recipe.prepare(config, mesh, sizes_file=run_dir / SIZES)
         with (
             stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
             TrainCheckpoints(run_dir / "steps", work.model_config, work.identity, keep=config.keep) as checkpoints,
@@ -130,7 +141,7 @@ def run(config: RunConfig, prepare: Callable[..., Prepared], train: Train, **log
                 peak=devices_peak_flops(),
                 not_finite=config.not_finite,
                 examples=work.data.examples,
-                **log_options,
+                **recipe.log_options,
             ) as log:
                 log.print(f"{jax.device_count()} devices in {jax.process_count()} processes, mesh {dict(mesh.shape)}")
                 log.print(work.data.report)
@@ -143,7 +154,7 @@ def run(config: RunConfig, prepare: Callable[..., Prepared], train: Train, **log
                             checkpoints.save(step + 1, state)
                     return stopping
 
-                work = replace(work, state=train(work, log, step_done))
+                work = replace(work, state=recipe.train(work, log, step_done))
         if work.done < work.total:
             log.print(f"stopped after step {work.done}; the same command continues")
             return

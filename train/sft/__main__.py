@@ -4,7 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from train.cli import parse
+from train.run.entry import FLAGS, start
 from train.sft.config import SFTConfig
+from train.sft.loop import RECIPE
 
 EXAMPLES = """
 examples:
@@ -20,24 +22,9 @@ A run that was stopped continues from its last checkpoint when the same command 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
     config, flags = parse(
-        SFTConfig,
-        argv,
-        prog="python -m train.sft",
-        description=__doc__ or "",
-        examples=EXAMPLES,
-        flags={"--dry-run": "build everything, take two steps on real data, print shapes, shardings and memory; write nothing"},
+        SFTConfig, argv, prog="python -m train.sft", description=__doc__ or "", examples=EXAMPLES, flags=FLAGS
     )
-    # After parsing: --help and errors need not wait for JAX.
-    from train.run.distributed import joined
-    from train.run.dry_run import dry_run
-    from train.run.lifecycle import run
-    from train.sft.loop import dry_steps, prepare, train
-
-    with joined(config.distributed):
-        if flags:
-            dry_run(config, prepare, dry_steps)
-        else:
-            run(config, prepare, train)
+    start(config, RECIPE, flags)
 
 
 if __name__ == "__main__":

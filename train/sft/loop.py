@@ -15,7 +15,7 @@ from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from train.data.loading import TrainingData, load_training_data
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run.lifecycle import Prepared, StepDone, load_model
+from train.run.lifecycle import Prepared, Recipe, StepDone, load_model
 from train.run.log import RunLog
 from train.sft.config import SFTConfig
 from train.sft.held_out import HeldOut
@@ -111,3 +111,6 @@ def dry_steps(work: PreparedSFT, console: Console) -> None:
         state, metrics = compiled[shape](state, work.frozen, batch)
         loss = float(metrics["loss"])
         console.print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", markup=False)
+
+
+RECIPE = Recipe(prepare, train, dry_steps)
