@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
-from pvm_jax.model.cache import Cache, Prompts, Samples
+from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from train.step.flops import count_flops
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.
@@ -124,13 +124,13 @@ def inputs(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> 
     ids = jnp.ones((rows, visual), jnp.int32)
     embeds = jnp.ones((rows, visual, config.text.hidden_size), config.compute_dtype)
     memories = {} if anew else {layer: pvm.memorize(embeds, ids) for layer, pvm in model.pvm.items()}
-    cache = Cache(Prompts.empty(config, rows, visual)._replace(segment_ids=ids), memories)
-    return cache, embeds if anew else None, jnp.ones((rows, 1), jnp.int32), Samples.empty(config, rows, 1, text)
+    cache = Cache(PromptCache.empty(config, rows, visual)._replace(segment_ids=ids), memories)
+    return cache, embeds if anew else None, jnp.ones((rows, 1), jnp.int32), SampleCache.empty(config, rows, 1, text)
 
 
 def decode(
-    graphdef: nnx.GraphDef, params: Any, cache: Cache, embeds: jax.Array | None, token: jax.Array, samples: Samples
-) -> tuple[jax.Array, Samples]:
+    graphdef: nnx.GraphDef, params: Any, cache: Cache, embeds: jax.Array | None, token: jax.Array, samples: SampleCache
+) -> tuple[jax.Array, SampleCache]:
     """One greedy step, in the samples' last slot; what is to be projected anew is in `embeds`."""
     model: Qwen3VL = nnx.merge(graphdef, params)
     segment_ids = cache.prompts.segment_ids
@@ -166,7 +166,7 @@ def decoding_steps(model: Qwen3VL, rows: int, visual: int, text: int, steps: int
     *given, samples = jax.jit(lambda params: make(nnx.merge(graphdef, params)))(params)
     *given, token = given
 
-    def loop(params: Any, token: jax.Array, samples: Samples, *given: Any) -> tuple[jax.Array, Samples]:
+    def loop(params: Any, token: jax.Array, samples: SampleCache, *given: Any) -> tuple[jax.Array, SampleCache]:
         return jax.lax.fori_loop(0, steps, lambda _, carry: decode(graphdef, params, *given, *carry), (token, samples))
 
     compiled = jax.jit(loop, donate_argnums=(1, 2)).lower(params, token, samples, *given).compile()

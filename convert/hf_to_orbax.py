@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from convert.layout import BRANCH, EMBEDDING, HEAD, Slot, Source, layout, parameter_tree, sources
+from convert.layout import BRANCH, EMBEDDING, HEAD, Slot, TensorSource, layout, parameter_tree, sources
 from convert.report import report
 from convert.safetensors_files import DTYPES, SafetensorsReader
 from convert.store import BlockWriter, blocks, create
@@ -169,15 +169,15 @@ def _same(reader: SafetensorsReader, one: str, other: str) -> bool:
 
 def _pieces(reader: SafetensorsReader, name: str, dtype: np.dtype) -> Iterator[np.ndarray]:
     array = jax.ShapeDtypeStruct(reader.tensors[name].shape, dtype)
-    return (content for _, content in _read(reader, Source((name,), stacked=False), array))
+    return (content for _, content in _read(reader, TensorSource((name,), stacked=False), array))
 
 
-def _stored_dtype(reader: SafetensorsReader, source: Source | None, fresh: str) -> np.dtype | str:
+def _stored_dtype(reader: SafetensorsReader, source: TensorSource | None, fresh: str) -> np.dtype | str:
     return fresh if source is None else DTYPES[reader.tensors[source.names[0]].dtype]
 
 
 def _read(
-    reader: SafetensorsReader, source: Source, array: jax.ShapeDtypeStruct
+    reader: SafetensorsReader, source: TensorSource, array: jax.ShapeDtypeStruct
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """The blocks of an array and their contents, cast to its dtype; each content lives until the next is asked for."""
     buffer = np.empty(0, array.dtype)

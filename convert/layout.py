@@ -53,19 +53,19 @@ def layout(config: ModelConfig) -> dict[str, Slot]:
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """What an array of the tree is made of: one tensor, or a stack of them in order."""
 
     names: tuple[str, ...]
     stacked: bool
 
 
-def sources(slots: Mapping[str, Slot]) -> dict[str, Source]:
+def sources(slots: Mapping[str, Slot]) -> dict[str, TensorSource]:
     """The source of each array, by path."""
     names: dict[str, list[str]] = {}
     for name, slot in sorted(slots.items(), key=lambda item: item[1].index or 0):
         names.setdefault(slot.path, []).append(name)
-    return {path: Source(tuple(parts), slots[parts[0]].index is not None) for path, parts in names.items()}
+    return {path: TensorSource(tuple(parts), slots[parts[0]].index is not None) for path, parts in names.items()}
 
 
 def _slots(path: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[str, Slot]]:

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import auto_cli
 
 from demo.compare_report import UNTRAINED, Measured, write_report
-from demo.evaluate import Settings, encode, sees
+from demo.evaluate import EvaluationSettings, encode, sees
 from demo.recall import attention_on_cell
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint.store import load
@@ -36,7 +36,7 @@ LOOK_EXAMPLES = "demo/look_data.yaml"
 BATCH_SIZE = 16  # demo/look.yaml's and demo/branch.yaml's
 SEED_OF_DATA = 100  # examples of seed s are those of 100 + s: apart from what the base model was trained on
 
-FAR = Settings(distances=(0, 100, 200, 400, 800, 1600), scenes=24)
+FAR = EvaluationSettings(distances=(0, 100, 200, 400, 800, 1600), scenes=24)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ METHODS = {
 }
 
 
-def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 300, settings: Settings = FAR) -> None:
+def main(out: Path = Path("out/compare"), seeds: int = 3, steps: int = 300, settings: EvaluationSettings = FAR) -> None:
     """Trains every method on every seed, measures all of them and the base, writes results.json, results.md, results.png.
 
     Args:
@@ -150,7 +150,7 @@ def once(file: Path, measure: Callable[[], Measured]) -> Measured:
     return Measured(**json.loads(file.read_text()))
 
 
-def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measured:
+def measure_base(plain: Path, processor: Processor, settings: EvaluationSettings) -> Measured:
     """The base as it is, and what it guesses about other images."""
     model, own, other = load(plain), {}, {}
     for distance in settings.distances:
@@ -160,7 +160,9 @@ def measure_base(plain: Path, processor: Processor, settings: Settings) -> Measu
     return Measured(UNTRAINED, None, 0, own, shuffled=other)
 
 
-def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: Processor, settings: Settings) -> Measured:
+def measure_trained(
+    folder: Path, name: str, seed: int, plain: Path, processor: Processor, settings: EvaluationSettings
+) -> Measured:
     """One training's result."""
     trainable, run = METHODS[name].trainable, folder / file_name(name)
     model = load_result(trainable, run, folder / "fresh", plain)
@@ -169,7 +171,13 @@ def measure_trained(folder: Path, name: str, seed: int, plain: Path, processor: 
 
 
 def measure(
-    name: str, seed: int, trainable: Trainable, model: Qwen3VL, processor: Processor, settings: Settings, logs: Sequence[Path]
+    name: str,
+    seed: int,
+    trainable: Trainable,
+    model: Qwen3VL,
+    processor: Processor,
+    settings: EvaluationSettings,
+    logs: Sequence[Path],
 ) -> Measured:
     """A trained model; of the branch also its gates in `logs`, where it looks, and whether it matters at which image."""
     accuracy, misled, attention, gates = {}, {}, {}, {}

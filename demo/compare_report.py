@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from demo.evaluate import Settings
+from demo.evaluate import EvaluationSettings
 
 UNTRAINED, SHUFFLED = "base", "base, other image"
 COLOURS = {
@@ -50,7 +50,9 @@ class Measured:
     gates: dict[str, list[float]] = field(default_factory=dict)
 
 
-def write_report(measured: Sequence[Measured], settings: Settings, trained_on: Sequence[int], how: str, out: Path) -> None:
+def write_report(
+    measured: Sequence[Measured], settings: EvaluationSettings, trained_on: Sequence[int], how: str, out: Path
+) -> None:
     """Writes results.json, results.md and results.png to `out`, and prints the table."""
     by_method: dict[str, list[Measured]] = {}
     for one in measured:
@@ -63,14 +65,16 @@ def write_report(measured: Sequence[Measured], settings: Settings, trained_on: S
     print(text)
 
 
-def accuracies(by_method: Mapping[str, Sequence[Measured]], settings: Settings) -> dict[str, np.ndarray]:
+def accuracies(by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings) -> dict[str, np.ndarray]:
     """By method, and for guessing, [seeds, distances]."""
     distances = [str(distance) for distance in settings.distances]
     rows = {name: np.array([[one.accuracy[d] for d in distances] for one in ones]) for name, ones in by_method.items()}
     return rows | {SHUFFLED: np.array([[by_method[UNTRAINED][0].shuffled[d] for d in distances]])}
 
 
-def markdown(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], how: str) -> str:
+def markdown(
+    by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings, trained_on: Sequence[int], how: str
+) -> str:
     """The tables."""
     seeds = max(len(ones) for ones in by_method.values())
     rows = accuracies(by_method, settings)
@@ -95,7 +99,7 @@ def markdown(by_method: Mapping[str, Sequence[Measured]], settings: Settings, tr
     return "\n\n".join(parts) + "\n"
 
 
-def _recall(name: str, ones: Sequence[Measured], settings: Settings) -> list[str]:
+def _recall(name: str, ones: Sequence[Measured], settings: EvaluationSettings) -> list[str]:
     """Whether the branch recalls the image."""
     cells, shares = settings.size**2, _attention(ones, settings)
     misled = np.array([[one.misled[str(distance)] for distance in settings.distances] for one in ones])
@@ -120,7 +124,7 @@ def _recall(name: str, ones: Sequence[Measured], settings: Settings) -> list[str
     ]
 
 
-def _attention(ones: Sequence[Measured], settings: Settings) -> dict[str, np.ndarray]:
+def _attention(ones: Sequence[Measured], settings: EvaluationSettings) -> dict[str, np.ndarray]:
     """By layer, [seeds, distances, heads]."""
     layers = next(iter(ones[0].attention.values()))
     return {layer: np.array([[one.attention[str(d)][layer] for d in settings.distances] for one in ones]) for layer in layers}
@@ -136,7 +140,9 @@ def _mean_and_spread(values: np.ndarray) -> str:
     return f"{values.mean():.3f}" if len(values) == 1 else f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
 
 
-def plot(by_method: Mapping[str, Sequence[Measured]], settings: Settings, trained_on: Sequence[int], path: Path) -> None:
+def plot(
+    by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings, trained_on: Sequence[int], path: Path
+) -> None:
     """Accuracy by distance; the branch's gates by step; its attention on the asked cell by distance."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.4), width_ratios=(1.3, 1, 1))
     places = np.arange(len(settings.distances))

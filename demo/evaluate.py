@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import auto_cli
 
-from demo.task import VALUES, Example, Mixture, draw, make_example
+from demo.task import VALUES, GridExample, Mixture, draw, make_example
 from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
-from pvm_jax.data.batch import Example as Encoded
+from pvm_jax.data.example import Example as Encoded
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import teacher_forced
 from pvm_jax.measure.reading import find_answers
@@ -28,7 +28,7 @@ TITLE = "What the demo's model sees over a long answer"
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What is measured.
 
     Attributes:
@@ -54,19 +54,19 @@ class Settings:
     batch_size: int = 8
     seed: int = 10_000
 
-    def examples(self, distance: int, count: int, shortest: int | None = None) -> list[Example]:
+    def examples(self, distance: int, count: int, shortest: int | None = None) -> list[GridExample]:
         """The first `count` scenes, `distance` filler words from the question; `shortest`: fewest lines, if not all."""
         lines, filler = (shortest or self.lines, self.lines), (distance, distance)
         mixture = Mixture(sizes=(self.size,), lines=lines, filler=filler, digits="heldout", seed=self.seed)
         return [make_example(mixture, index) for index in range(count)]
 
 
-def encode(examples: Sequence[Example], processor: Processor) -> list[Encoded]:
+def encode(examples: Sequence[GridExample], processor: Processor) -> list[Encoded]:
     """The conversations, true answers included, with their images drawn."""
     return [processor.encode(example.messages(draw(example.scene))) for example in examples]
 
 
-def sees(model: Qwen3VL, examples: Sequence[Encoded], settings: Settings) -> np.ndarray:
+def sees(model: Qwen3VL, examples: Sequence[Encoded], settings: EvaluationSettings) -> np.ndarray:
     """Whether the likeliest token at each line's value is the value: [scenes, lines] bool."""
     places = np.stack([value_places(example, settings.lines) for example in examples])
     correct = teacher_forced(model, examples, rows=settings.batch_size).correct
@@ -84,7 +84,7 @@ def value_places(example: Encoded, lines: int) -> np.ndarray:
     return np.arange(TOKENS_PER_LINE - 1, length - 1, TOKENS_PER_LINE)
 
 
-def make_task(checkpoint: Path, processor: Processor, settings: Settings) -> Task:
+def make_task(checkpoint: Path, processor: Processor, settings: EvaluationSettings) -> Task:
     """The demo's task as the measurements take it."""
     long = settings.examples(settings.distance, settings.long_scenes, settings.shortest)
     values = _ids(processor, [f" {value}\n" for values in VALUES.values() for value in values])
@@ -109,7 +109,7 @@ def make_task(checkpoint: Path, processor: Processor, settings: Settings) -> Tas
     )
 
 
-def grade(ids: np.ndarray, example: Example, processor: Processor) -> np.ndarray:
+def grade(ids: np.ndarray, example: GridExample, processor: Processor) -> np.ndarray:
     """[T]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all others.
 
     Right is a pair of this grid that was not listed before, with the value that the scene has.
@@ -135,7 +135,7 @@ def _ids(processor: Processor, words: Sequence[str]) -> list[int]:
     return [ids[0] for ids in tokens]
 
 
-def main(out: Path, checkpoint: Path, branch: Path | None = None, settings: Settings = Settings()) -> None:
+def main(out: Path, checkpoint: Path, branch: Path | None = None, settings: EvaluationSettings = EvaluationSettings()) -> None:
     """Measures a checkpoint with and without its branch; writes report.html, report.json and figures/ to `out`.
 
     Example: python -m demo.evaluate out/demo/report out/demo/checkpoint --branch out/demo/run/branch

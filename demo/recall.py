@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from demo.evaluate import Settings, encode, value_places
-from demo.task import COLUMNS, Example
+from demo.evaluate import EvaluationSettings, encode, value_places
+from demo.task import COLUMNS, GridExample
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.reading import find_answers
@@ -13,7 +13,7 @@ from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
 def attention_on_cell(
-    model: Qwen3VL, processor: Processor, examples: Sequence[Example], settings: Settings
+    model: Qwen3VL, processor: Processor, examples: Sequence[GridExample], settings: EvaluationSettings
 ) -> dict[str, list[float]]:
     """By layer of the branch and head: the mean share of attention on the asked cell, where its value is to be said.
 

@@ -14,13 +14,13 @@ from jsonargparse import auto_cli
 
 from demo.compare import LOOK_EXAMPLES, claim, file_name, measure, once
 from demo.compare_report import Measured, table
-from demo.evaluate import Settings
+from demo.evaluate import EvaluationSettings
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.processor import Processor
 
 DISTANCE = 200
-MEASURED = Settings(distances=(DISTANCE,), scenes=24)
+MEASURED = EvaluationSettings(distances=(DISTANCE,), scenes=24)
 
 
 @dataclass(frozen=True)

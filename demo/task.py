@@ -75,7 +75,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Example:
+class GridExample:
     """A scene and what is said about it.
 
     Attributes:
@@ -148,7 +148,7 @@ def digit_indices(digits: Digits) -> np.ndarray:
     return indices[indices % 5 == 4] if digits == "heldout" else indices[indices % 5 != 4]
 
 
-def make_example(mixture: Mixture, index: int) -> Example:
+def make_example(mixture: Mixture, index: int) -> GridExample:
     """Example number `index` of the mixture. Scene, lines and filler come from separate random streams."""
     streams = [np.random.default_rng((mixture.seed, index, stream)) for stream in range(3)]
     scene = _make_scene(streams[0], int(streams[0].choice(mixture.sizes)), digit_indices(mixture.digits))
@@ -156,7 +156,7 @@ def make_example(mixture: Mixture, index: int) -> Example:
     order = streams[1].permutation(len(pairs))
     lines = order[: streams[1].integers(mixture.lines[0], mixture.lines[1] + 1)]
     words = streams[2].choice(FILLER, streams[2].integers(mixture.filler[0], mixture.filler[1] + 1))
-    return Example(
+    return GridExample(
         scene=scene,
         attributes=mixture.attributes,
         lines=tuple((cell, name, scene.value(cell, name)) for cell, name in (pairs[i] for i in lines)),
@@ -220,7 +220,7 @@ def words() -> Iterator[str]:
     yield from (form for word in FILLER for form in (word, f" {word}", f"{word}\n", f" {word}\n"))
 
 
-def write(examples: Sequence[Example], out: Path) -> None:
+def write(examples: Sequence[GridExample], out: Path) -> None:
     """Writes `out`/data.jsonl, one {"messages": [...]} a line, and the images that it names, relative to it, as PNG files.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pvm_jax.apps.answer import Answerer, Conversation, answer_file, chat, question
+from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, question
 from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
 from pvm_jax.command_line import command_parser
@@ -128,7 +128,7 @@ def _generate(args: Any) -> None:
         elif args.chat:
             chat(answerer, args.image, _lines(), sys.stdout)
         else:
-            Conversation(answerer, sys.stdout).ask(question(args.question, args.image))
+            ChatSession(answerer, sys.stdout).ask(question(args.question, args.image))
 
 
 def _check(args: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from pvm_jax.data.batch import Batch, bucket_size
-from pvm_jax.model.cache import Cache, Prompts, Samples
+from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 FIRST_SLOTS = 256
@@ -53,7 +53,7 @@ class _State(NamedTuple):
     Generation with [B, N] in front; `keys` [B, N] are the samples' own.
     """
 
-    samples: Samples
+    samples: SampleCache
     token: jax.Array
     position: jax.Array
     segment_ids: jax.Array
@@ -224,7 +224,7 @@ def prefill(
     model: Qwen3VL = nnx.merge(graphdef, params)
     hidden, cache = model.prefill(batch, chunk=chunk, past=past)
     state = _State(
-        samples=Samples.empty(model.config, keys.shape[0], keys.shape[1], slots),
+        samples=SampleCache.empty(model.config, keys.shape[0], keys.shape[1], slots),
         token=jnp.zeros(keys.shape, jnp.int32),
         position=jnp.max(jnp.where(batch.segment_ids[:, None] > 0, batch.positions, 0), axis=(1, 2)),
         segment_ids=jnp.max(batch.segment_ids, axis=1),
@@ -261,7 +261,7 @@ def _advance(run: _Run, state: _State, until: int) -> _State:
 
 
 @partial(jax.jit, static_argnames="slots")
-def _grow(samples: Samples, slots: int) -> Samples:
+def _grow(samples: SampleCache, slots: int) -> SampleCache:
     return samples.grown(slots)
 
 
@@ -275,7 +275,9 @@ def _fold(cache: Cache, state: _State, slots: int) -> Cache:
     """The prompts' cache with what their one sample read in it, in `slots` slots, the empty ones last."""
     written = jnp.arange(state.samples.slots) < state.output.lengths - 1  # the last token was emitted, but never read
     segment_ids = jnp.where(written, state.segment_ids[:, None], 0)
-    whole = cache.prompts.followed_by(Prompts(state.samples.keys[:, :, :, 0], state.samples.values[:, :, :, 0], segment_ids))
+    whole = cache.prompts.followed_by(
+        PromptCache(state.samples.keys[:, :, :, 0], state.samples.values[:, :, :, 0], segment_ids)
+    )
     return cache._replace(prompts=whole.compacted(slots))
 
 

@@ -67,7 +67,7 @@ def question(text: str, images: Iterable[str | Path]) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-class Conversation:
+class ChatSession:
     """A chat whose answers are written as they come; one question is a chat that ends."""
 
     def __init__(self, answerer: Answerer, out: TextIO):
@@ -108,7 +108,7 @@ class Conversation:
 
 def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: TextIO) -> None:
     """Answers line after line. `/image FILE` adds an image to the next question; a question that is refused may be put anew."""
-    conversation, waiting = Conversation(answerer, out), list(images)
+    conversation, waiting = ChatSession(answerer, out), list(images)
     for line in lines:
         line = line.strip()
         if line.startswith(IMAGE_COMMAND):

@@ -15,7 +15,7 @@ from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, onl
 from pvm_jax.model.decoder import Inner
 from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
-Grade = Callable[[int, np.ndarray], np.ndarray]
+Scorer = Callable[[int, np.ndarray], np.ndarray]
 """(number of the conversation, written token ids [T]) -> a score in [0, 1] for each position [T'], NaN where none is due."""
 
 
@@ -62,7 +62,7 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> li
     return [at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk)]
 
 
-class Written(NamedTuple):
+class WrittenAnswers(NamedTuple):
     """What a model wrote itself, greedily, in the place of each conversation's last answer.
 
     Attributes:
@@ -82,9 +82,9 @@ def write(
     *,
     stop_tokens: Sequence[int],
     max_new_tokens: int,
-    grade: Grade | None = None,
+    grade: Scorer | None = None,
     rows: int = 4,
-) -> Written:
+) -> WrittenAnswers:
     """Lets the model write each conversation's last answer.
 
     Args:
@@ -110,7 +110,7 @@ def write(
     scores = [np.asarray(grade(number, written), np.float32) for number, written in enumerate(tokens)]
     longest = max(map(len, scores))
     padded = [np.pad(score, (0, longest - len(score)), constant_values=np.nan) for score in scores]
-    return Written(np.stack(padded), np.array([len(written) for written in tokens]), tokens)
+    return WrittenAnswers(np.stack(padded), np.array([len(written) for written in tokens]), tokens)
 
 
 def exact_so_far(written: np.ndarray, reference: np.ndarray) -> np.ndarray:

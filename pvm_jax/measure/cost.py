@@ -11,7 +11,7 @@ from flax import nnx
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
 from pvm_jax.generation import generate, stream
-from pvm_jax.model.cache import Samples
+from pvm_jax.model.cache import SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
@@ -76,7 +76,7 @@ def _seconds(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[float, floa
 def _bytes(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[int, int, int]:
     """Of weights, keys and values, and memories; nothing is computed."""
     cache = jax.eval_shape(lambda: model.prefill(batch)[1])
-    samples = jax.eval_shape(lambda: Samples.empty(model.config, 1, 1, new_tokens))
+    samples = jax.eval_shape(lambda: SampleCache.empty(model.config, 1, 1, new_tokens))
 
     def total(tree) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

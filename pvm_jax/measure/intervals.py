@@ -38,7 +38,7 @@ def estimate(values: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
     return Estimate(mean, float(low), float(high))
 
 
-class Bucket(NamedTuple):
+class PositionBucket(NamedTuple):
     """Tokens `first` to `last` of an answer, counted from 1."""
 
     first: int
@@ -57,22 +57,22 @@ class Bucket(NamedTuple):
         return values[..., self.first - 1 : self.last]
 
 
-def doubling_buckets(longest: int, first: int = 8) -> list[Bucket]:
+def doubling_buckets(longest: int, first: int = 8) -> list[PositionBucket]:
     """1 to `first`, then ranges that end at twice the last's end, up to `longest`; a short last one joins the one before."""
     ends = [min(first, longest)]
     while ends[-1] < longest:
         ends.append(min(2 * ends[-1], longest))
     if len(ends) > 1 and ends[-1] - ends[-2] < ends[-2] / 2:
         del ends[-2]
-    return [Bucket(start + 1, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [PositionBucket(start + 1, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def by_position(values: np.ndarray, buckets: Sequence[Bucket]) -> list[Estimate]:
+def by_position(values: np.ndarray, buckets: Sequence[PositionBucket]) -> list[Estimate]:
     """Of `values` [N, A] by answer token, an Estimate for each bucket of positions."""
     return [estimate(bucket.of(values)) for bucket in buckets]
 
 
-def by_length(values: np.ndarray, lengths: np.ndarray, buckets: Sequence[Bucket]) -> list[Estimate]:
+def by_length(values: np.ndarray, lengths: np.ndarray, buckets: Sequence[PositionBucket]) -> list[Estimate]:
     """Of `values` [N, A], an Estimate for each bucket of the answers' `lengths` [N]."""
     chosen = [(lengths >= bucket.first) & (lengths <= bucket.last) for bucket in buckets]
     return [estimate(values[which]) if which.any() else Estimate(np.nan, np.nan, np.nan) for which in chosen]

@@ -13,7 +13,7 @@ from pvm_jax.model.memory import Memory
 from pvm_jax.sharding import constrain
 
 
-class Prompts(NamedTuple):
+class PromptCache(NamedTuple):
     """The prompts' keys and values, [L, B, K, T, H] each, and the segment of every slot, [B, T] (0: empty)."""
 
     keys: jax.Array
@@ -60,7 +60,7 @@ class Prompts(NamedTuple):
         return self._replace(keys=_put(self.keys, k, start), values=_put(self.values, v, start))
 
 
-class Samples(NamedTuple):
+class SampleCache(NamedTuple):
     """The keys and values of what is generated: [L, B, K, N, T, H] each, for N samples of every prompt."""
 
     keys: jax.Array
@@ -82,17 +82,17 @@ class Samples(NamedTuple):
         more = [(0, 0)] * 4 + [(0, slots - self.slots), (0, 0)]
         return type(self)(jnp.pad(self.keys, more), jnp.pad(self.values, more))
 
-    def unwritten(self) -> "Written":
+    def unwritten(self) -> "TokenKeysValues":
         """Room for one token's keys and values."""
-        return Written(*(jnp.zeros_like(x[:, :, :, :, 0]) for x in self))
+        return TokenKeysValues(*(jnp.zeros_like(x[:, :, :, :, 0]) for x in self))
 
-    def write(self, slot: jax.Array, written: "Written") -> Self:
+    def write(self, slot: jax.Array, written: "TokenKeysValues") -> Self:
         """With them in one slot of every layer."""
         pairs = zip(self, written, strict=True)
         return type(self)(*(jax.lax.dynamic_update_slice_in_dim(x, new[..., None, :], slot, 4) for x, new in pairs))
 
 
-class Written(NamedTuple):
+class TokenKeysValues(NamedTuple):
     """The keys and values of one token of every sample: [L, B, K, N, H] each."""
 
     keys: jax.Array
@@ -107,7 +107,7 @@ class Written(NamedTuple):
 class Cache(NamedTuple):
     """All that is kept of the prompts: the decoder's keys and values, and each branch's memory of the images, by layer."""
 
-    prompts: Prompts
+    prompts: PromptCache
     memories: dict[str, Memory]
 
     @property

@@ -83,7 +83,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
 
 
-class _Run(NamedTuple):
+class _LayerRun(NamedTuple):
     """Consecutive layers that one scan can run."""
 
     start: int
@@ -92,11 +92,11 @@ class _Run(NamedTuple):
     pvm: bool
 
 
-def _runs(config: ModelConfig, taps: int, *, alone: bool) -> list[_Run]:
+def _runs(config: ModelConfig, taps: int, *, alone: bool) -> list[_LayerRun]:
     """`alone`: a layer with a branch is a run of its own; else it is the last one of a run."""
     layers, special = config.text.num_hidden_layers, config.text.pvm_layers
     edges = sorted({0, taps, layers, *(special if alone else ()), *(layer + 1 for layer in special)})
-    return [_Run(a, b, a < taps, b - 1 in special) for a, b in pairwise(edges)]
+    return [_LayerRun(a, b, a < taps, b - 1 in special) for a, b in pairwise(edges)]
 
 
 class Decoder(nnx.Module):
@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
         # a copy of that layer's weights. Not where the loop's carry is kept for a backward pass, or a probe takes the update.
         alone = cache is None or probe is not None
 
-        def make_layer(run: _Run):
+        def make_layer(run: _LayerRun):
             def layer(carry, xs):
                 hidden, cache, _ = carry
                 index, layer_params, features = xs

@@ -12,7 +12,7 @@ from flax import nnx
 from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.attention import attention, attention_mask, shared_attention
-from pvm_jax.model.cache import Cache, Prompts, Samples, Written
+from pvm_jax.model.cache import Cache, PromptCache, SampleCache, TokenKeysValues
 from pvm_jax.model.decoder import Attend, Decoded, Decoder, Inner
 from pvm_jax.model.layers import Linear, Rngs
 from pvm_jax.model.lora import adapt, is_adapter
@@ -74,11 +74,11 @@ class Piece(NamedTuple):
     memories: dict[str, Memory]
 
 
-Look = Callable[[Piece, Inner], Any]
+LayerProbe = Callable[[Piece, Inner], Any]
 """Takes of each layer, of each piece, what a measurement wants: a pytree of arrays."""
 
 Conclude = Callable[[Piece, jax.Array, list[Any]], Any]
-"""(piece, hidden [B, W, D] after the final norm, what `Look` took of each layer) -> what is kept of the piece."""
+"""(piece, hidden [B, W, D] after the final norm, what `LayerProbe` took of each layer) -> what is kept of the piece."""
 
 
 class Trace(NamedTuple):
@@ -139,7 +139,7 @@ class Qwen3VL(nnx.Module):
         updates = {layer: update for layer, (_, update) in enumerate(decoded.probed) if update is not None}
         return Trace(embeds, deepstack, streams, updates, decoded.hidden, self.logits(decoded.hidden))
 
-    def inspect(self, batch: Batch, look: Look, conclude: Conclude, *, chunk: int) -> Any:
+    def inspect(self, batch: Batch, look: LayerProbe, conclude: Conclude, *, chunk: int) -> Any:
         """Reads whole conversations in pieces of at most `chunk` columns, and keeps of their inner values what is asked for.
 
         No [heads, S, S], no [L, B, S, D] and no [B, S, vocab] ever exists unless the callbacks keep one.
@@ -167,7 +167,7 @@ class Qwen3VL(nnx.Module):
         batch: Batch,
         chunk: int | None,
         past: Cache | None,
-        look: Look | None = None,
+        look: LayerProbe | None = None,
         conclude: Conclude | None = None,
     ) -> tuple[jax.Array, Cache, Any]:
         """What `prefill` returns, and what `inspect` does."""
@@ -176,14 +176,14 @@ class Qwen3VL(nnx.Module):
         columns = _Columns.of(batch, self.config.text.pvm_visibility, 0 if past is None else past.visual_tokens).chunks(count)
         width = columns.tokens.shape[-1]
         visual = self.encode(batch)
-        prompts, memories = Prompts.empty(self.config, rows, count * width), self.memorize(visual, batch)
+        prompts, memories = PromptCache.empty(self.config, rows, count * width), self.memorize(visual, batch)
         before = 0
         if past is not None:
             before = past.prompts.slots
             prompts, memories = past.prompts.followed_by(prompts), past.remembering(memories)
         last = length - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
 
-        def read(carry: tuple[Prompts, jax.Array], xs: tuple[jax.Array, _Columns]):
+        def read(carry: tuple[PromptCache, jax.Array], xs: tuple[jax.Array, _Columns]):
             prompts, hidden = carry
             start, columns = xs
             prompts = prompts.claim(before + start, columns.segment_ids)
@@ -191,7 +191,7 @@ class Qwen3VL(nnx.Module):
             mask = attention_mask(columns.segment_ids, prompts.segment_ids, limits=until)
             piece = Piece(start, columns.segment_ids, columns.limits, mask, memories)
 
-            def attend(prompts: Prompts, layer: jax.Array, q, k, v) -> tuple[jax.Array, Prompts]:
+            def attend(prompts: PromptCache, layer: jax.Array, q, k, v) -> tuple[jax.Array, PromptCache]:
                 prompts = prompts.write(layer, before + start, k, v)
                 if count == 1 and past is None:
                     return self._attend_causally(columns.segment_ids, q, k, v), prompts
@@ -226,9 +226,9 @@ class Qwen3VL(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         cache: Cache,
-        samples: Samples,
+        samples: SampleCache,
         slot: jax.Array,
-    ) -> tuple[jax.Array, Samples]:
+    ) -> tuple[jax.Array, SampleCache]:
         """One more text token for each of a prompt's N samples: nothing of the prompt or its images is computed again.
 
         Args:
@@ -246,7 +246,7 @@ class Qwen3VL(nnx.Module):
 
         # What the layers write goes into the cache at the end, in one piece: written by each layer, a loop over layers would
         # carry the cache, and XLA's TPU compiler copies it into another layout for that loop and back, whole, at every token.
-        def attend(written: Written, layer: jax.Array, q, k, v) -> tuple[jax.Array, Written]:
+        def attend(written: TokenKeysValues, layer: jax.Array, q, k, v) -> tuple[jax.Array, TokenKeysValues]:
             shared = cache.prompts.keys[layer], cache.prompts.values[layer]
             own = samples.keys[layer], samples.values[layer]
             new = k.swapaxes(1, 2), v.swapaxes(1, 2)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from demo import checkpoint, compare, recall, regime
 from demo.compare_report import Measured, write_report
-from demo.evaluate import Settings
+from demo.evaluate import EvaluationSettings
 from demo.run import BRANCH
 from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
@@ -24,7 +24,7 @@ from train.run.events import EventWriter
 from train.sft.config import SFTConfig
 from train.step.state import split_model
 
-SETTINGS = Settings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)
+SETTINGS = EvaluationSettings(distances=(0, 5), scenes=2, size=2, lines=4, batch_size=2)
 
 
 def test_methods_differ_in_what_trains_alone():

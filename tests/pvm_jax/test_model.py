@@ -25,7 +25,7 @@ from pvm_jax import (
     without_pvm,
 )
 from pvm_jax.data.batch import hide_images
-from pvm_jax.model.cache import Samples
+from pvm_jax.model.cache import SampleCache
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from tests.close import assert_close
 
@@ -188,7 +188,7 @@ def test_decoding_equals_the_full_forward(model):
 
     hidden, cache = run(model, "prefill", prompt)
     last = run(model, "logits", hidden)
-    samples = Samples.empty(CONFIG, len(rows), 2, 12)
+    samples = SampleCache.empty(CONFIG, len(rows), 2, 12)
     position = prompt.positions.max((1, 2))[:, None] + 1
     stepwise = []
     for step in range(12):

@@ -3,7 +3,7 @@
 # ruff: noqa: RUF001 (letters that look like others are cases)
 import pytest
 
-from train.rewards.functions import accuracy_reward, format_reward, load_grader, same_answer
+from train.rewards.functions import accuracy_reward, format_reward, load_reward_function, same_answer
 
 WHOLE = "<think>4 sides</think>\n<answer>4</answer>"
 
@@ -209,4 +209,4 @@ def test_different_answers_are_different(solution, answer):
 )
 def test_a_function_that_is_not_there_is_named(function, message):
     with pytest.raises(ValueError, match=message):
-        load_grader(function)
+        load_reward_function(function)

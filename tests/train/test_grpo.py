@@ -182,7 +182,9 @@ def test_two_processes_compute_what_one_does(workplace, whole):
         assert values[name] == alone[name], name
     losses, expected = (np.array([value for _, value in log["train/loss"]]) for log in (values, alone))
     assert_close(losses, expected, 1e-6, scale=1)  # sums of terms of the size of 1 that cancel each other
-    for name in ("policy/entropy", "policy/kl"):  # means over all tokens of all completions
-        assert_close(*(np.array([value for _, value in log[name]]) for log in (values, alone)), 1e-4)
+    # Means over all tokens of all completions. The divergence is that of parameters which Adam moves a whole step wherever a
+    # gradient is next to nothing, whatever its sign: its last bits grow from update to update.
+    for name, bar in (("policy/entropy", 1e-4), ("policy/kl", 2e-3)):
+        assert_close(*(np.array([value for _, value in log[name]]) for log in (values, alone)), bar)
     texts = [[text for _, text in log["rollout/sample/text_summary"]] for log in (values, alone)]
     assert texts[0] == texts[1]

@@ -15,7 +15,7 @@ from train.rewards.pool import Rewards, RewardTable
 from train.run.samples import Sample, images_of, text_of
 
 
-class Grader:
+class RolloutGrader:
     """(completions, prompts) -> the completions' rewards [N] float32, the same on every process, and process 0's table.
 
     A limit of time that one process's grader keeps and another's misses would part the processes for good: one grades for all.
@@ -43,17 +43,17 @@ class Grader:
 
 
 @contextmanager
-def grading(config: GRPOConfig, processor: Processor, say: Callable[[str], None]) -> Iterator[Grader]:
+def grading(config: GRPOConfig, processor: Processor, say: Callable[[str], None]) -> Iterator[RolloutGrader]:
     """A grader with its worker processes.
 
     Raises:
         ValueError: for a reward function that cannot be imported.
     """
     if jax.process_index() != 0:
-        yield Grader(None, processor, say)
+        yield RolloutGrader(None, processor, say)
         return
     with Rewards(config.rewards, time_limit=config.reward_time_limit, workers=config.reward_workers) as rewards:
-        yield Grader(rewards, processor, say)
+        yield RolloutGrader(rewards, processor, say)
 
 
 def texts_of(completions: Completions, processor: Processor) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from train.grpo.config import EvaluationConfig, GRPOConfig
-from train.grpo.grading import Grader, completion_values, reward_values, sample_of, texts_of
+from train.grpo.grading import RolloutGrader, completion_values, reward_values, sample_of, texts_of
 from train.grpo.prompts import Prompt, load_prompts
 from train.grpo.rollout import Completions, Sampler
 from train.rewards.pool import RewardTable
@@ -24,7 +24,7 @@ class Evaluation:
         held_out: EvaluationConfig,
         processor: Processor,
         sampler: Sampler,
-        grade: Grader,
+        grade: RolloutGrader,
         draw: Sequence[int],
     ):
         """Raises ValueError as `load_prompts` does. `draw`: as `Sampler` takes it, the same at every measurement."""

@@ -16,10 +16,10 @@ from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.processor import Processor
 from train.config import Bucket
 from train.grpo.config import EvaluationConfig, GRPOConfig
-from train.grpo.grading import Grader, completion_values, grading, reward_values, sample_of
+from train.grpo.grading import RolloutGrader, completion_values, grading, reward_values, sample_of
 from train.grpo.held_out import Evaluation
 from train.grpo.program import Fixed, GRPOProgram
-from train.grpo.prompts import PromptBatch, Prompts, load_prompts
+from train.grpo.prompts import PromptBatch, PromptData, load_prompts
 from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.update import Graded, parts_of, train_on, weigh
 from train.run.dry_run import STEPS as DRY_STEPS
@@ -37,7 +37,7 @@ class PreparedGRPO(Prepared):
     """What a run of GRPO is made of. `reference`: the trained parameters as they were at the start, with beta > 0."""
 
     config: GRPOConfig
-    data: Prompts
+    data: PromptData
     program: GRPOProgram
     reference: Any = None
 
@@ -117,7 +117,7 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
     return state
 
 
-def evaluation(work: PreparedGRPO, held_out: EvaluationConfig, sampler: Sampler, grade: Grader) -> Evaluation:
+def evaluation(work: PreparedGRPO, held_out: EvaluationConfig, sampler: Sampler, grade: RolloutGrader) -> Evaluation:
     """Of the held-out prompts, drawing alike at every step."""
     return Evaluation(work.config, held_out, work.processor, sampler, grade, draw=(work.config.seed, _HELD_OUT_STREAM))
 

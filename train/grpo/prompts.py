@@ -42,7 +42,7 @@ class PromptBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prompts(PlannedExamples):
+class PromptData(PlannedExamples):
     """The prompts of a run. Element i of `steps` is step i's, the same on every host."""
 
     steps: grain.MapDataset[PromptBatch]
@@ -62,7 +62,7 @@ def load_prompts(
     seed: int = 0,
     sizes_file: Path | None = None,
     all_of_them: bool = False,
-) -> Prompts:
+) -> PromptData:
     """Measures every prompt and lays out the steps of the run, `batch_size` prompts of one bucket each.
 
     Args:
@@ -99,7 +99,7 @@ def load_prompts(
         return PromptBatch(planned.buckets[planned.plan.bucket(step)], prompts)
 
     steps = grain.MapDataset.range(len(planned.plan)).map(read)
-    return Prompts(planned.plan, planned.buckets, sources, planned.report, steps)
+    return PromptData(planned.plan, planned.buckets, sources, planned.report, steps)
 
 
 def read_prompt(source: Conversations, index: int, processor: Processor) -> Prompt:

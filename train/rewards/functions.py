@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-Grader = Callable[[str, Mapping[str, Any]], float]
+RewardFunction = Callable[[str, Mapping[str, Any]], float]
 
 SOLUTION = "solution"
 """The example's key that `accuracy_reward` compares with."""
@@ -24,7 +24,7 @@ def check_name(function: str) -> None:
         raise ValueError(f'reward {function!r} is neither "format", "accuracy" nor an import path "package.module:function"')
 
 
-def load_grader(function: str) -> Grader:
+def load_reward_function(function: str) -> RewardFunction:
     """The grader called "format" or "accuracy", or the user's own at "package.module:function".
 
     Raises:
@@ -46,7 +46,7 @@ def load_grader(function: str) -> Grader:
         raise ValueError(f"reward {function!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(grader):
         raise ValueError(f"reward {function!r} is no function but {grader!r}")
-    return cast(Grader, grader)
+    return cast(RewardFunction, grader)
 
 
 _THINK_THEN_ANSWER = re.compile(

@@ -8,7 +8,7 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from train.rewards.functions import load_grader
+from train.rewards.functions import load_reward_function
 
 
 def main(connection: Connection) -> None:
@@ -19,7 +19,7 @@ def main(connection: Connection) -> None:
     """
     functions, seconds = connection.recv()
     try:
-        graders = [load_grader(function) for function in functions]
+        graders = [load_reward_function(function) for function in functions]
     except ValueError as error:
         connection.send(str(error))
         return

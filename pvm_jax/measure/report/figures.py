@@ -101,7 +101,7 @@ class Panel(NamedTuple):
         return {"title": self.title, "x": self.x_label, "y": self.y_label, "names": list(self.names), "series": numbers}
 
 
-class Look(NamedTuple):
+class AttentionMap(NamedTuple):
     """Where one token looked.
 
     Attributes:
@@ -135,7 +135,7 @@ def check_matplotlib() -> None:
         raise ImportError("the report's figures are drawn by matplotlib: pip install 'pvm-jax[measure]'")
 
 
-def svg(panel: Panel | Look) -> str:
+def svg(panel: Panel | AttentionMap) -> str:
     """The drawn panel, an <svg> element on a transparent ground.
 
     Raises:
@@ -145,7 +145,7 @@ def svg(panel: Panel | Look) -> str:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure = _draw_look(panel) if isinstance(panel, Look) else _draw_panel(panel)
+        figure = _draw_look(panel) if isinstance(panel, AttentionMap) else _draw_panel(panel)
         out = StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
@@ -251,7 +251,7 @@ def _draw_bars(axes: "Axes", panel: Panel) -> None:
         axes.set_xlim(*panel.bounds)
 
 
-def _draw_look(look: Look) -> "Figure":
+def _draw_look(look: AttentionMap) -> "Figure":
     from matplotlib.figure import Figure
 
     height, width = look.frames[0].shape[:2]

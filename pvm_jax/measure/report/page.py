@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pvm_jax.measure.report.figures import Look, Panel, inline, standalone, svg
+from pvm_jax.measure.report.figures import AttentionMap, Panel, inline, standalone, svg
 from pvm_jax.measure.report.sections import Section
 
 _PAGE = """\
@@ -104,7 +104,7 @@ def _section(section: Section, drawn: Mapping[str, str]) -> str:
     return "\n".join([*parts, "</section>"])
 
 
-def _figure(panel: Panel | Look, drawn: str) -> str:
+def _figure(panel: Panel | AttentionMap, drawn: str) -> str:
     title = escape(panel.title)
     image = inline(drawn).replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
     return f"<figure><h3>{title}</h3>{image}<figcaption>{escape(panel.text)}</figcaption></figure>"

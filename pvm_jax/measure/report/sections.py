@@ -10,16 +10,16 @@ import numpy as np
 from pvm_jax.data.example import Example, Frame, visual_runs
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.ablations import IMAGE_SWAPPED, ablations, by_filler
-from pvm_jax.measure.accuracy import Grade, TeacherForced, prompt_of, teacher_forced, write
+from pvm_jax.measure.accuracy import Scorer, TeacherForced, prompt_of, teacher_forced, write
 from pvm_jax.measure.cost import Cost, cost
 from pvm_jax.measure.dilution import dilution
-from pvm_jax.measure.intervals import Bucket, Estimate, by_length, by_position, doubling_buckets, estimate
+from pvm_jax.measure.intervals import Estimate, PositionBucket, by_length, by_position, doubling_buckets, estimate
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.pictures import picture
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.captions import caption
-from pvm_jax.measure.report.figures import Look, Panel, Series
+from pvm_jax.measure.report.figures import AttentionMap, Panel, Series
 from pvm_jax.model.qwen3_vl import Qwen3VL, without_pvm
 
 WITH, WITHOUT = "with the branch", "without"
@@ -55,7 +55,7 @@ class Task:
     counted: str = "tokens"
     counts: Callable[[np.ndarray], np.ndarray] | None = None
     fillers: Mapping[int, Sequence[Example]] = field(default_factory=dict)
-    grade: Grade | None = None
+    grade: Scorer | None = None
     exactness: str = "answers that are the reference's, token by token, so far"
     looks: Sequence[tuple[int, int | None]] = ()
     rows: int = 4
@@ -76,7 +76,7 @@ class Section(NamedTuple):
 
     key: str
     title: str
-    panels: Sequence[Panel | Look]
+    panels: Sequence[Panel | AttentionMap]
     facts: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     text: str = ""
@@ -292,7 +292,7 @@ def measure_looks(models: Models, task: Task) -> Section:
         before = task.processor.decode(example.input_ids[max(column - 4, 0) : column]).strip()
         said = task.processor.decode(example.input_ids[column : column + 1], skip_special_tokens=False).strip()
         panels.append(
-            Look(
+            AttentionMap(
                 f"looked_{place}",
                 f"…{before} → {said}",
                 caption("look", token=tokens[place], number=number),
@@ -403,17 +403,17 @@ MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
 """By the name that `--only` takes, in the report's order."""
 
 
-def _by_position(name: str, values: np.ndarray, buckets: Sequence[Bucket]) -> Series:
+def _by_position(name: str, values: np.ndarray, buckets: Sequence[PositionBucket]) -> Series:
     """Of [N, A]; buckets in which nothing counts are left out."""
     points = [(b.middle, e) for b, e in zip(buckets, by_position(values, buckets), strict=True) if np.isfinite(e.mean)]
     return Series(name, [x for x, _ in points], [e for _, e in points])
 
 
-def _by_length(name: str, values: np.ndarray, lengths: np.ndarray, buckets: Sequence[Bucket]) -> Series:
+def _by_length(name: str, values: np.ndarray, lengths: np.ndarray, buckets: Sequence[PositionBucket]) -> Series:
     return Series(name, [*range(len(buckets))], by_length(values, lengths, buckets))
 
 
-def _used(buckets: Sequence[Bucket], lengths: np.ndarray) -> list[Bucket]:
+def _used(buckets: Sequence[PositionBucket], lengths: np.ndarray) -> list[PositionBucket]:
     return [b for b in buckets if ((lengths >= b.first) & (lengths <= b.last)).any()]
 
 
@@ -422,7 +422,7 @@ def _above(series: Sequence[Series]) -> float:
     return 1.15 * max(float(np.nanmax(np.array(one.y, float))) for one in series) or 1.0
 
 
-def _change(what: str, series: Series, buckets: Sequence[Bucket]) -> str:
+def _change(what: str, series: Series, buckets: Sequence[PositionBucket]) -> str:
     first, last = series.y[0].mean, series.y[-1].mean
     return f"{what}: {first:.3g} at tokens {buckets[0]} of the answer, {last:.3g} at {buckets[-1]} ({series.name})"
 

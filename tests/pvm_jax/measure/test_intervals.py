@@ -1,6 +1,6 @@
 import numpy as np
 
-from pvm_jax.measure.intervals import Bucket, by_length, by_position, doubling_buckets, estimate
+from pvm_jax.measure.intervals import PositionBucket, by_length, by_position, doubling_buckets, estimate
 
 
 def test_bootstrap_resamples_conversations():
@@ -33,10 +33,12 @@ def test_buckets_hold_every_position_once():
         buckets = doubling_buckets(longest)
         held = [token for bucket in buckets for token in range(bucket.first, bucket.last + 1)]
         assert held == list(range(1, longest + 1))
-    assert doubling_buckets(145)[-2:] == [Bucket(33, 64), Bucket(65, 145)]
+    assert doubling_buckets(145)[-2:] == [PositionBucket(33, 64), PositionBucket(65, 145)]
     values = np.arange(1.0, 13)[None]
     assert [e.mean for e in by_position(values, doubling_buckets(12))] == [4.5, 10.5]
     lengths = np.array([3, 9, 12])
-    got = by_length(np.array([[1.0], [0.0], [1.0]]), lengths, [Bucket(1, 8), Bucket(9, 16), Bucket(17, 32)])
+    got = by_length(
+        np.array([[1.0], [0.0], [1.0]]), lengths, [PositionBucket(1, 8), PositionBucket(9, 16), PositionBucket(17, 32)]
+    )
     assert [e.mean for e in got[:2]] == [1, 0.5]
     assert np.isnan(got[2].mean)

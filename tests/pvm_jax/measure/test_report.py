@@ -20,7 +20,7 @@ from pvm_jax.measure.accuracy import prompt_of, write
 from pvm_jax.measure.intervals import Estimate
 from pvm_jax.measure.report import figures, sections
 from pvm_jax.measure.report.command import Request, make_task
-from pvm_jax.measure.report.figures import Look, Panel, Series
+from pvm_jax.measure.report.figures import AttentionMap, Panel, Series
 from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.sections import MEASUREMENTS, Section
 from tests.close import assert_close
@@ -230,7 +230,7 @@ def test_figures_draw_what_is_missing_as_missing(tmp_path):
         ),
         Panel("empty", "Empty", "", "x", "y", [Series("none", [], []), Series("ref", [1, 2], [Estimate(1, 1, 1)] * 2, True)]),
         Panel("bars", "Bars", "", "x", "", [Series("one", [0], [Estimate(0.5, nan, nan)])], names=["a"], bounds=(0, 1)),
-        Look("look", "Look", "", [np.zeros((32, 96, 3))], {"branch": [np.zeros((1, 3))]}),
+        AttentionMap("look", "Look", "", [np.zeros((32, 96, 3))], {"branch": [np.zeros((1, 3))]}),
     ]
     page = write_report([Section("all", "All", panels)], tmp_path, title="T").read_text()
     assert "A &lt;b&gt;" in page
