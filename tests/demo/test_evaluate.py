@@ -8,7 +8,7 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.measure import accuracy
 from pvm_jax.measure.reading import find_answers
 
-SETTINGS = evaluate.Settings(
+SETTINGS = evaluate.EvaluationSettings(
     distances=(0, 3), scenes=3, size=2, lines=5, long_scenes=4, shortest=2, distance=7, looks=3, batch_size=2
 )
 
