@@ -54,7 +54,7 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
 
 
 def stored_identity(arrays: Mapping[str, ts.TensorStore]) -> str:
-    """`pvm_jax.checkpoint.store.identity` of stored arrays, read a block at a time."""
+    """`pvm_jax.checkpoint.identity.identity` of stored arrays, read a block at a time."""
     return identity(arrays, {path: _checksum(array) for path, array in arrays.items()})
 
 

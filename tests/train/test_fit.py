@@ -108,7 +108,7 @@ def test_command_prints_the_table_and_exits_by_whether_it_fits(branch, monkeypat
     arguments = ["--config", str(ROOT / "configs" / "sft_qwen3_vl_8b.yaml"), "--model", "8b", "--topology", "v5e:2x4"]
     for usable, status in ((GIB, 0), (10, 1)):
         monkeypatch.setattr(fit, "usable_bytes", lambda mesh, usable=usable: usable)
-        monkeypatch.setattr(fit, "measure", lambda *args: replace(branch[2], usable=args[-1]))
+        monkeypatch.setattr("train.fit.sft.measure", lambda *args: replace(branch[2], usable=args[-1]))
         with pytest.raises(SystemExit) as exit_:
             fit.main(arguments)
         assert exit_.value.code == status

@@ -142,7 +142,7 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(checkpoint, data, tmp_path, monkeypatch, wrong, named):
-    monkeypatch.setattr("pvm_jax.measure.report.page.command.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match=named):
         main(arguments(checkpoint, data, tmp_path, *wrong))
     assert not (tmp_path / "report.html").exists()
@@ -207,7 +207,7 @@ def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch
 
 @pytest.mark.parametrize("there", ["a file", "a folder that takes none"])
 def test_an_output_that_cannot_be_written_is_refused_before_it_measures(checkpoint, data, tmp_path, monkeypatch, there):
-    monkeypatch.setattr("pvm_jax.measure.report.page.command.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured"))
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "report" if there == "a file" else Path("/proc/self")  # root may write to any other
     with pytest.raises(SystemExit, match=str(out)):
@@ -216,7 +216,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_it_measures(checkpoi
 
 def test_without_matplotlib_it_says_what_to_install_before_it_measures(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    monkeypatch.setattr("pvm_jax.measure.report.page.command.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match=r"pip install 'pvm-jax\[measure\]'"):
         main(arguments(checkpoint, data, tmp_path, "--only", "lens"))
 
