@@ -309,7 +309,7 @@ _SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", 
 
 
 def dtype_name(dtype: DTypeLike, name: str = "dtype") -> str:
-    """ "float32" or "bfloat16", of whatever JAX takes for a dtype. Raises ValueError, which names `name`, for any other."""
+    """The name, float32 or bfloat16, of what JAX takes for a dtype. Raises ValueError, which names `name`, for any other."""
     try:
         found = jnp.dtype(dtype).name
     except TypeError:

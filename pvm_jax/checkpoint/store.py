@@ -1,4 +1,4 @@
-"""Orbax behind one door: whole models, the branch or an adapter alone, and the steps of a training run.
+"""Orbax behind one door: whole models, the branch or an adapter alone. (A run's steps: train/run/checkpoints.py.)
 
 A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face names them, and
 `params/`, an Orbax pytree of the model's parameters (paths as in model/qwen3_vl.py). It lives on a local or mounted file

@@ -21,7 +21,6 @@ from typing import Any, overload
 
 import msgpack
 import numpy as np
-from grain.sources import ArrayRecordDataSource
 
 from pvm_jax.data.messages import Messages
 
@@ -279,6 +278,8 @@ class Shards(_Parts):
         if missing := [str(file) for file in files if not file.is_file()]:
             raise ValueError(f"{path}: {SHARDS_INDEX} names shards that are missing: {', '.join(missing)}")
         self._set_parts(files, [[shard["examples"]] for shard in index["shards"]])
+        from grain.sources import ArrayRecordDataSource  # import pvm_jax need not wait for it
+
         self._source: Any = ArrayRecordDataSource([str(file) for file in files])
         if len(self._source) != len(self):
             raise ValueError(f"{path}: the shards hold {len(self._source)} records, {SHARDS_INDEX} says {len(self)}")

@@ -8,10 +8,12 @@ import time
 import numpy as np
 import pytest
 
+from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
 from tests.train import runs
 from train.config import DistributedConfig
 from train.run.distributed import join
+from train.run.preemption import stop_requests
 
 
 @pytest.fixture
@@ -111,6 +113,17 @@ def test_rows_need_not_be_neighbours_and_all_hear_of_a_signal_at_the_same_step()
         for process in started:
             process.kill()
     assert "process 0 goes on" in started[0].communicate()[0]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop_requests(make_mesh()) as stop_requested:
+        assert not stop_requested()
+        signal.raise_signal(signal.SIGINT)
+        assert stop_requested()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_who_waits_in_vain_says_for_whom(root):

@@ -128,7 +128,7 @@ def test_bfloat16_run_keeps_trained_weights_and_moments_in_float32(model, eight_
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model, eight_rows):
-    """The schedule goes on by that count: the step after it has the rate that its number says. Both count what they read."""
+    """The schedule goes on by that count: the step after it has the rate that its number says, and counts what it reads."""
     mesh = one_device()
     with jax.set_mesh(mesh):
         step, state, frozen = set_up(model, "pvm", mesh=mesh, schedule=lambda step: 1e-3 * step)

@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from train.cli import parse
 from train.grpo.config import GRPOConfig
 from train.grpo.loop import RECIPE
-from train.run.entry import FLAGS, start
+from train.run import entry
 
 EXAMPLES = """
 examples:
@@ -21,10 +20,7 @@ A run that was stopped continues from its last checkpoint when the same command 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
-    config, flags = parse(
-        GRPOConfig, argv, prog="python -m train.grpo", description=__doc__ or "", examples=EXAMPLES, flags=FLAGS
-    )
-    start(config, RECIPE, flags)
+    entry.main(GRPOConfig, RECIPE, argv, prog="python -m train.grpo", description=__doc__ or "", examples=EXAMPLES)
 
 
 if __name__ == "__main__":

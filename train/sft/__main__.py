@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from train.cli import parse
-from train.run.entry import FLAGS, start
+from train.run import entry
 from train.sft.config import SFTConfig
 from train.sft.loop import RECIPE
 
@@ -21,10 +20,7 @@ A run that was stopped continues from its last checkpoint when the same command 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
-    config, flags = parse(
-        SFTConfig, argv, prog="python -m train.sft", description=__doc__ or "", examples=EXAMPLES, flags=FLAGS
-    )
-    start(config, RECIPE, flags)
+    entry.main(SFTConfig, RECIPE, argv, prog="python -m train.sft", description=__doc__ or "", examples=EXAMPLES)
 
 
 if __name__ == "__main__":
