@@ -1,4 +1,5 @@
-"""SFT step and decoding beside transformers + PyTorch, on the CPU, in float32, with the same weights and the same inputs.
+"""SFT step and decoding beside transformers + PyTorch, on the CPU, in float32, with the same
+weights and the same inputs.
 
 pip install torch==2.13.0   # in an environment of its own: torch is no dependency of the package
 python -m benchmarks.against_torch
@@ -48,8 +49,16 @@ CONFIG = ModelConfig(
 )
 
 
-def main(rows: int = 4, text: int = 160, side: int = 16, new_tokens: int = 128, repeats: int = 3, threads: int = 2) -> None:
-    """Prints seconds of both and their ratio; the best of `repeats` counts, and both do full fine-tuning.
+def main(
+    rows: int = 4,
+    text: int = 160,
+    side: int = 16,
+    new_tokens: int = 128,
+    repeats: int = 3,
+    threads: int = 2,
+) -> None:
+    """Prints seconds of both and their ratio; the best of `repeats` counts, and both do full
+    fine-tuning.
 
     Args:
         rows: rows of a batch.
@@ -64,7 +73,9 @@ def main(rows: int = 4, text: int = 160, side: int = 16, new_tokens: int = 128, 
     reference = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**CONFIG.to_hf())).float()
     stored = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
     graphdef, abstract = nnx.split(abstract_model(CONFIG))
-    params = jax.tree.unflatten(jax.tree.structure(nnx.as_pure(abstract)), list(_leaves(stored, by_path(abstract))))
+    params = jax.tree.unflatten(
+        jax.tree.structure(nnx.as_pure(abstract)), list(_leaves(stored, by_path(abstract)))
+    )
     count = sum(x.size for x in jax.tree.leaves(params))
 
     rng = np.random.default_rng(0)
@@ -73,7 +84,9 @@ def main(rows: int = 4, text: int = 160, side: int = 16, new_tokens: int = 128, 
     arrays = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
-        "pixel_values": rng.normal(size=(rows * side * side, CONFIG.vision.patch_dim)).astype(np.float32),
+        "pixel_values": (
+            rng.normal(size=(rows * side * side, CONFIG.vision.patch_dim)).astype(np.float32)
+        ),
         "image_grid_thw": np.array([[1, side, side]] * rows),
     }
     batch = Batch.from_hf(arrays | {"labels": np.where(ids < 31990, ids, -100)}, CONFIG)
@@ -81,11 +94,22 @@ def main(rows: int = 4, text: int = 160, side: int = 16, new_tokens: int = 128, 
     tensors["mm_token_type_ids"] = (tensors["input_ids"] == CONFIG.image_token_id).long()
 
     rows_of_table = [
-        ("SFT step, all weights", _torch_step(reference, tensors), _jax_step(graphdef, params, batch)),
-        ("prefill + decode", _torch_decode(reference, tensors, new_tokens), _jax_decode(graphdef, params, batch, new_tokens)),
+        (
+            "SFT step, all weights",
+            _torch_step(reference, tensors),
+            _jax_step(graphdef, params, batch),
+        ),
+        (
+            "prefill + decode",
+            _torch_decode(reference, tensors, new_tokens),
+            _jax_decode(graphdef, params, batch, new_tokens),
+        ),
     ]
     table = Table(
-        title=f"{count / 1e6:.0f} M parameters, float32, {rows} rows of {ids.shape[1]} tokens, {new_tokens} new tokens"
+        title=(
+            f"{count / 1e6:.0f} M parameters, float32, {rows} rows of {ids.shape[1]} tokens,"
+            f" {new_tokens} new tokens"
+        )
     )
     for column in ("", "transformers + torch", "pvm-jax", "torch / jax"):
         table.add_column(column)
@@ -123,7 +147,9 @@ def _torch_decode(model, tensors, new_tokens: int) -> Callable[[], object]:
     def run():
         model.eval()
         with torch.no_grad():
-            return model.generate(**tensors, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+            return model.generate(
+                **tensors, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
+            )
 
     return run
 
@@ -145,7 +171,9 @@ def _jax_step(graphdef, params, batch) -> Callable[[], object]:
 
 def _jax_decode(graphdef, params, batch, new_tokens: int) -> Callable[[], object]:
     model = nnx.merge(graphdef, params)
-    return lambda: jax.block_until_ready(generate(model, batch, max_new_tokens=new_tokens, temperature=0.0))
+    return lambda: jax.block_until_ready(
+        generate(model, batch, max_new_tokens=new_tokens, temperature=0.0)
+    )
 
 
 if __name__ == "__main__":

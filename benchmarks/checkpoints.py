@@ -1,5 +1,5 @@
-"""What an asynchronous step checkpoint costs the steps: the part of `save` that blocks, and how much slower the steps are that
-run while the files are written. All ratios are of one run.
+"""What an asynchronous step checkpoint costs the steps: the part of `save` that blocks, and how
+much slower the steps are that run while the files are written. All ratios are of one run.
 
     python -m benchmarks.checkpoints
     python -m benchmarks.checkpoints --sizes '[335]' --step_seconds 2 --directory /mnt/runs
@@ -28,7 +28,8 @@ _LAYERS = 3
 
 
 class Cost(NamedTuple):
-    """Of one save, in seconds: an undisturbed step, `save` itself, what the steps beside the writing lost, the writing."""
+    """Of one save, in seconds: an undisturbed step, `save` itself, what the steps beside the
+    writing lost, the writing."""
 
     step: float
     blocked: float
@@ -46,7 +47,8 @@ def main(
     """Prints a table with a line for each size of state.
 
     Args:
-        sizes: megabytes of trained parameters and optimizer state (the demo's: 6; the branch of the 8B model: 335).
+        sizes: megabytes of trained parameters and optimizer state (the demo's: 6; the branch of the
+            8B model: 335).
         saves: measured; medians are printed.
         step_seconds: what a step is made to take, about.
         every: steps between two saves, for the share of their time that is lost.
@@ -96,7 +98,9 @@ def measure(size: int, saves: int, step_seconds: float, directory: Path) -> Iter
     for count in (1, 1, 100):  # the first compiles
         state, seconds = step(state, count)
     count = max(1, round(100 * step_seconds / seconds))
-    with TrainCheckpoints(directory / "steps", ModelConfig.preset("4b"), "benchmark") as checkpoints:
+    with TrainCheckpoints(
+        directory / "steps", ModelConfig.preset("4b"), "benchmark"
+    ) as checkpoints:
         for number in range(saves + 1):
             undisturbed = []
             for _ in range(6):

@@ -1,8 +1,8 @@
 """Conversion of a full-size checkpoint beside `cp` of the same files: time and memory.
 
-Writes a checkpoint of random bfloat16 weights in Hugging Face's layout, copies it, converts it (each in a process of its
-own, with the files out of the page cache before and everything on the disk after), and prints a table. 8b takes 18 GB of
-disk for the checkpoint and as much for a result.
+Writes a checkpoint of random bfloat16 weights in Hugging Face's layout, copies it, converts it
+(each in a process of its own, with the files out of the page cache before and everything on the
+disk after), and prints a table. 8b takes 18 GB of disk for the checkpoint and as much for a result.
 """
 
 import os
@@ -44,19 +44,31 @@ class Run:
 def main() -> None:
     parser = command_parser("python -m benchmarks.conversion", __doc__, EXAMPLES)
     parser.add_argument("--preset", choices=["small", "2b", "4b", "8b", "32b"], default="8b")
-    parser.add_argument("--scratch", type=str, help="where to work (default: the temporary directory); cleaned up after")
+    parser.add_argument(
+        "--scratch",
+        type=str,
+        help="where to work (default: the temporary directory); cleaned up after",
+    )
     parser.add_argument("--back", action="store_true", help="also convert back")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        source, copied, orbax, back = (Path(scratch) / name for name in ("hf", "copy", "orbax", "back"))
+        source, copied, orbax, back = (
+            Path(scratch) / name for name in ("hf", "copy", "orbax", "back")
+        )
         write_random(source, config_of(args.preset).without_pvm())
         size = sum(file.stat().st_size for file in source.iterdir())
-        idle = measure([sys.executable, "-c", "import convert.hf_to_orbax, convert.orbax_to_hf"], source)
+        idle = measure(
+            [sys.executable, "-c", "import convert.hf_to_orbax, convert.orbax_to_hf"], source
+        )
         command = [sys.executable, "-m"]
         runs = {"cp, before": copy(source, copied)}
-        runs["hf_to_orbax"] = measure([*command, "convert.hf_to_orbax", str(source), str(orbax)], source)
+        runs["hf_to_orbax"] = measure(
+            [*command, "convert.hf_to_orbax", str(source), str(orbax)], source
+        )
         if args.back:
-            runs["orbax_to_hf"] = measure([*command, "convert.orbax_to_hf", str(orbax), str(back), "--plain"], orbax)
+            runs["orbax_to_hf"] = measure(
+                [*command, "convert.orbax_to_hf", str(orbax), str(back), "--plain"], orbax
+            )
             shutil.rmtree(back)
         shutil.rmtree(orbax)
         runs["cp, after"] = copy(source, copied)
@@ -64,7 +76,8 @@ def main() -> None:
 
 
 def write_random(directory: Path, config: ModelConfig) -> None:
-    """A Hugging Face checkpoint of `config`, bfloat16, in files of 5 GB; the same random piece again and again."""
+    """A Hugging Face checkpoint of `config`, bfloat16, in files of 5 GB; the same random piece
+    again and again."""
     directory.mkdir()
     dtype = np.dtype(ml_dtypes.bfloat16)
     tensors = {name: Planned(dtype, slot.shape) for name, slot in layout(config).items()}
@@ -82,10 +95,13 @@ def _random_pieces(tensors: Mapping[str, Planned]) -> Iterator[np.ndarray]:
 
 
 def measure(command: list[str], reads: Path) -> Run:
-    """Runs `command` with what it `reads` out of the page cache, until its result is on the disk."""
+    """Runs `command` with what it `reads` out of the page cache, until its result is on the
+    disk."""
     evict(reads)
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     if status:
@@ -115,9 +131,13 @@ def show(preset: str, size: int, idle: Run, runs: dict[str, Run]) -> None:
         table.add_column(column, justify="left" if not column else "right")
     fastest_copy = min(run.seconds for name, run in runs.items() if name.startswith("cp"))
     for name, run in runs.items():
-        memory = "" if name.startswith("cp") else f"{(run.peak_memory - idle.peak_memory) / 2**30:.2f}"
+        memory = (
+            "" if name.startswith("cp") else f"{(run.peak_memory - idle.peak_memory) / 2**30:.2f}"
+        )
         ratio = run.seconds / fastest_copy
-        table.add_row(name, f"{run.seconds:.1f}", f"{size / 1e6 / run.seconds:.0f}", f"{ratio:.2f}", memory)
+        table.add_row(
+            name, f"{run.seconds:.1f}", f"{size / 1e6 / run.seconds:.0f}", f"{ratio:.2f}", memory
+        )
     Console(width=100).print(table)
 
 

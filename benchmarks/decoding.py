@@ -1,11 +1,12 @@
-"""A decoding step with the branch, with one that projects its images anew (as the authors' code, every step), and without.
+"""A decoding step with the branch, with one that projects its images anew (as the authors' code,
+every step), and without.
 
-Weights and cache are random. Steps are timed as generation takes them, in one compiled loop, the three kinds in turn, so that
-a busy machine is busy for all of them.
+Weights and cache are random. Steps are timed as generation takes them, in one compiled loop, the
+three kinds in turn, so that a busy machine is busy for all of them.
 
-    python -m benchmarks.decoding --visual_tokens [256,1024]
-    python -m benchmarks.decoding --size 4b --limit_gib 60
-    python -m benchmarks.decoding --size 8b --count_only true       # what a step computes and reads; nothing runs
+    python -m benchmarks.decoding --visual_tokens [256,1024] python -m benchmarks.decoding --size 4b
+    --limit_gib 60 python -m benchmarks.decoding --size 8b --count_only true       # what a step
+    computes and reads; nothing runs
 """
 
 import math
@@ -38,16 +39,16 @@ PEAK_BANDWIDTH = {
 
 
 class Counted(NamedTuple):
-    """What a decoding step computes and must read: `floor` is the bytes of the decoder's and the branch's weights, the head and
-    the cache."""
+    """What a decoding step computes and must read: `floor` is the bytes of the decoder's and the
+    branch's weights, the head and the cache."""
 
     flops: int
     floor: int
 
 
 class Steps(NamedTuple):
-    """Decoding steps: `run` makes them and waits. `temporary`, `updated`: the bytes that the compiled program holds beside its
-    arguments and writes in place."""
+    """Decoding steps: `run` makes them and waits. `temporary`, `updated`: the bytes that the
+    compiled program holds beside its arguments and writes in place."""
 
     run: Callable[[], None]
     temporary: int
@@ -71,7 +72,8 @@ def main(
         visual_tokens: in every row.
         batches: rows.
         text_tokens: that every row has read or written before the step.
-        steps: in one run of the loop, before which it may bring the weights of single layers into place.
+        steps: in one run of the loop, before which it may bring the weights of single layers into
+            place.
         repeats: runs of each kind; the fastest counts.
         limit_gib: lines whose cache and visual embeddings take more are counted, not run.
         count_only: run nothing.
@@ -79,12 +81,26 @@ def main(
     device = jax.devices()[0]
     config = config_of(size)
     model = abstract_model(config) if count_only else random_model(config)
-    bandwidth = next((rate for kind, rate in PEAK_BANDWIDTH.items() if device.device_kind.startswith(kind)), None)
+    bandwidth = next(
+        (rate for kind, rate in PEAK_BANDWIDTH.items() if device.device_kind.startswith(kind)), None
+    )
     where = "counted" if count_only else device.device_kind
-    table = Table(title=f"{size}: a decoding step, {text_tokens} text tokens before it, {config.dtype}, {where}")
+    table = Table(
+        title=(
+            f"{size}: a decoding step, {text_tokens} text tokens before it, {config.dtype}, {where}"
+        )
+    )
     columns = ["rows", "visual", "floor", "bytes on", "anew", "FLOPs on", "anew"]
     if not count_only:
-        columns += ["off: ms", "on", "anew", "GB/s", "of the bandwidth", "temporary / floor", "updated in place"]
+        columns += [
+            "off: ms",
+            "on",
+            "anew",
+            "GB/s",
+            "of the bandwidth",
+            "temporary / floor",
+            "updated in place",
+        ]
     for column in columns:
         table.add_column(column, justify="right")
     for rows in batches:
@@ -94,9 +110,18 @@ def main(
             cells = [str(rows), f"{visual:,}", f"{counted[1].floor / 2**30:.2f} GiB"]
             cells += [f"{c.floor / counted[0].floor - 1:+.2%}" for c in counted[1:]]
             cells += [f"{c.flops / counted[0].flops - 1:+.2%}" for c in counted[1:]]
-            if not count_only and cache_bytes(config, rows, visual, text_tokens) <= limit_gib * 2**30:
-                loops = [decoding_steps(kind, rows, visual, text_tokens, steps, anew=anew) for kind, anew in kinds]
-                seconds = [total / steps for total in fastest_in_turn([loop.run for loop in loops], repeats)]
+            if (
+                not count_only
+                and cache_bytes(config, rows, visual, text_tokens) <= limit_gib * 2**30
+            ):
+                loops = [
+                    decoding_steps(kind, rows, visual, text_tokens, steps, anew=anew)
+                    for kind, anew in kinds
+                ]
+                seconds = [
+                    total / steps
+                    for total in fastest_in_turn([loop.run for loop in loops], repeats)
+                ]
                 rate = counted[1].floor / seconds[1]
                 cells += [
                     f"{seconds[0] * 1e3:.2f}",
@@ -118,24 +143,38 @@ def cache_bytes(config: ModelConfig, rows: int, visual: int, text: int) -> int:
 
 
 def inputs(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> tuple[Any, ...]:
-    """The cache of `rows` rows behind `visual` visual tokens, their embeddings, a token and `text` slots for what was written:
-    made of ones. With `anew` the cache has no memories."""
+    """The cache of `rows` rows behind `visual` visual tokens, their embeddings, a token and `text`
+    slots for what was written: made of ones. With `anew` the cache has no memories."""
     config = model.config
     ids = jnp.ones((rows, visual), jnp.int32)
     embeds = jnp.ones((rows, visual, config.text.hidden_size), config.compute_dtype)
-    memories = {} if anew else {layer: pvm.memorize(embeds, ids) for layer, pvm in model.pvm.items()}
+    memories = (
+        {} if anew else {layer: pvm.memorize(embeds, ids) for layer, pvm in model.pvm.items()}
+    )
     cache = Cache(PromptCache.empty(config, rows, visual)._replace(segment_ids=ids), memories)
-    return cache, embeds if anew else None, jnp.ones((rows, 1), jnp.int32), SampleCache.empty(config, rows, 1, text)
+    return (
+        cache,
+        embeds if anew else None,
+        jnp.ones((rows, 1), jnp.int32),
+        SampleCache.empty(config, rows, 1, text),
+    )
 
 
 def decode(
-    graphdef: nnx.GraphDef, params: Any, cache: Cache, embeds: jax.Array | None, token: jax.Array, samples: SampleCache
+    graphdef: nnx.GraphDef,
+    params: Any,
+    cache: Cache,
+    embeds: jax.Array | None,
+    token: jax.Array,
+    samples: SampleCache,
 ) -> tuple[jax.Array, SampleCache]:
     """One greedy step, in the samples' last slot; what is to be projected anew is in `embeds`."""
     model: Qwen3VL = nnx.merge(graphdef, params)
     segment_ids = cache.prompts.segment_ids
     if embeds is not None:
-        seen, token = jax.lax.optimization_barrier((embeds, token))  # else the compiler projects once, before all steps
+        seen, token = jax.lax.optimization_barrier(
+            (embeds, token)
+        )  # else the compiler projects once, before all steps
         memories = {layer: pvm.memorize(seen, segment_ids) for layer, pvm in model.pvm.items()}
         cache = cache._replace(memories=memories)
     slot = jnp.asarray(samples.slots - 1)
@@ -158,7 +197,9 @@ def count(model: Qwen3VL, rows: int, visual: int, text: int, *, anew: bool) -> C
     )
 
 
-def decoding_steps(model: Qwen3VL, rows: int, visual: int, text: int, steps: int, *, anew: bool) -> Steps:
+def decoding_steps(
+    model: Qwen3VL, rows: int, visual: int, text: int, steps: int, *, anew: bool
+) -> Steps:
     """The compiled loop of `steps` steps, on `inputs`."""
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
@@ -166,8 +207,12 @@ def decoding_steps(model: Qwen3VL, rows: int, visual: int, text: int, steps: int
     *given, samples = jax.jit(lambda params: make(nnx.merge(graphdef, params)))(params)
     *given, token = given
 
-    def loop(params: Any, token: jax.Array, samples: SampleCache, *given: Any) -> tuple[jax.Array, SampleCache]:
-        return jax.lax.fori_loop(0, steps, lambda _, carry: decode(graphdef, params, *given, *carry), (token, samples))
+    def loop(
+        params: Any, token: jax.Array, samples: SampleCache, *given: Any
+    ) -> tuple[jax.Array, SampleCache]:
+        return jax.lax.fori_loop(
+            0, steps, lambda _, carry: decode(graphdef, params, *given, *carry), (token, samples)
+        )
 
     compiled = jax.jit(loop, donate_argnums=(1, 2)).lower(params, token, samples, *given).compile()
 

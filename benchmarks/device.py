@@ -1,4 +1,5 @@
-"""The SFT step at a published size on the accelerator at hand: random weights, bfloat16, MFU (benchmarks.decoding decodes).
+"""The SFT step at a published size on the accelerator at hand: random weights, bfloat16, MFU
+(benchmarks.decoding decodes).
 
 python -m benchmarks.device 4b
 python -m benchmarks.device 8b --rows 4
@@ -38,11 +39,21 @@ def main(size: str, rows: int = 2, text: int = 3072, side: int = 64) -> None:
     model = random_model(config_of(size))
     peak = peak_flops(device.device_kind)
     seconds, flops = sft_step(model, batch_of(model.config, rows, text, side))
-    step = Table(title=f"{size} SFT step (pvm), {rows} rows of {text + side * side // 4 + 2:,} tokens, {device.device_kind}")
+    step = Table(
+        title=(
+            f"{size} SFT step (pvm), {rows} rows of {text + side * side // 4 + 2:,} tokens,"
+            f" {device.device_kind}"
+        )
+    )
     for column in ("seconds", "TFLOP", "TFLOP/s", "MFU"):
         step.add_column(column)
     rate = flops / seconds
-    step.add_row(f"{seconds:.3f}", f"{flops / 1e12:.1f}", f"{rate / 1e12:.1f}", f"{rate / peak:.1%}" if peak else "unknown")
+    step.add_row(
+        f"{seconds:.3f}",
+        f"{flops / 1e12:.1f}",
+        f"{rate / 1e12:.1f}",
+        f"{rate / peak:.1%}" if peak else "unknown",
+    )
     console.print(step)
 
 
@@ -51,19 +62,32 @@ def random_model(config: ModelConfig) -> Qwen3VL:
     graphdef, abstract = nnx.split(abstract_model(config))
     leaves, tree = jax.tree.flatten(nnx.as_pure(abstract))
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    made = [0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    made = [
+        0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
     return nnx.merge(graphdef, jax.tree.unflatten(tree, made))
 
 
 def batch_of(config: ModelConfig, rows: int, text: int, side: int) -> Batch:
     """Rows of one image and `text` random tokens, on all of which there is loss."""
     rng = np.random.default_rng(0)
-    image = [config.vision_start_token_id, *[config.image_token_id] * (side * side // 4), config.vision_end_token_id]
-    ids = np.concatenate([image, rng.integers(0, config.image_token_id // 2, text)]).astype(np.int32)
+    image = [
+        config.vision_start_token_id,
+        *[config.image_token_id] * (side * side // 4),
+        config.vision_end_token_id,
+    ]
+    ids = np.concatenate([image, rng.integers(0, config.image_token_id // 2, text)]).astype(
+        np.int32
+    )
     pixels = rng.normal(size=(side * side, config.vision.patch_dim)).astype(np.float32)
-    example = Example(ids, pixels, np.array([[1, side, side]]), loss_mask=np.arange(len(ids)) >= len(image))
+    example = Example(
+        ids, pixels, np.array([[1, side, side]]), loss_mask=np.arange(len(ids)) >= len(image)
+    )
     length = -(-len(ids) // 128) * 128
-    return jax.device_put(Batch.from_rows([[example]] * rows, config, length=length, patches=side * side))
+    return jax.device_put(
+        Batch.from_rows([[example]] * rows, config, length=length, patches=side * side)
+    )
 
 
 def sft_step(model: Qwen3VL, batch: Batch) -> tuple[float, int]:
@@ -72,13 +96,17 @@ def sft_step(model: Qwen3VL, batch: Batch) -> tuple[float, int]:
     optimizer = make_optimizer(OptimizerConfig())
 
     def step_of(config: ModelConfig) -> Callable[..., Any]:
-        return make_step(make_loss(split_model(abstract_model(config), "pvm")[0], chunk=512), optimizer, schedule)
+        return make_step(
+            make_loss(split_model(abstract_model(config), "pvm")[0], chunk=512), optimizer, schedule
+        )
 
     _, trained, frozen = split_model(model, "pvm")
     params = jax.tree.map(lambda x: x.astype(jnp.float32), nnx.as_pure(trained))
     state = TrainState(params, optimizer.init(params), jnp.int32(0))
     weights = nnx.as_pure(frozen)
-    flops = count_flops(step_of(replace(model.config, remat="none", attention="xla")), state, weights, batch)
+    flops = count_flops(
+        step_of(replace(model.config, remat="none", attention="xla")), state, weights, batch
+    )
     step = jax.jit(step_of(model.config), donate_argnums=0)
 
     def run() -> None:

@@ -1,9 +1,9 @@
-"""Whether the input pipeline keeps up with the devices: host time a row, from shards on disk to packed arrays, by part of the
-work, beside the time that a training step takes a chip for the row.
+"""Whether the input pipeline keeps up with the devices: host time a row, from shards on disk to
+packed arrays, by part of the work, beside the time that a training step takes a chip for the row.
 
-The step's time is its FLOPs (counted from the traced program of the published settings: the branch of the 8B model learns) at
-the chip's full peak, which no real step reaches, and without what remat computes twice: the pipeline is measured against the
-fastest step there could be.
+The step's time is its FLOPs (counted from the traced program of the published settings: the branch
+of the 8B model learns) at the chip's full peak, which no real step reaches, and without what remat
+computes twice: the pipeline is measured against the fastest step there could be.
 
     python -m benchmarks.input_pipeline
     python -m benchmarks.input_pipeline --size 4b --tokens 4096 --patches 4096
@@ -31,7 +31,9 @@ from train.step.flops import peak_flops
 CHIPS = ("TPU v5e", "TPU v5p", "TPU v6e", "NVIDIA H100")
 
 
-def main(size: str = "8b", tokens: int = 8192, patches: int = 10240, count: int = 500, threads: int = 4) -> None:
+def main(
+    size: str = "8b", tokens: int = 8192, patches: int = 10240, count: int = 500, threads: int = 4
+) -> None:
     """Prints two tables.
 
     Args:
@@ -55,8 +57,18 @@ def main(size: str = "8b", tokens: int = 8192, patches: int = 10240, count: int 
     for name, seconds in parts.items():
         rows.add_row(name, f"{1e3 * seconds:.0f}", f"{seconds / cpu:.0%}")
     rows.add_row("together", f"{1e3 * cpu:.0f}", f"{1 / cpu:.1f} rows/s a core")
-    flops = step_cost(ModelConfig.preset(size, dtype="bfloat16", remat="none", attention="xla"), "pvm", tokens, patches).step
-    chips = Table(title=f"One row of the {size} model's branch: {flops / 1e12:,.0f} TFLOP, at the chip's full peak")
+    flops = step_cost(
+        ModelConfig.preset(size, dtype="bfloat16", remat="none", attention="xla"),
+        "pvm",
+        tokens,
+        patches,
+    ).step
+    chips = Table(
+        title=(
+            f"One row of the {size} model's branch: {flops / 1e12:,.0f} TFLOP, at the chip's full"
+            " peak"
+        )
+    )
     for column in ("chip", "ms a row", "rows/s", "host cores a chip"):
         chips.add_column(column, justify="left" if column == "chip" else "right")
     for chip in CHIPS:
@@ -66,13 +78,22 @@ def main(size: str = "8b", tokens: int = 8192, patches: int = 10240, count: int 
         chips.add_row(chip, f"{1e3 * seconds:.0f}", f"{1 / seconds:.2f}", f"{cpu / seconds:.2f}")
     console = Console(width=130)
     console.print(data.report, rows, chips)
-    print(f"{threads} threads read {wall[1] / wall[threads]:.1f} times as many rows a second as one, on this machine")
+    print(
+        f"{threads} threads read {wall[1] / wall[threads]:.1f} times as many rows a second as one,"
+        " on this machine"
+    )
 
 
 def measure_parts(
-    data: TrainingData, encode: Callable, config: ModelConfig, tokens: int, patches: int, rows: int = 20
+    data: TrainingData,
+    encode: Callable,
+    config: ModelConfig,
+    tokens: int,
+    patches: int,
+    rows: int = 20,
 ) -> dict[str, float]:
-    """Seconds of one core a row: reading records, encoding them (decode, resize, normalize, tokenize), laying out arrays."""
+    """Seconds of one core a row: reading records, encoding them (decode, resize, normalize,
+    tokenize), laying out arrays."""
     parts = "read from shards", "decode, resize, tokenize", "pack into arrays"
     spent = np.zeros(len(parts))
     rows = min(rows, len(data.batches))

@@ -1,7 +1,9 @@
-"""Conversations about real and synthetic images of many sizes, made of what scikit-image and scikit-learn ship.
+"""Conversations about real and synthetic images of many sizes, made of what scikit-image and
+scikit-learn ship.
 
-Half of them show crops of photographs and scans, with sentences of scikit-learn's dataset descriptions as text of any length;
-a quarter the demo's grids of digits; a tenth several images, a tenth none.
+Half of them show crops of photographs and scans, with sentences of scikit-learn's dataset
+descriptions as text of any length; a quarter the demo's grids of digits; a tenth several images, a
+tenth none.
 """
 
 import json
@@ -12,14 +14,29 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from skimage import data
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_sample_image, load_wine
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    load_iris,
+    load_sample_image,
+    load_wine,
+)
 
 from demo.checkpoint import write_assets
 from demo.task import Mixture, draw, make_example
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
 
-PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
+PHOTOGRAPHS = (
+    "astronaut",
+    "coffee",
+    "chelsea",
+    "rocket",
+    "retina",
+    "hubble_deep_field",
+    "immunohistochemistry",
+)
 SCANS = ("camera", "coins", "moon", "page", "text", "brick", "grass", "gravel")
 QWEN3_VL_PIXELS = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
 KINDS = {"photograph": 0.55, "grid": 0.25, "several": 0.1, "text": 0.1}
@@ -37,7 +54,8 @@ def write_mix(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def make_processor(folder: Path) -> tuple[Processor, ModelConfig]:
-    """The demo's tokenizer with the pixel limits of the published Qwen3-VL, written to `folder`, and the demo's model."""
+    """The demo's tokenizer with the pixel limits of the published Qwen3-VL, written to `folder`,
+    and the demo's model."""
     config = write_assets(folder)
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": QWEN3_VL_PIXELS}))
@@ -57,7 +75,9 @@ def _conversation(rng: np.random.Generator, folder: Path, number: int) -> list[d
         _crop(rng).save(folder / name, quality=90)
         parts.append({"type": "image", "image": name})
     median, spread = ANSWER_CHARACTERS
-    question, answer = (_text(rng, int(rng.lognormal(np.log(size), spread))) for size in (60, median))
+    question, answer = (
+        _text(rng, int(rng.lognormal(np.log(size), spread))) for size in (60, median)
+    )
     parts.append({"type": "text", "text": question})
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
 
@@ -66,9 +86,14 @@ def _crop(rng: np.random.Generator) -> Image.Image:
     """Part of a photograph or scan, at half to twice the size."""
     image = _images()[rng.integers(len(_images()))]
     width, height = (int(side * rng.uniform(0.3, 1)) for side in image.size)
-    left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
+    left, top = (
+        int(rng.integers(image.width - width + 1)),
+        int(rng.integers(image.height - height + 1)),
+    )
     scale = rng.uniform(0.5, 2)
-    return image.crop((left, top, left + width, top + height)).resize((int(width * scale), int(height * scale)))
+    return image.crop((left, top, left + width, top + height)).resize(
+        (int(width * scale), int(height * scale))
+    )
 
 
 @cache
@@ -86,5 +111,7 @@ def _text(rng: np.random.Generator, characters: int) -> str:
 
 @cache
 def _words() -> np.ndarray:
-    bunches: list[Any] = [load() for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)]
+    bunches: list[Any] = [
+        load() for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)
+    ]
     return np.array(" ".join(bunch.DESCR for bunch in bunches).split())

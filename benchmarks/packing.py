@@ -1,7 +1,8 @@
-"""Share of padding with and without packing, on conversations about real and synthetic images, and how long a plan takes.
+"""Share of padding with and without packing, on conversations about real and synthetic images, and
+how long a plan takes.
 
-    python -m benchmarks.packing
-    python -m benchmarks.packing --data '{sources: data/train.jsonl, buckets: [{tokens: 8192, patches: 8192}]}' \
+    python -m benchmarks.packing python -m benchmarks.packing --data '{sources: data/train.jsonl,
+    buckets: [{tokens: 8192, patches: 8192}]}' \
         --checkpoint checkpoints/8b
 """
 
@@ -22,46 +23,102 @@ from train.config import Bucket, DataConfig
 from train.data.loading import measure
 from train.data.packing import make_plan, padding, padding_of_single_examples
 
-PATCHES_PER_TOKEN = 1.25  # of the mix; rows with much more or less of either would be padded in the other
-BUCKETS = [Bucket(tokens, int(tokens * PATCHES_PER_TOKEN)) for tokens in (512, 1024, 2048, 4096, 8192)]
+PATCHES_PER_TOKEN = (
+    1.25  # of the mix; rows with much more or less of either would be padded in the other
+)
+BUCKETS = [
+    Bucket(tokens, int(tokens * PATCHES_PER_TOKEN)) for tokens in (512, 1024, 2048, 4096, 8192)
+]
 MANY = 500_000
 
 
-def main(data: DataConfig | None = None, checkpoint: str | None = None, count: int = 500, batch_size: int = 4) -> None:
+def main(
+    data: DataConfig | None = None,
+    checkpoint: str | None = None,
+    count: int = 500,
+    batch_size: int = 4,
+) -> None:
     """Prints a table.
 
     Args:
-        data: sources and buckets (default: `count` conversations made from what scikit-image and scikit-learn ship).
-        checkpoint: whose tokenizer and image settings measure (default: the demo's tokenizer, the published image settings).
+        data: sources and buckets (default: `count` conversations made from what scikit-image and
+            scikit-learn ship).
+        checkpoint: whose tokenizer and image settings measure (default: the demo's tokenizer, the
+            published image settings).
         count: conversations of the default data.
         batch_size: rows of a batch.
     """
     with TemporaryDirectory() as scratch:
-        processor = Processor.from_pretrained(checkpoint) if checkpoint else make_processor(Path(scratch) / "model")[0]
+        processor = (
+            Processor.from_pretrained(checkpoint)
+            if checkpoint
+            else make_processor(Path(scratch) / "model")[0]
+        )
         if data is None:
             data = DataConfig(str(write_mix(Path(scratch) / "data", count)), BUCKETS)
         sources = [open_conversations(source.path) for source in data.mixture]
-        sizes = np.concatenate([measure(source, processor.count, data.threads) for source in sources])
+        sizes = np.concatenate(
+            [measure(source, processor.count, data.threads) for source in sources]
+        )
     largest = [max(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))]
-    table = Table(title=f"{len(sizes):,} conversations, {sizes[:, 1].sum() / sizes[:, 0].sum():.2f} patches a token")
-    for column in ("buckets", "", "rows", "examples a row", "padding, tokens", "padding, patches", "in no row"):
+    table = Table(
+        title=(
+            f"{len(sizes):,} conversations, {sizes[:, 1].sum() / sizes[:, 0].sum():.2f} patches a"
+            " token"
+        )
+    )
+    for column in (
+        "buckets",
+        "",
+        "rows",
+        "examples a row",
+        "padding, tokens",
+        "padding, patches",
+        "in no row",
+    ):
         table.add_column(column, justify="left" if column in ("buckets", "") else "right")
-    for buckets in (sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches)), largest):
+    for buckets in (
+        sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches)),
+        largest,
+    ):
         name = ", ".join(f"{bucket.tokens} + {bucket.patches}" for bucket in buckets)
-        single, order = padding_of_single_examples(sizes, buckets), np.arange(len(sizes), dtype=np.int32)
+        single, order = (
+            padding_of_single_examples(sizes, buckets),
+            np.arange(len(sizes), dtype=np.int32),
+        )
         plan = make_plan(sizes, [order], buckets, batch_size=batch_size, packing=True, seed=0)
         if not len(plan):
-            sys.exit(f"error: {len(sizes)} conversations fill no batch of {batch_size} rows of {name}")
+            sys.exit(
+                f"error: {len(sizes)} conversations fill no batch of {batch_size} rows of {name}"
+            )
         packed, rows = padding(plan, sizes, buckets), len(plan) * batch_size
         held = int((sizes <= [largest[0].tokens, largest[0].patches]).all(1).sum())
-        table.add_row(name, "one example a row", f"{held}", "1.0", f"{single.tokens:.1%}", f"{single.patches:.1%}", "")
-        figures = f"{rows}", f"{len(plan.examples) / rows:.1f}", f"{packed.tokens:.1%}", f"{packed.patches:.1%}"
+        table.add_row(
+            name,
+            "one example a row",
+            f"{held}",
+            "1.0",
+            f"{single.tokens:.1%}",
+            f"{single.patches:.1%}",
+            "",
+        )
+        figures = (
+            f"{rows}",
+            f"{len(plan.examples) / rows:.1f}",
+            f"{packed.tokens:.1%}",
+            f"{packed.patches:.1%}",
+        )
         table.add_row("", "packed", *figures, f"{len(sizes) - len(plan.examples)}")
     Console(width=150).print(table)
     many = sizes[np.random.default_rng(0).integers(len(sizes), size=MANY)]
     start = time.process_time()
-    make_plan(many, [np.arange(MANY, dtype=np.int32)], data.buckets, batch_size=64, packing=True, seed=0)
-    print(f"A plan of {MANY:,} examples of these sizes: {time.process_time() - start:.1f} s of one core")
+    make_plan(
+        many, [np.arange(MANY, dtype=np.int32)], data.buckets, batch_size=64, packing=True, seed=0
+    )
+    print(
+        f"A plan of {MANY:,} examples of these sizes: {time.process_time() - start:.1f} s of one"
+        " core"
+    )
 
 
 if __name__ == "__main__":

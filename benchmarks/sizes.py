@@ -17,7 +17,12 @@ TEXT = TextConfig(
 SMALL = ModelConfig(
     text=TEXT,
     vision=VisionConfig(
-        hidden_size=64, intermediate_size=64, depth=1, num_heads=1, out_hidden_size=640, deepstack_visual_indexes=(0,)
+        hidden_size=64,
+        intermediate_size=64,
+        depth=1,
+        num_heads=1,
+        out_hidden_size=640,
+        deepstack_visual_indexes=(0,),
     ),
     tie_word_embeddings=True,
     image_token_id=31990,
@@ -25,7 +30,8 @@ SMALL = ModelConfig(
     vision_start_token_id=31992,
     vision_end_token_id=31993,
 ).with_pvm((6,), 128)
-"""A model for the CPU, in float32; what decodes of it is that of benchmarks.against_torch, with a branch."""
+"""A model for the CPU, in float32; what decodes of it is that of benchmarks.against_torch, with a
+branch."""
 
 
 def config_of(size: str) -> ModelConfig:
@@ -34,4 +40,8 @@ def config_of(size: str) -> ModelConfig:
     Raises:
         KeyError: for another one.
     """
-    return SMALL if size == "small" else ModelConfig.preset(size, dtype="bfloat16", param_dtype="bfloat16")
+    return (
+        SMALL
+        if size == "small"
+        else ModelConfig.preset(size, dtype="bfloat16", param_dtype="bfloat16")
+    )

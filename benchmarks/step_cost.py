@@ -1,4 +1,5 @@
-"""What a training step costs by what trains: FLOPs counted from the traced program, bytes of gradients and optimizer state.
+"""What a training step costs by what trains: FLOPs counted from the traced program, bytes of
+gradients and optimizer state.
 
 The published shapes are traced abstractly: no parameter is allocated.
 
@@ -23,7 +24,8 @@ from train.step.state import cast, loss_and_gradient, make_loss, split_model
 
 
 class Cost(NamedTuple):
-    """Parameters that train, FLOPs of the forward pass and of forward + backward, bytes of gradients and of Adam's state."""
+    """Parameters that train, FLOPs of the forward pass and of forward + backward, bytes of
+    gradients and of Adam's state."""
 
     parameters: int
     forward: int
@@ -40,12 +42,32 @@ def main(sizes: tuple[str, ...] = ("4b", "8b"), tokens: int = 8192, patches: int
         tokens: of a row, visual ones included; the head counts as if all of them carried loss.
         patches: of a row.
     """
-    table = Table(title=f"One row of {tokens:,} tokens and {patches:,} patches; nothing recomputed but the logits")
-    for column in ("size", "trains", "parameters", "forward", "step", "step / forward", "of 'all'", "gradients", "Adam"):
+    table = Table(
+        title=(
+            f"One row of {tokens:,} tokens and {patches:,} patches; nothing recomputed but the"
+            " logits"
+        )
+    )
+    for column in (
+        "size",
+        "trains",
+        "parameters",
+        "forward",
+        "step",
+        "step / forward",
+        "of 'all'",
+        "gradients",
+        "Adam",
+    ):
         table.add_column(column, justify="left" if column in ("size", "trains") else "right")
     for size in sizes:
-        config = ModelConfig.preset(size, dtype="bfloat16", param_dtype="bfloat16", remat="none", attention="xla")
-        costs = {trainable: step_cost(config, trainable, tokens, patches) for trainable in get_args(Trainable)}
+        config = ModelConfig.preset(
+            size, dtype="bfloat16", param_dtype="bfloat16", remat="none", attention="xla"
+        )
+        costs = {
+            trainable: step_cost(config, trainable, tokens, patches)
+            for trainable in get_args(Trainable)
+        }
         for trainable, cost in costs.items():
             table.add_row(
                 size,
@@ -62,11 +84,16 @@ def main(sizes: tuple[str, ...] = ("4b", "8b"), tokens: int = 8192, patches: int
 
 
 def step_cost(config: ModelConfig, trainable: Trainable, tokens: int, patches: int) -> Cost:
-    """Cost of one row of this size, trained parameters in float32; LoRA with its default rank and targets."""
+    """Cost of one row of this size, trained parameters in float32; LoRA with its default rank and
+    targets."""
     config = replace(config, lora=LoRAConfig() if trainable == "lora" else None)
     graphdef, trained, frozen = split_model(abstract_model(config), trainable)
     params = jax.eval_shape(lambda params: cast(params, "float32"), nnx.as_pure(trained))
-    inputs = params, nnx.as_pure(frozen), Batch.empty(config, rows=1, length=tokens, patches=patches)
+    inputs = (
+        params,
+        nnx.as_pure(frozen),
+        Batch.empty(config, rows=1, length=tokens, patches=patches),
+    )
     loss = make_loss(graphdef, chunk=512)
 
     def gradient(*inputs):

@@ -1,4 +1,5 @@
-"""Conversations in any format -> shards that training reads at random, images inside: `python -m convert.dataset`."""
+"""Conversations in any format -> shards that training reads at random, images inside: `python -m
+convert.dataset`."""
 
 import json
 import os
@@ -34,9 +35,11 @@ from pvm_jax.data.processor import Processor
 EXAMPLES = """
 examples:
   python -m convert.dataset data/train.jsonl data/train --checkpoint checkpoints/8b
-  python -m convert.dataset 'downloads/train-*.parquet' data/train --checkpoint checkpoints/8b --max-tokens 8192
+  python -m convert.dataset 'downloads/train-*.parquet' data/train \\
+      --checkpoint checkpoints/8b --max-tokens 8192
   python -m convert.dataset saved_by_datasets data/train --max-rejected 0.05
-With --checkpoint, the tokens and patches of every example are stored too, and training starts without measuring them.
+With --checkpoint, the tokens and patches of every example are stored too, and training starts
+without measuring them.
 """
 
 SHARD_BYTES = 512 * 2**20
@@ -49,12 +52,27 @@ _HISTOGRAM_WIDTH = 40
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and converts."""
     parser = command_parser("python -m convert.dataset", __doc__, EXAMPLES)
-    parser.add_argument("src", type=str, help="JSONL or Parquet file, several of these, or a directory (docs/data.md)")
+    parser.add_argument(
+        "src",
+        type=str,
+        help="JSONL or Parquet file, several of these, or a directory (docs/data.md)",
+    )
     parser.add_argument("dst", type=str, help="directory to write; absent or empty")
-    parser.add_argument("--checkpoint", type=str, help="whose tokenizer and image settings measure the examples")
-    parser.add_argument("--max-tokens", type=int, help="longer examples are rejected (needs --checkpoint)")
-    parser.add_argument("--max-rejected", type=float, default=0.01, help="more than this share of rejects is an error")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="examples read at the same time")
+    parser.add_argument(
+        "--checkpoint", type=str, help="whose tokenizer and image settings measure the examples"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, help="longer examples are rejected (needs --checkpoint)"
+    )
+    parser.add_argument(
+        "--max-rejected",
+        type=float,
+        default=0.01,
+        help="more than this share of rejects is an error",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="examples read at the same time"
+    )
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     if args.max_tokens is not None and args.checkpoint is None:
@@ -82,7 +100,8 @@ def convert(
     max_rejected: float = 0.01,
     threads: int = 1,
 ) -> None:
-    """Writes the directory `dst`, and what was rejected and why to the file `dst`.rejected.jsonl; prints a summary.
+    """Writes the directory `dst`, and what was rejected and why to the file `dst`.rejected.jsonl;
+    prints a summary.
 
     Every image is decoded once, so that none stops a training run later.
 
@@ -92,8 +111,8 @@ def convert(
         max_rejected: the share of rejects up to which the result is kept.
 
     Raises:
-        FileNotFoundError, ValueError: if `src` cannot be opened, `processor` is missing for `max_tokens`, or too many examples
-            are rejected. There is no `dst` then.
+        FileNotFoundError, ValueError: if `src` cannot be opened, `processor` is missing for
+            `max_tokens`, or too many examples are rejected. There is no `dst` then.
         FileExistsError: if `dst` holds something.
         OSError: if `dst` cannot be written. There is none then.
     """
@@ -105,7 +124,9 @@ def convert(
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = _Summary()
         writer = _ShardWriter(aside)
-        for checked in _in_order(conversations, _Check(conversations, processor, max_tokens), threads):
+        for checked in _in_order(
+            conversations, _Check(conversations, processor, max_tokens), threads
+        ):
             if isinstance(checked, Rejected):
                 summary.rejected += 1
                 report.write(json.dumps(checked._asdict()) + "\n")
@@ -115,8 +136,9 @@ def convert(
         shards = writer.close()
         if summary.rejected > max_rejected * len(conversations) or not shards:
             raise ValueError(
-                f"{summary.rejected} of {len(conversations)} examples were rejected, and --max-rejected allows a share of "
-                f"{max_rejected}; the reason of each is in {report_file}"
+                f"{summary.rejected} of {len(conversations)} examples were rejected, and"
+                f" --max-rejected allows a share of {max_rejected}; the reason of each is in"
+                f" {report_file}"
             )
         if processor is not None:
             np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
@@ -135,7 +157,9 @@ def _explaining(dst: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # ArrayRecord says the latter of a full disk
-        raise OSError(f"{dst} cannot be written ({error}): free space there, or choose another place") from error
+        raise OSError(
+            f"{dst} cannot be written ({error}): free space there, or choose another place"
+        ) from error
 
 
 @contextmanager
@@ -150,7 +174,8 @@ def _report(file: Path) -> Iterator[TextIO]:
 
 
 class Checked(NamedTuple):
-    """An example that can be trained on: its record for the shards, (tokens, patches) where measured, and its images."""
+    """An example that can be trained on: its record for the shards, (tokens, patches) where
+    measured, and its images."""
 
     record: bytes
     size: tuple[int, int]
@@ -192,8 +217,12 @@ class _Check:
             return Checked(pack_record(messages), (0, 0), len(sources))
         example = self.processor.encode(messages)
         if self.max_tokens is not None and len(example.input_ids) > self.max_tokens:
-            raise ValueError(f"too long: {len(example.input_ids)} tokens, --max-tokens is {self.max_tokens}")
-        return Checked(pack_record(messages), (len(example.input_ids), example.num_patches), len(sources))
+            raise ValueError(
+                f"too long: {len(example.input_ids)} tokens, --max-tokens is {self.max_tokens}"
+            )
+        return Checked(
+            pack_record(messages), (len(example.input_ids), example.num_patches), len(sources)
+        )
 
 
 def _embedded(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -227,7 +256,8 @@ def _embedded_image(source: Any) -> dict[str, Any]:
 def _in_order(
     conversations: Conversations, check: Callable[[int], Checked | Rejected], threads: int
 ) -> Iterator[Checked | Rejected]:
-    """What `check` says of every example, in their order; few are in memory at a time. Shows a progress bar on a terminal."""
+    """What `check` says of every example, in their order; few are in memory at a time. Shows a
+    progress bar on a terminal."""
 
     def chunk(start: int) -> list[Checked | Rejected]:
         return [check(index) for index in range(start, min(start + _CHUNK, len(conversations)))]
@@ -243,7 +273,13 @@ def _in_order(
     console, pool = Console(stderr=True), ThreadPoolExecutor(threads)
     try:
         done = (checked for future in chunks() for checked in future.result())
-        yield from track(done, "Converting", total=len(conversations), console=console, disable=not console.is_terminal)
+        yield from track(
+            done,
+            "Converting",
+            total=len(conversations),
+            console=console,
+            disable=not console.is_terminal,
+        )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -272,7 +308,8 @@ class _ShardWriter:
         return self._open
 
     def close(self) -> list[dict[str, Any]]:
-        """Ends the shard that is being written. Returns all shards: {"file": name, "examples": number of them}."""
+        """Ends the shard that is being written. Returns all shards: {"file": name, "examples":
+        number of them}."""
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -295,22 +332,29 @@ class _Summary:
 
     def describe(self, dst: Path, report_file: Path, *, measured: bool) -> str:
         """A few lines for the user."""
-        lines = [f"{dst}: {len(self.sizes):,} examples with {self.images:,} images, {self.bytes / 1e6:,.1f} MB"]
+        lines = [
+            f"{dst}: {len(self.sizes):,} examples with {self.images:,} images,"
+            f" {self.bytes / 1e6:,.1f} MB"
+        ]
         if self.rejected:
             lines.append(f"{self.rejected:,} examples rejected: {report_file}")
         if measured:
             tokens, patches = np.array(self.sizes).sum(0)
-            lines.append(f"{tokens:,} tokens, {patches:,} patches: {patches / tokens:.2f} patches a token")
+            lines.append(
+                f"{tokens:,} tokens, {patches:,} patches: {patches / tokens:.2f} patches a token"
+            )
             lines += histogram([tokens for tokens, _ in self.sizes])
         return "\n".join(lines)
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """A line for each power of two: how many lengths are at most that and more than the one before."""
+    """A line for each power of two: how many lengths are at most that and more than the one
+    before."""
     bins = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
     first = int(np.flatnonzero(bins)[0])
     return [
-        f"{'tokens':>10} up to {2**power:>9,}: {count:>9,} {'#' * -(-count * _HISTOGRAM_WIDTH // bins.max())}".rstrip()
+        f"{'tokens':>10} up to {2**power:>9,}: {count:>9,}"
+        f" {'#' * -(-count * _HISTOGRAM_WIDTH // bins.max())}".rstrip()
         for power, count in enumerate(bins.tolist())
         if power >= first
     ]

@@ -1,4 +1,5 @@
-"""A Hugging Face directory of Qwen3-VL, plain or with the PVM branch, to Orbax: `python -m convert.hf_to_orbax`."""
+"""A Hugging Face directory of Qwen3-VL, plain or with the PVM branch, to Orbax: `python -m
+convert.hf_to_orbax`."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,16 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from convert.layout import BRANCH, EMBEDDING, HEAD, Slot, TensorSource, layout, parameter_tree, sources
+from convert.layout import (
+    BRANCH,
+    EMBEDDING,
+    HEAD,
+    Slot,
+    TensorSource,
+    layout,
+    parameter_tree,
+    sources,
+)
 from convert.report import report
 from convert.safetensors_files import DTYPES, SafetensorsReader
 from convert.store import BlockWriter, blocks, create
@@ -30,11 +40,13 @@ from pvm_jax.model.parameters import by_path
 EXAMPLES = """
 examples:
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b
-  python -m convert.hf_to_orbax ~/models/Qwen3-VL-4B-Instruct checkpoints/4b --pvm-layers 5 11 17 --pvm-hidden-size 512
-  python -m convert.hf_to_orbax ~/models/Qwen3-VL-2B-Instruct checkpoints/2b --dtype float32 --pvm-visibility preceding
+  python -m convert.hf_to_orbax ~/models/Qwen3-VL-4B-Instruct checkpoints/4b \\
+      --pvm-layers 5 11 17 --pvm-hidden-size 512
+  python -m convert.hf_to_orbax ~/models/Qwen3-VL-2B-Instruct checkpoints/2b \\
+      --dtype float32 --pvm-visibility preceding
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b_plain --plain
-A plain Qwen3-VL gets a fresh branch, at layers that its size decides; until trained, it changes nothing (gate 0). Without a
-branch (--plain) it is what LoRA and full fine-tuning start from.
+A plain Qwen3-VL gets a fresh branch, at layers that its size decides; until trained, it changes
+nothing (gate 0). Without a branch (--plain) it is what LoRA and full fine-tuning start from.
 """
 
 
@@ -43,15 +55,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("python -m convert.hf_to_orbax", __doc__, EXAMPLES)
     parser.add_argument("src", type=str, help="Hugging Face directory: config.json and safetensors")
     parser.add_argument("dst", type=str, help="directory to write; absent or empty")
-    parser.add_argument("--pvm-layers", type=int, nargs="+", help="decoder layers that get a branch (default: by size)")
+    parser.add_argument(
+        "--pvm-layers",
+        type=int,
+        nargs="+",
+        help="decoder layers that get a branch (default: by size)",
+    )
     parser.add_argument("--pvm-hidden-size", type=int, help="the branch's width (default: 4 heads)")
     parser.add_argument(
         "--pvm-visibility",
         choices=["all", "preceding"],
-        help="images that a text token recalls: all, as published, or those before it (default: the checkpoint's, else all)",
+        help=(
+            "images that a text token recalls: all, as published, or those before it (default: the"
+            " checkpoint's, else all)"
+        ),
     )
-    parser.add_argument("--plain", action="store_true", help="without a branch: add none, leave the checkpoint's out")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="cast every tensor (default: as stored)")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="without a branch: add none, leave the checkpoint's out",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="cast every tensor (default: as stored)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of a fresh branch")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
@@ -77,7 +103,8 @@ def convert(
     """Writes the checkpoint `dst`; in memory are some 300 MB of it at a time, whatever the size.
 
     Args:
-        pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by size for a fresh one.
+        pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by
+            size for a fresh one.
         pvm_visibility: as `TextConfig` has it; None takes the checkpoint's.
         plain: without a branch: none is added, the checkpoint's own is left out.
         dtype: float32 or bfloat16, of everything; None keeps each tensor's own.
@@ -86,7 +113,8 @@ def convert(
     Raises:
         FileNotFoundError: if config.json or weights are missing.
         FileExistsError: if `dst` holds something.
-        CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file is broken.
+        CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file
+            is broken.
         ValueError: if the branch is both described and left out, or for another dtype.
     """
     src = Path(src)
@@ -94,11 +122,21 @@ def convert(
     reader = SafetensorsReader(src)
     if plain:
         if pvm_layers or pvm_hidden_size or pvm_visibility:
-            raise ValueError("--plain makes no branch: leave --pvm-layers, --pvm-hidden-size and --pvm-visibility out")
+            raise ValueError(
+                "--plain makes no branch: leave --pvm-layers, --pvm-hidden-size and"
+                " --pvm-visibility out"
+            )
         config, fresh = ModelConfig.from_hf(original).without_pvm(), False
-        reader.tensors = {name: stored for name, stored in reader.tensors.items() if BRANCH not in name}
+        reader.tensors = {
+            name: stored for name, stored in reader.tensors.items() if BRANCH not in name
+        }
     else:
-        config, fresh = _config(original, pvm_layers, pvm_hidden_size, with_branch=any(BRANCH in n for n in reader.tensors))
+        config, fresh = _config(
+            original,
+            pvm_layers,
+            pvm_hidden_size,
+            with_branch=any(BRANCH in n for n in reader.tensors),
+        )
         if pvm_visibility is not None:
             config = replace(config, text=replace(config.text, pvm_visibility=pvm_visibility))
     slots = layout(config)
@@ -109,16 +147,26 @@ def convert(
         target = width or DTYPES[reader.tensors[EMBEDDING].dtype].name
         stored = sources(wanted)
         arrays = {
-            path: jax.ShapeDtypeStruct(leaf.shape, width or _stored_dtype(reader, stored.get(path), target))
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, width or _stored_dtype(reader, stored.get(path), target)
+            )
             for path, leaf in parameter_tree(config).items()
         }
         branch = _fresh_branch(config, target, seed) if fresh else {}
         total = sum(prod(array.shape) * array.dtype.itemsize for array in arrays.values())
-        with write_aside(dst) as aside, report(str(dst), len(slots), total) as advance, BlockWriter() as writer:
+        with (
+            write_aside(dst) as aside,
+            report(str(dst), len(slots), total) as advance,
+            BlockWriter() as writer,
+        ):
             copy_assets(src, aside)
             write_config(aside, replace(config, param_dtype=target), original)
             for path, store in create(aside, arrays).items():
-                contents = _fresh(branch[path]) if path in branch else _read(reader, stored[path], arrays[path])
+                contents = (
+                    _fresh(branch[path])
+                    if path in branch
+                    else _read(reader, stored[path], arrays[path])
+                )
                 for block, content in contents:
                     writer.write(store[block], content)
                     advance(content.nbytes)
@@ -137,14 +185,24 @@ def _config(
         ("--pvm-hidden-size", hidden_size, stored.pvm_hidden_size),
     ):
         if given not in (None, found):
-            raise ValueError(f"{flag} {given}: the checkpoint brings its own branch, with {found} (config.json); leave it out")
+            raise ValueError(
+                f"{flag} {given}: the checkpoint brings its own branch, with {found} (config.json);"
+                " leave it out"
+            )
     return config, False
 
 
-def _check(src: Path, reader: SafetensorsReader, wanted: Mapping[str, Slot], *, tied: bool, one_dtype: bool) -> None:
+def _check(
+    src: Path, reader: SafetensorsReader, wanted: Mapping[str, Slot], *, tied: bool, one_dtype: bool
+) -> None:
     """Raises a CheckpointError unless the files hold exactly the wanted tensors."""
     found = {name: stored.shape for name, stored in reader.tensors.items()}
-    if tied and HEAD in found and found[HEAD] == wanted[EMBEDDING].shape and _same(reader, HEAD, EMBEDDING):
+    if (
+        tied
+        and HEAD in found
+        and found[HEAD] == wanted[EMBEDDING].shape
+        and _same(reader, HEAD, EMBEDDING)
+    ):
         del found[HEAD]
     problems = [
         f"wrong type: {name}: expected {' or '.join(DTYPES)}, found {reader.tensors[name].dtype}"
@@ -154,8 +212,13 @@ def _check(src: Path, reader: SafetensorsReader, wanted: Mapping[str, Slot], *, 
     for path, source in sources(wanted).items():
         types = {reader.tensors[name].dtype for name in source.names if name in reader.tensors}
         if len(types) > 1 and types <= DTYPES.keys() and not one_dtype:
-            problems.append(f"mixed types: the layers of {path} are {' and '.join(sorted(types))}: choose one with --dtype")
-    compare_shapes(str(src), {name: slot.shape for name, slot in wanted.items()}, found, also=problems)
+            problems.append(
+                f"mixed types: the layers of {path} are {' and '.join(sorted(types))}: choose one"
+                " with --dtype"
+            )
+    compare_shapes(
+        str(src), {name: slot.shape for name, slot in wanted.items()}, found, also=problems
+    )
 
 
 def _same(reader: SafetensorsReader, one: str, other: str) -> bool:
@@ -163,7 +226,9 @@ def _same(reader: SafetensorsReader, one: str, other: str) -> bool:
     a, b = reader.tensors[one], reader.tensors[other]
     if a.dtype != b.dtype or a.dtype not in DTYPES:
         return False
-    pieces = zip(_pieces(reader, one, DTYPES[a.dtype]), _pieces(reader, other, DTYPES[b.dtype]), strict=True)
+    pieces = zip(
+        _pieces(reader, one, DTYPES[a.dtype]), _pieces(reader, other, DTYPES[b.dtype]), strict=True
+    )
     return all(np.array_equal(left.view(np.uint8), right.view(np.uint8)) for left, right in pieces)
 
 
@@ -172,14 +237,17 @@ def _pieces(reader: SafetensorsReader, name: str, dtype: np.dtype) -> Iterator[n
     return (content for _, content in _read(reader, TensorSource((name,), stacked=False), array))
 
 
-def _stored_dtype(reader: SafetensorsReader, source: TensorSource | None, fresh: str) -> np.dtype | str:
+def _stored_dtype(
+    reader: SafetensorsReader, source: TensorSource | None, fresh: str
+) -> np.dtype | str:
     return fresh if source is None else DTYPES[reader.tensors[source.names[0]].dtype]
 
 
 def _read(
     reader: SafetensorsReader, source: TensorSource, array: jax.ShapeDtypeStruct
 ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """The blocks of an array and their contents, cast to its dtype; each content lives until the next is asked for."""
+    """The blocks of an array and their contents, cast to its dtype; each content lives until the
+    next is asked for."""
     buffer = np.empty(0, array.dtype)
     for block in blocks(array.shape, array.dtype.itemsize):
         shape = [part.stop - part.start for part in block]
@@ -207,10 +275,16 @@ def _fresh_branch(config: ModelConfig, dtype: str, seed: int) -> dict[str, np.nd
 
     @jax.jit
     def make(key: jax.Array) -> nnx.State:
-        return nnx.as_pure(nnx.state(PersistentVisualMemory(replace(config, param_dtype=dtype), rngs=nnx.Rngs(key))))
+        return nnx.as_pure(
+            nnx.state(
+                PersistentVisualMemory(replace(config, param_dtype=dtype), rngs=nnx.Rngs(key))
+            )
+        )
 
     keys = jax.random.split(jax.random.key(seed), len(config.text.pvm_layers))
-    branch = {str(layer): make(key) for layer, key in zip(config.text.pvm_layers, keys, strict=True)}
+    branch = {
+        str(layer): make(key) for layer, key in zip(config.text.pvm_layers, keys, strict=True)
+    }
     return {path: np.asarray(leaf) for path, leaf in by_path({"pvm": branch}).items()}
 
 

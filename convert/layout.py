@@ -1,7 +1,9 @@
-"""The ONE table of the conversion: a tensor's name in a Hugging Face checkpoint, and its place in the parameter tree.
+"""The ONE table of the conversion: a tensor's name in a Hugging Face checkpoint, and its place in
+the parameter tree.
 
-The tree keeps Hugging Face's names and [out, in] layout, so nothing is ever transposed: alike layers are stacked, and the
-patch embedding [hidden, 3, 2, 16, 16] is flattened to [hidden, 1536], which moves no byte.
+The tree keeps Hugging Face's names and [out, in] layout, so nothing is ever transposed: alike
+layers are stacked, and the patch embedding [hidden, 3, 2, 16, 16] is flattened to [hidden, 1536],
+which moves no byte.
 """
 
 import re
@@ -16,7 +18,8 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.model.parameters import by_path
 from pvm_jax.model.qwen3_vl import abstract_model
 
-# A path of the tree -> the Hugging Face name; {index} is the layer's place in a stack. The first match counts.
+# A path of the tree -> the Hugging Face name; {index} is the layer's place in a stack. The first
+# match counts.
 TABLE = (
     (r"pvm/(?P<layer>\d+)/(?P<rest>.+)", "model.language_model.layers.{layer}.pvm_block.{rest}"),
     (
@@ -33,7 +36,8 @@ PATCH_EMBEDDING = "visual/patch_embed/proj/weight"
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a Hugging Face tensor of `shape` lives: the array at `path`, its layer `index` if that is a stack."""
+    """Where a Hugging Face tensor of `shape` lives: the array at `path`, its layer `index` if that
+    is a stack."""
 
     path: str
     index: int | None
@@ -48,7 +52,11 @@ def parameter_tree(config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
 
 def layout(config: ModelConfig) -> dict[str, Slot]:
     """Every tensor of a Hugging Face checkpoint of this model, by name, in the order of layers."""
-    slots = {name: slot for path, leaf in parameter_tree(config).items() for name, slot in _slots(path, leaf.shape, config)}
+    slots = {
+        name: slot
+        for path, leaf in parameter_tree(config).items()
+        for name, slot in _slots(path, leaf.shape, config)
+    }
     return dict(sorted(slots.items(), key=lambda item: _natural(item[0])))
 
 
@@ -65,7 +73,10 @@ def sources(slots: Mapping[str, Slot]) -> dict[str, TensorSource]:
     names: dict[str, list[str]] = {}
     for name, slot in sorted(slots.items(), key=lambda item: item[1].index or 0):
         names.setdefault(slot.path, []).append(name)
-    return {path: TensorSource(tuple(parts), slots[parts[0]].index is not None) for path, parts in names.items()}
+    return {
+        path: TensorSource(tuple(parts), slots[parts[0]].index is not None)
+        for path, parts in names.items()
+    }
 
 
 def _slots(path: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple[str, Slot]]:
@@ -73,7 +84,10 @@ def _slots(path: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple
         if found := re.fullmatch(pattern, path):
             parts = {key: value.replace("/", ".") for key, value in found.groupdict().items()}
             if "{index}" in template:
-                return [(template.format(index=i, **parts), Slot(path, i, shape[1:])) for i in range(shape[0])]
+                return [
+                    (template.format(index=i, **parts), Slot(path, i, shape[1:]))
+                    for i in range(shape[0])
+                ]
             if path == PATCH_EMBEDDING:
                 v = config.vision
                 shape = (shape[0], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)

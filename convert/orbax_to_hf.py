@@ -16,7 +16,13 @@ from convert.merge import Arrays, Update, read_updates, take_branch
 from convert.report import report
 from convert.safetensors_files import Planned, write_safetensors
 from convert.store import blocks, open_arrays
-from pvm_jax.checkpoint.directory import compare_shapes, copy_assets, read_config, write_aside, write_config
+from pvm_jax.checkpoint.directory import (
+    compare_shapes,
+    copy_assets,
+    read_config,
+    write_aside,
+    write_config,
+)
 from pvm_jax.checkpoint.store import find
 from pvm_jax.command_line import command_parser
 from pvm_jax.config import ModelConfig
@@ -26,25 +32,41 @@ EXAMPLES = """
 examples:
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM --branch runs/sft/branch
-  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-plain --plain --max-shard-size 2GB
-  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-LoRA --plain --lora runs/sft_lora/lora
-The first two are for the authors' code, the others for transformers' own Qwen3VLForConditionalGeneration.
+  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-plain \\
+      --plain --max-shard-size 2GB
+  python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-LoRA \\
+      --plain --lora runs/sft_lora/lora
+The first two are for the authors' code, the others for transformers' own
+Qwen3VLForConditionalGeneration.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and converts."""
     parser = command_parser("python -m convert.orbax_to_hf", __doc__, EXAMPLES)
-    parser.add_argument("src", type=str, help="checkpoint directory (convert.hf_to_orbax, pvm_jax.save)")
+    parser.add_argument(
+        "src", type=str, help="checkpoint directory (convert.hf_to_orbax, pvm_jax.save)"
+    )
     parser.add_argument("dst", type=str, help="directory to write; absent or empty")
-    parser.add_argument("--plain", action="store_true", help="leave the branch and its config keys out")
+    parser.add_argument(
+        "--plain", action="store_true", help="leave the branch and its config keys out"
+    )
     parser.add_argument("--branch", type=str, help="take the PVM branch from this checkpoint")
     parser.add_argument("--lora", type=str, help="add this LoRA adapter's updates to the weights")
-    parser.add_argument("--max-shard-size", type=str, default="5GB", help="largest safetensors file")
+    parser.add_argument(
+        "--max-shard-size", type=str, default="5GB", help="largest safetensors file"
+    )
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     try:
-        convert(args.src, args.dst, plain=args.plain, branch=args.branch, lora=args.lora, max_shard_size=args.max_shard_size)
+        convert(
+            args.src,
+            args.dst,
+            plain=args.plain,
+            branch=args.branch,
+            lora=args.lora,
+            max_shard_size=args.max_shard_size,
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -58,7 +80,8 @@ def convert(
     lora: str | Path | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Writes the Hugging Face directory `dst`; in memory are some 300 MB of it at a time, whatever the size.
+    """Writes the Hugging Face directory `dst`; in memory are some 300 MB of it at a time, whatever
+    the size.
 
     Args:
         plain: leave the branch out.
@@ -67,37 +90,52 @@ def convert(
         max_shard_size: as transformers writes it: "5GB", "500MB".
 
     Raises:
-        FileNotFoundError, CheckpointError: if `src` is no whole checkpoint, or not what branch or adapter were trained on.
+        FileNotFoundError, CheckpointError: if `src` is no whole checkpoint, or not what branch or
+            adapter were trained on.
         FileExistsError: if `dst` holds something.
         ValueError: if a branch is given and to be left out.
     """
     if plain and branch is not None:
-        raise ValueError(f"--plain leaves the branch out that --branch {branch} puts in: give one of them")
+        raise ValueError(
+            f"--plain leaves the branch out that --branch {branch} puts in: give one of them"
+        )
     root = find(src)
     config = ModelConfig.from_hf(root)
     arrays: Arrays = open_arrays(root)
     found = {path: tuple(array.shape) for path, array in arrays.items()}
-    compare_shapes(str(root), {path: leaf.shape for path, leaf in parameter_tree(config).items()}, found)
+    compare_shapes(
+        str(root), {path: leaf.shape for path, leaf in parameter_tree(config).items()}, found
+    )
     if branch is not None:
         config, arrays = take_branch(find(branch), config, arrays)
     updates = {} if lora is None else read_updates(find(lora), config, arrays)
     if plain:
         config = config.without_pvm()
     slots = layout(config)
-    tensors = {name: Planned(arrays[slot.path].dtype.numpy_dtype, slot.shape) for name, slot in slots.items()}
+    tensors = {
+        name: Planned(arrays[slot.path].dtype.numpy_dtype, slot.shape)
+        for name, slot in slots.items()
+    }
     config = replace(config, param_dtype=tensors[EMBEDDING].dtype.name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with write_aside(dst) as aside, report(str(dst), len(tensors), total) as advance:
         copy_assets(root, aside)
         write_config(aside, config, read_config(root))
-        write_safetensors(aside, tensors, _contents(arrays, slots, updates, advance), max_shard_size)
+        write_safetensors(
+            aside, tensors, _contents(arrays, slots, updates, advance), max_shard_size
+        )
 
 
 def _contents(
-    arrays: Arrays, slots: Mapping[str, Slot], updates: Mapping[str, Update], advance: Callable[[int], None]
+    arrays: Arrays,
+    slots: Mapping[str, Slot],
+    updates: Mapping[str, Update],
+    advance: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
     """All tensors in order, in blocks; the next ones are read while one is written."""
-    parts = ((slot, block) for slot in slots.values() for block in _blocks(arrays[slot.path], slot.index))
+    parts = (
+        (slot, block) for slot in slots.values() for block in _blocks(arrays[slot.path], slot.index)
+    )
     reading: deque[tuple[Slot, slice, ts.Future]] = deque()
     while True:
         for slot, block in islice(parts, _READ_AHEAD - len(reading)):
@@ -106,7 +144,11 @@ def _contents(
             return
         slot, rows, future = reading.popleft()
         content = future.result()
-        yield updates[slot.path].merged(content, slot.index, rows) if slot.path in updates else content
+        yield (
+            updates[slot.path].merged(content, slot.index, rows)
+            if slot.path in updates
+            else content
+        )
         advance(content.nbytes)
 
 

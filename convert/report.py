@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 @contextmanager
@@ -19,14 +26,20 @@ def report(target: str, tensors: int, total: int) -> Iterator[Callable[[int], No
         total: bytes to come.
     """
     console, start = Console(stderr=True), time.monotonic()
-    columns = TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
         yield lambda count: bar.advance(task, count)
     seconds = time.monotonic() - start
     print(
-        f"{target}: {tensors} tensors, {total / 1e9:.2f} GB, {seconds:.1f} s ({total / 1e6 / seconds:.0f} MB/s), "
-        f"peak memory {peak_memory() / 2**30:.2f} GiB"
+        f"{target}: {tensors} tensors, {total / 1e9:.2f} GB, {seconds:.1f} s"
+        f" ({total / 1e6 / seconds:.0f} MB/s), peak memory {peak_memory() / 2**30:.2f} GiB"
     )
 
 

@@ -1,7 +1,7 @@
 """Safetensors, a slice at a time: the library checks files, plain reads and writes move the bytes.
 
-Its own readers map the file, and every page that they touch counts as the process's memory; its writer wants all tensors
-of a file at once.
+Its own readers map the file, and every page that they touch counts as the process's memory; its
+writer wants all tensors of a file at once.
 """
 
 import json
@@ -42,7 +42,8 @@ class SafetensorsReader:
         """Reads and checks the headers.
 
         Raises:
-            FileNotFoundError: if there are no safetensors, or a file that the index names is missing.
+            FileNotFoundError: if there are no safetensors, or a file that the index names is
+                missing.
             CheckpointError: for a file that is cut off or otherwise broken, named.
         """
         self.tensors: dict[str, Stored] = {}
@@ -53,20 +54,25 @@ class SafetensorsReader:
 
     def __enter__(self) -> Self:
         for file in {stored.file for stored in self.tensors.values()}:
-            self._descriptors[file] = self._open.enter_context(open(file, "rb", buffering=0)).fileno()
+            self._descriptors[file] = self._open.enter_context(
+                open(file, "rb", buffering=0)
+            ).fileno()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def read(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fills `out` (contiguous, of the tensor's dtype) with the tensor's elements from `start` on, row after row."""
+        """Fills `out` (contiguous, of the tensor's dtype) with the tensor's elements from `start`
+        on, row after row."""
         stored = self.tensors[name]
         offset, bytes_left = stored.offset + start * out.itemsize, _bytes(out)
         while bytes_left:
             count = os.preadv(self._descriptors[stored.file], [bytes_left], offset)
             if not count:
-                raise CheckpointError(f"{stored.file} ended while {name} was read: it was cut off meanwhile")
+                raise CheckpointError(
+                    f"{stored.file} ended while {name} was read: it was cut off meanwhile"
+                )
             offset, bytes_left = offset + count, bytes_left[count:]
 
 
@@ -83,12 +89,16 @@ class Planned:
 
 
 def write_safetensors(
-    directory: Path, tensors: Mapping[str, Planned], chunks: Iterator[np.ndarray], max_shard_size: str
+    directory: Path,
+    tensors: Mapping[str, Planned],
+    chunks: Iterator[np.ndarray],
+    max_shard_size: str,
 ) -> None:
     """Writes files of at most `max_shard_size` ("5GB"), and the index where there are several.
 
     Args:
-        chunks: the tensors' contents, in the order of `tensors`; each tensor in as many pieces as the caller likes.
+        chunks: the tensors' contents, in the order of `tensors`; each tensor in as many pieces as
+            the caller likes.
 
     Raises:
         ValueError: if `max_shard_size` is no size.
@@ -123,7 +133,9 @@ def _files(directory: Path) -> list[Path]:
         raise FileNotFoundError(f"{directory} has neither model.safetensors nor {INDEX}")
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}")
+        raise FileNotFoundError(
+            f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}"
+        )
     return [directory / name for name in names]
 
 
@@ -142,7 +154,9 @@ def _header(file: Path) -> dict[str, Stored]:
     for name in names:
         stored[name] = Stored(file, dtypes[name], shapes[name], offset)
         # Tensors of other types are refused later, by name; nothing behind them is read.
-        offset += prod(shapes[name]) * (DTYPES[dtypes[name]].itemsize if dtypes[name] in DTYPES else 0)
+        offset += prod(shapes[name]) * (
+            DTYPES[dtypes[name]].itemsize if dtypes[name] in DTYPES else 0
+        )
     return stored
 
 

@@ -1,4 +1,5 @@
-"""An Orbax checkpoint's arrays, a block at a time: Orbax writes the tree's metadata, TensorStore the contents.
+"""An Orbax checkpoint's arrays, a block at a time: Orbax writes the tree's metadata, TensorStore
+the contents.
 
 Orbax itself saves whole arrays; a stack of 64 layers would have to be in memory.
 """
@@ -26,8 +27,11 @@ _CACHE_BYTES = 256 * 2**20
 _SPLITS = 16
 
 
-def create(directory: Path, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ts.TensorStore]:
-    """A new checkpoint in `directory`, its arrays open for writing, by path; they are to be written in `blocks`."""
+def create(
+    directory: Path, arrays: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, ts.TensorStore]:
+    """A new checkpoint in `directory`, its arrays open for writing, by path; they are to be written
+    in `blocks`."""
     context = ocp.Context()
     # What these record would be the placeholders'.
     context.array.saving.array_metadata_store = None
@@ -35,11 +39,14 @@ def create(directory: Path, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
     placeholders = {path: np.zeros((), array.dtype) for path, array in arrays.items()}
     with context:
         ocp.save(str(directory / PARAMS), traverse_util.unflatten_dict(placeholders, sep="/"))
-    # One context, or every array would open a database of its own, and they would outdate each other's commits.
+    # One context, or every array would open a database of its own, and they would outdate each
+    # other's commits.
     database = ts.Context()
     with ts.Transaction(atomic=True) as transaction:
         opened = {
-            path: ts.open(_location(directory, path) | _new(array), context=database, transaction=transaction).result()
+            path: ts.open(
+                _location(directory, path) | _new(array), context=database, transaction=transaction
+            ).result()
             for path, array in arrays.items()
         }
     return {path: store.with_transaction(None) for path, store in opened.items()}
@@ -49,7 +56,9 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
     """The arrays of a checkpoint (`create`, `pvm_jax.save`), open for reading, by path."""
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     paths = stored_arrays(directory)
-    stores = {path: ts.open(_location(directory, path), context=context, read=True) for path in paths}
+    stores = {
+        path: ts.open(_location(directory, path), context=context, read=True) for path in paths
+    }
     return {path: store.result() for path, store in stores.items()}
 
 
@@ -98,7 +107,8 @@ class BlockWriter:
 
 
 def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Slices that tile an array in its own order: layers of a stack or rows of a layer, of about BLOCK_BYTES each."""
+    """Slices that tile an array in its own order: layers of a stack or rows of a layer, of about
+    BLOCK_BYTES each."""
     steps = _block_shape(shape, itemsize)
     starts = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
     for corner in product(*starts):
@@ -128,7 +138,8 @@ def _new(array: jax.ShapeDtypeStruct) -> dict:
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """What one read takes: one layer, cut along rows and columns, so that 16 x 16 devices read no more than they need."""
+    """What one read takes: one layer, cut along rows and columns, so that 16 x 16 devices read no
+    more than they need."""
     if prod(shape) * itemsize <= BLOCK_BYTES // 2 or len(shape) < 2:
         return shape
     chunk = [1] * (len(shape) - 2) + list(shape[-2:])
@@ -141,8 +152,8 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def _block_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """As many leading indices as BLOCK_BYTES hold, in whole chunks. The last axis stays whole: a block's rows are
-    contiguous in a file."""
+    """As many leading indices as BLOCK_BYTES hold, in whole chunks. The last axis stays whole: a
+    block's rows are contiguous in a file."""
     block, chunk = list(shape), _chunk_shape(shape, itemsize)
     for axis, size in enumerate(shape[:-1]):
         fits = BLOCK_BYTES // (prod(block[axis + 1 :]) * itemsize) // chunk[axis] * chunk[axis]

@@ -1,7 +1,9 @@
-"""The demo's untrained model: a Qwen3-VL of two million parameters, without the branch, in both layouts.
+"""The demo's untrained model: a Qwen3-VL of two million parameters, without the branch, in both
+layouts.
 
-The tokenizer is byte-level BPE like Qwen's, so that any text can be asked, trained on the task's words alone, so that each of
-them is one token: a line of an answer is three tokens (`B3`, ` ground`, ` navy⏎`).
+The tokenizer is byte-level BPE like Qwen's, so that any text can be asked, trained on the task's
+words alone, so that each of them is one token: a line of an answer is three tokens (`B3`, `
+ground`, ` navy⏎`).
 """
 
 import json
@@ -19,10 +21,17 @@ from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 SPECIAL_TOKENS = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 VOCABULARY_MULTIPLE = 64
-POSITION_SCALE = 25  # N(0, 0.5): beside the patches' embeddings, N(0, 0.02) would say nothing about place for hundreds of steps
+# N(0, 0.5): beside the patches' embeddings, N(0, 0.02) would say nothing about place for hundreds
+# of steps
+POSITION_SCALE = 25
 
 CHAT_TEMPLATE = """\
 {%- set count = namespace(images=0, videos=0) %}
@@ -54,7 +63,8 @@ CHAT_TEMPLATE = """\
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE in which every word of the task, with its space before or its line break after, is one token."""
+    """Byte-level BPE in which every word of the task, with its space before or its line break
+    after, is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -66,7 +76,9 @@ def make_tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         min_frequency=1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS],
+        special_tokens=[
+            AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS
+        ],
         show_progress=False,
     )
     roles = ("system\n", "user\n", "assistant\n")
@@ -110,14 +122,18 @@ def make_config(tokenizer: Tokenizer) -> ModelConfig:
 
 
 def write_assets(folder: Path) -> ModelConfig:
-    """Writes everything but the weights to `folder`: config, tokenizer, chat template, preprocessor and generation config."""
+    """Writes everything but the weights to `folder`: config, tokenizer, chat template, preprocessor
+    and generation config."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     config = make_config(tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
     end, pad = _token_id(tokenizer, IM_END), _token_id(tokenizer, ENDOFTEXT)
     _write_json(folder / "config.json", config.to_hf())
-    _write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad})
+    _write_json(
+        folder / "generation_config.json",
+        {"do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad},
+    )
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -129,7 +145,9 @@ def write_assets(folder: Path) -> ModelConfig:
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.text.max_position_embeddings,
-            "additional_special_tokens": [token for token in SPECIAL_TOKENS if token not in (ENDOFTEXT, IM_END)],
+            "additional_special_tokens": [
+                token for token in SPECIAL_TOKENS if token not in (ENDOFTEXT, IM_END)
+            ],
             "chat_template": CHAT_TEMPLATE,
         },
     )
@@ -143,8 +161,14 @@ def write_assets(folder: Path) -> ModelConfig:
         "image_std": [0.5, 0.5, 0.5],
         "processor_class": "Qwen3VLProcessor",
     }
-    _write_json(folder / "preprocessor_config.json", common | {"image_processor_type": "Qwen2VLImageProcessorFast"})
-    _write_json(folder / "video_preprocessor_config.json", common | {"video_processor_type": "Qwen3VLVideoProcessor"})
+    _write_json(
+        folder / "preprocessor_config.json",
+        common | {"image_processor_type": "Qwen2VLImageProcessorFast"},
+    )
+    _write_json(
+        folder / "video_preprocessor_config.json",
+        common | {"video_processor_type": "Qwen3VLVideoProcessor"},
+    )
     return config
 
 
@@ -167,7 +191,8 @@ def make_model(config: ModelConfig, seed: int) -> Qwen3VL:
 
 
 def write(out: Path, seed: int = 0) -> None:
-    """Writes the untrained model to out/orbax, for train.sft, and to out/hf, an ordinary Hugging Face directory.
+    """Writes the untrained model to out/orbax, for train.sft, and to out/hf, an ordinary Hugging
+    Face directory.
 
     Example: python -m demo.checkpoint out/demo/untrained
 

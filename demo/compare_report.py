@@ -35,7 +35,8 @@ class Measured:
         trained: parameters that were trained.
         accuracy: of the values, teacher-forced, by distance.
         shuffled: the same with the scenes' images exchanged, of the base: what guessing gives.
-        misled: the accuracy where the branch, and nothing else, reads another scene's image (`demo.recall`).
+        misled: the accuracy where the branch, and nothing else, reads another scene's image
+            (`demo.recall`).
         attention: of the branch on the asked cell, by distance, layer and head.
         gates: of the branch, by layer, at every step of the training.
     """
@@ -51,41 +52,64 @@ class Measured:
 
 
 def write_report(
-    measured: Sequence[Measured], settings: EvaluationSettings, trained_on: Sequence[int], how: str, out: Path
+    measured: Sequence[Measured],
+    settings: EvaluationSettings,
+    trained_on: Sequence[int],
+    how: str,
+    out: Path,
 ) -> None:
     """Writes results.json, results.md and results.png to `out`, and prints the table."""
     by_method: dict[str, list[Measured]] = {}
     for one in measured:
         by_method.setdefault(one.method, []).append(one)
     content = {"settings": asdict(settings), "how": how, "trained_on": list(trained_on)}
-    (out / "results.json").write_text(json.dumps(content | {"measured": [asdict(one) for one in measured]}) + "\n")
+    (out / "results.json").write_text(
+        json.dumps(content | {"measured": [asdict(one) for one in measured]}) + "\n"
+    )
     text = markdown(by_method, settings, trained_on, how)
     (out / "results.md").write_text(text)
     plot(by_method, settings, trained_on, out / "results.png")
     print(text)
 
 
-def accuracies(by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings) -> dict[str, np.ndarray]:
+def accuracies(
+    by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings
+) -> dict[str, np.ndarray]:
     """By method, and for guessing, [seeds, distances]."""
     distances = [str(distance) for distance in settings.distances]
-    rows = {name: np.array([[one.accuracy[d] for d in distances] for one in ones]) for name, ones in by_method.items()}
+    rows = {
+        name: np.array([[one.accuracy[d] for d in distances] for one in ones])
+        for name, ones in by_method.items()
+    }
     return rows | {SHUFFLED: np.array([[by_method[UNTRAINED][0].shuffled[d] for d in distances]])}
 
 
 def markdown(
-    by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings, trained_on: Sequence[int], how: str
+    by_method: Mapping[str, Sequence[Measured]],
+    settings: EvaluationSettings,
+    trained_on: Sequence[int],
+    how: str,
 ) -> str:
     """The tables."""
     seeds = max(len(ones) for ones in by_method.values())
     rows = accuracies(by_method, settings)
     parts = [
-        f"Teacher-forced accuracy of the values on {settings.scenes} held-out scenes of {settings.size} x {settings.size} "
-        f"cells, {settings.lines} lines each: mean and standard deviation over {seeds} seeds. All were trained for {how} "
-        f"on distances from {trained_on[0]} to {trained_on[1]}.",
+        (
+            f"Teacher-forced accuracy of the values on {settings.scenes} held-out scenes of"
+            f" {settings.size} x {settings.size} cells, {settings.lines} lines each: mean and"
+            f" standard deviation over {seeds} seeds. All were trained for {how} on distances from"
+            f" {trained_on[0]} to {trained_on[1]}."
+        ),
         table(
             ["tokens between image and question", *rows],
             [
-                ["trained parameters", *(f"{by_method[name][0].trained:,}" if name in by_method else "" for name in rows)],
+                [
+                    "trained parameters",
+                    *(
+                        f"{by_method[name][0].trained:,}" if name in by_method else ""
+                        for name in rows
+                    ),
+                ],
                 *(
                     [distance, *(_mean_and_spread(rows[name][:, i]) for name in rows)]
                     for i, distance in enumerate(settings.distances)
@@ -102,12 +126,17 @@ def markdown(
 def _recall(name: str, ones: Sequence[Measured], settings: EvaluationSettings) -> list[str]:
     """Whether the branch recalls the image."""
     cells, shares = settings.size**2, _attention(ones, settings)
-    misled = np.array([[one.misled[str(distance)] for distance in settings.distances] for one in ones])
+    misled = np.array(
+        [[one.misled[str(distance)] for distance in settings.distances] for one in ones]
+    )
     heads = [which for by in shares.values() for which in (by.mean(-1), by.max(-1))]
     return [
-        f"{name}: does the branch recall? Its accuracy when the branch alone reads another scene's image, and the share of "
-        f"its attention on the cell that is asked for (chance: 1/{cells} = {1 / cells:.3f}) where the value is to be said, as "
-        "the mean over heads and of the head with the largest share:",
+        (
+            f"{name}: does the branch recall? Its accuracy when the branch alone reads another"
+            " scene's image, and the share of its attention on the cell that is asked for (chance:"
+            f" 1/{cells} = {1 / cells:.3f}) where the value is to be said, as the mean over heads"
+            " and of the head with the largest share:"
+        ),
         table(
             [
                 "tokens between image and question",
@@ -120,14 +149,22 @@ def _recall(name: str, ones: Sequence[Measured], settings: EvaluationSettings) -
             ],
         ),
         "Gates at the end: "
-        + "; ".join(f"layer {layer} {', '.join(f'{one.gates[layer][-1]:+.3f}' for one in ones)}" for layer in ones[0].gates),
+        + "; ".join(
+            f"layer {layer} {', '.join(f'{one.gates[layer][-1]:+.3f}' for one in ones)}"
+            for layer in ones[0].gates
+        ),
     ]
 
 
 def _attention(ones: Sequence[Measured], settings: EvaluationSettings) -> dict[str, np.ndarray]:
     """By layer, [seeds, distances, heads]."""
     layers = next(iter(ones[0].attention.values()))
-    return {layer: np.array([[one.attention[str(d)][layer] for d in settings.distances] for one in ones]) for layer in layers}
+    return {
+        layer: np.array(
+            [[one.attention[str(d)][layer] for d in settings.distances] for one in ones]
+        )
+        for layer in layers
+    }
 
 
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -137,25 +174,51 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _mean_and_spread(values: np.ndarray) -> str:
-    return f"{values.mean():.3f}" if len(values) == 1 else f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+    return (
+        f"{values.mean():.3f}"
+        if len(values) == 1
+        else f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+    )
 
 
 def plot(
-    by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings, trained_on: Sequence[int], path: Path
+    by_method: Mapping[str, Sequence[Measured]],
+    settings: EvaluationSettings,
+    trained_on: Sequence[int],
+    path: Path,
 ) -> None:
-    """Accuracy by distance; the branch's gates by step; its attention on the asked cell by distance."""
+    """Accuracy by distance; the branch's gates by step; its attention on the asked cell by
+    distance."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.4), width_ratios=(1.3, 1, 1))
     places = np.arange(len(settings.distances))
     for name, rows in accuracies(by_method, settings).items():
         spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else None
-        left.errorbar(places, rows.mean(0), spread, label=name, color=COLOURS[name], marker="o", capsize=3)
+        left.errorbar(
+            places, rows.mean(0), spread, label=name, color=COLOURS[name], marker="o", capsize=3
+        )
     for name, ones in by_method.items():
         if ones[0].misled:
-            misled = np.mean([[one.misled[str(distance)] for distance in settings.distances] for one in ones], axis=0)
-            left.plot(places, misled, "x:", color=COLOURS[name], label=f"{name}, its branch on another image")
-    left.axvspan(*np.interp(trained_on, settings.distances, places), color="#f3e9c8", label="trained distances", zorder=0)
+            misled = np.mean(
+                [[one.misled[str(distance)] for distance in settings.distances] for one in ones],
+                axis=0,
+            )
+            left.plot(
+                places,
+                misled,
+                "x:",
+                color=COLOURS[name],
+                label=f"{name}, its branch on another image",
+            )
+    left.axvspan(
+        *np.interp(trained_on, settings.distances, places),
+        color="#f3e9c8",
+        label="trained distances",
+        zorder=0,
+    )
     left.set(
-        ylim=(0, 1.05), xlabel="tokens between the image and the question", ylabel="values read correctly (teacher-forced)"
+        ylim=(0, 1.05),
+        xlabel="tokens between the image and the question",
+        ylabel="values read correctly (teacher-forced)",
     )
     for one in (one for ones in by_method.values() for one in ones if one.gates):
         for style, (layer, values) in zip(("-", "--", ":", "-."), one.gates.items(), strict=False):
@@ -164,21 +227,42 @@ def plot(
     middle.set(xlabel="step", ylabel="size of the branch's gate, a line a seed")
     for name, ones in by_method.items():
         if ones[0].attention:
-            for style, (layer, shares) in zip(("-", "--", ":", "-."), _attention(ones, settings).items(), strict=False):
+            for style, (layer, shares) in zip(
+                ("-", "--", ":", "-."), _attention(ones, settings).items(), strict=False
+            ):
                 by_seed = shares.mean(-1)
                 spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else None
                 label, colour = f"{name}, layer {layer}", COLOURS[name]
                 right.errorbar(
-                    places, by_seed.mean(0), spread, fmt=style, color=colour, label=f"{label}, mean of heads", capsize=3
+                    places,
+                    by_seed.mean(0),
+                    spread,
+                    fmt=style,
+                    color=colour,
+                    label=f"{label}, mean of heads",
+                    capsize=3,
                 )
-                right.plot(places, shares.max(-1).mean(0), style, color=colour, alpha=0.4, label=f"{label}, best head")
+                right.plot(
+                    places,
+                    shares.max(-1).mean(0),
+                    style,
+                    color=colour,
+                    alpha=0.4,
+                    label=f"{label}, best head",
+                )
     right.axhline(1 / settings.size**2, color=COLOURS[SHUFFLED], label="chance")
-    right.set(ylim=(0, None), xlabel="tokens between the image and the question", ylabel="branch's attention on the asked cell")
+    right.set(
+        ylim=(0, None),
+        xlabel="tokens between the image and the question",
+        ylabel="branch's attention on the asked cell",
+    )
     for axis in (left, right):
         axis.set_xticks(places, [str(distance) for distance in settings.distances])
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2, frameon=False)
+        axis.legend(
+            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2, frameon=False
+        )
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -1,8 +1,10 @@
-"""What the model still sees of the image over a long answer, with and without the branch: `pvm_jax.measure` on the demo's task.
+"""What the model still sees of the image over a long answer, with and without the branch:
+`pvm_jax.measure` on the demo's task.
 
-The values alone count: a line's value can be known only from the image. A line that the model writes itself is exact if it
-names a pair of the grid that it has not listed before, with the scene's value. Scenes are made of digit images that were held
-out from training; every distance has the same scenes and the same lines.
+The values alone count: a line's value can be known only from the image. A line that the model
+writes itself is exact if it names a pair of the grid that it has not listed before, with the
+scene's value. Scenes are made of digit images that were held out from training; every distance has
+the same scenes and the same lines.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,8 @@ class EvaluationSettings:
         scenes: scenes for that, the same ones at every distance.
         lines: lines of each of their true answers.
         size: side G of the grids.
-        long_scenes: scenes for everything else: answers of `shortest` to `lines` lines, `distance` filler words.
+        long_scenes: scenes for everything else: answers of `shortest` to `lines` lines, `distance`
+            filler words.
         shortest, distance: of these.
         looks: values whose attention is drawn.
         batch_size: conversations that are computed together.
@@ -55,9 +58,12 @@ class EvaluationSettings:
     seed: int = 10_000
 
     def examples(self, distance: int, count: int, shortest: int | None = None) -> list[GridExample]:
-        """The first `count` scenes, `distance` filler words from the question; `shortest`: fewest lines, if not all."""
+        """The first `count` scenes, `distance` filler words from the question; `shortest`: fewest
+        lines, if not all."""
         lines, filler = (shortest or self.lines, self.lines), (distance, distance)
-        mixture = Mixture(sizes=(self.size,), lines=lines, filler=filler, digits="heldout", seed=self.seed)
+        mixture = Mixture(
+            sizes=(self.size,), lines=lines, filler=filler, digits="heldout", seed=self.seed
+        )
         return [make_example(mixture, index) for index in range(count)]
 
 
@@ -74,12 +80,13 @@ def sees(model: Qwen3VL, examples: Sequence[Encoded], settings: EvaluationSettin
 
 
 def value_places(example: Encoded, lines: int) -> np.ndarray:
-    """Which of the answer's tokens are its values [lines]: the last one of each line; the answer ends with the turn's end."""
+    """Which of the answer's tokens are its values [lines]: the last one of each line; the answer
+    ends with the turn's end."""
     length = int(find_answers([example]).lengths[0])
     if length != lines * TOKENS_PER_LINE + 1:
         raise ValueError(
-            f"an answer of {lines} lines has {length} tokens, not {TOKENS_PER_LINE} a line and an end: "
-            "the checkpoint's tokenizer is not the demo's (python -m demo.checkpoint)"
+            f"an answer of {lines} lines has {length} tokens, not {TOKENS_PER_LINE} a line and an"
+            " end: the checkpoint's tokenizer is not the demo's (python -m demo.checkpoint)"
         )
     return np.arange(TOKENS_PER_LINE - 1, length - 1, TOKENS_PER_LINE)
 
@@ -98,11 +105,23 @@ def make_task(checkpoint: Path, processor: Processor, settings: EvaluationSettin
         max_new_tokens=settings.lines * TOKENS_PER_LINE + 1,
         counted="values",
         counts=lambda ids: np.isin(ids, values),
-        fillers={distance: encode(settings.examples(distance, settings.scenes), processor) for distance in settings.distances},
+        fillers={
+            distance: encode(settings.examples(distance, settings.scenes), processor)
+            for distance in settings.distances
+        },
         grade=lambda number, ids: grade(ids, long[number], processor),
-        exactness="lines that name a pair of the grid not listed before, with the value that it has",
+        exactness=(
+            "lines that name a pair of the grid not listed before, with the value that it has"
+        ),
         looks=[
-            (int(number), int(value_places(encoded[number], len(long[number].lines))[int(share * len(long[number].lines))]))
+            (
+                int(number),
+                int(
+                    value_places(encoded[number], len(long[number].lines))[
+                        int(share * len(long[number].lines))
+                    ]
+                ),
+            )
             for number, share in zip(looks, shares, strict=True)
         ],
         rows=settings.batch_size,
@@ -110,7 +129,8 @@ def make_task(checkpoint: Path, processor: Processor, settings: EvaluationSettin
 
 
 def grade(ids: np.ndarray, example: GridExample, processor: Processor) -> np.ndarray:
-    """[T]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all others.
+    """[T]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all
+    others.
 
     Right is a pair of this grid that was not listed before, with the value that the scene has.
     """
@@ -119,8 +139,14 @@ def grade(ids: np.ndarray, example: GridExample, processor: Processor) -> np.nda
         words += processor.decode([token])
         if words.endswith("\n"):
             cell, name, value = (*words[:-1].split(" "), None, None, None)[:3]
-            known = words.count(" ") == 2 and cell in example.scene.cells and name in example.attributes
-            right = known and (cell, name) not in seen and example.scene.value(str(cell), str(name)) == value
+            known = (
+                words.count(" ") == 2 and cell in example.scene.cells and name in example.attributes
+            )
+            right = (
+                known
+                and (cell, name) not in seen
+                and example.scene.value(str(cell), str(name)) == value
+            )
             scores[place] = right
             seen.add((cell, name))
             words = ""
@@ -131,14 +157,24 @@ def _ids(processor: Processor, words: Sequence[str]) -> list[int]:
     """One id a word."""
     tokens = [processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     if any(len(ids) != 1 for ids in tokens):
-        raise ValueError("a value is more than one token: the tokenizer is not the demo's (python -m demo.checkpoint)")
+        raise ValueError(
+            "a value is more than one token: the tokenizer is not the demo's (python -m"
+            " demo.checkpoint)"
+        )
     return [ids[0] for ids in tokens]
 
 
-def main(out: Path, checkpoint: Path, branch: Path | None = None, settings: EvaluationSettings = EvaluationSettings()) -> None:
-    """Measures a checkpoint with and without its branch; writes report.html, report.json and figures/ to `out`.
+def main(
+    out: Path,
+    checkpoint: Path,
+    branch: Path | None = None,
+    settings: EvaluationSettings = EvaluationSettings(),
+) -> None:
+    """Measures a checkpoint with and without its branch; writes report.html, report.json and
+    figures/ to `out`.
 
-    Example: python -m demo.evaluate out/demo/report out/demo/checkpoint --branch out/demo/run/branch
+    Example: python -m demo.evaluate out/demo/report out/demo/checkpoint --branch
+        out/demo/run/branch
 
     Args:
         out: folder for the report.
@@ -148,10 +184,14 @@ def main(out: Path, checkpoint: Path, branch: Path | None = None, settings: Eval
     """
     processor = Processor.from_pretrained(checkpoint)
     about = [
-        f"A model of two million parameters lists what is in grids of {settings.size} x {settings.size} real handwritten "
-        f"digits, a value a line (B3 ground navy): {settings.long_scenes} held-out scenes, answers of {settings.shortest} to "
-        f"{settings.lines} lines, {settings.distance} words between image and question (accuracy by distance: "
-        f"{settings.scenes} scenes, {settings.lines} lines). Only values count, since they can be known from the image alone.",
+        (
+            f"A model of two million parameters lists what is in grids of {settings.size} x"
+            f" {settings.size} real handwritten digits, a value a line (B3 ground navy):"
+            f" {settings.long_scenes} held-out scenes, answers of {settings.shortest} to"
+            f" {settings.lines} lines, {settings.distance} words between image and question"
+            f" (accuracy by distance: {settings.scenes} scenes, {settings.lines} lines). Only"
+            " values count, since they can be known from the image alone."
+        ),
         "Intervals are 95%, by resampling scenes.",
     ]
     report_on(

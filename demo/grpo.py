@@ -1,7 +1,7 @@
 """GRPO on the demo's task, over several seeds: held-out reward by step, as a table and a picture.
 
-`make demo-grpo` runs this. It begins with the branch that `make demo` trained, and trains that first where there is none. A
-step whose result is there already is skipped.
+`make demo-grpo` runs this. It begins with the branch that `make demo` trained, and trains that
+first where there is none. A step whose result is there already is skipped.
 """
 
 import json
@@ -24,7 +24,8 @@ REWARD = "held_out/reward/mean"
 
 
 def main(out: Path = Path("out/demo"), seeds: tuple[int, ...] = (0, 1, 2)) -> None:
-    """Refines the demo's branch and decoder by GRPO, once for each seed; writes results.json, results.md and results.png.
+    """Refines the demo's branch and decoder by GRPO, once for each seed; writes results.json,
+    results.md and results.png.
 
     Args:
         out: the demo's folder; everything here goes to its subfolder grpo.
@@ -51,18 +52,26 @@ def grpo_steps(out: Path, folder: Path, seeds: Sequence[int]) -> list[Step]:
         f"--checkpoint={out / 'checkpoint'}",
         f"--branch={out / 'run' / 'branch'}",
     ]
-    train += [f"--data.sources={data / 'data.jsonl'}", f"--held_out.sources={held_out / 'data.jsonl'}"]
+    train += [
+        f"--data.sources={data / 'data.jsonl'}",
+        f"--held_out.sources={held_out / 'data.jsonl'}",
+    ]
     return [
         (data / "data.jsonl", ["demo.task", data, *make]),
         (held_out / "data.jsonl", ["demo.task", held_out, *make, *HELD_OUT]),
         *(
-            (folder / f"run_{seed}" / "model", [*train, f"--run_dir={folder / f'run_{seed}'}", f"--seed={seed}"])
+            (
+                folder / f"run_{seed}" / "model",
+                [*train, f"--run_dir={folder / f'run_{seed}'}", f"--seed={seed}"],
+            )
             for seed in seeds
         ),
     ]
 
 
-def write_report(steps: Sequence[int], rewards: np.ndarray, seeds: Sequence[int], folder: Path) -> None:
+def write_report(
+    steps: Sequence[int], rewards: np.ndarray, seeds: Sequence[int], folder: Path
+) -> None:
     """Writes results.json, results.md and results.png to `folder`.
 
     Args:
@@ -77,14 +86,23 @@ def write_report(steps: Sequence[int], rewards: np.ndarray, seeds: Sequence[int]
     ]
     for step, column in zip(steps, rewards.T, strict=True):
         values = " | ".join(f"{value:.3f}" for value in column)
-        lines.append(f"| {step} | {values} | {column.mean():.3f} | {column.min():.3f} to {column.max():.3f} |")
+        lines.append(
+            f"| {step} | {values} | {column.mean():.3f} | {column.min():.3f} to"
+            f" {column.max():.3f} |"
+        )
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.fill_between(steps, rewards.min(0), rewards.max(0), color="#c0392b", alpha=0.2, label="least to most")
-    axes.plot(steps, rewards.mean(0), color="#c0392b", marker="o", label=f"mean of {len(seeds)} seeds")
+    axes.fill_between(
+        steps, rewards.min(0), rewards.max(0), color="#c0392b", alpha=0.2, label="least to most"
+    )
+    axes.plot(
+        steps, rewards.mean(0), color="#c0392b", marker="o", label=f"mean of {len(seeds)} seeds"
+    )
     axes.axhline(rewards[:, 0].mean(), color="#555555", linestyle="--", label="before")
     axes.set(
-        xlabel="step (8 prompts x 8 completions)", ylabel="held-out exactness, sampled", title="GRPO on the inventory task"
+        xlabel="step (8 prompts x 8 completions)",
+        ylabel="held-out exactness, sampled",
+        title="GRPO on the inventory task",
     )
     axes.legend()
     figure.savefig(folder / "results.png", dpi=150)

@@ -13,20 +13,32 @@ from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
 def attention_on_cell(
-    model: Qwen3VL, processor: Processor, examples: Sequence[GridExample], settings: EvaluationSettings
+    model: Qwen3VL,
+    processor: Processor,
+    examples: Sequence[GridExample],
+    settings: EvaluationSettings,
 ) -> dict[str, list[float]]:
-    """By layer of the branch and head: the mean share of attention on the asked cell, where its value is to be said.
+    """By layer of the branch and head: the mean share of attention on the asked cell, where its
+    value is to be said.
 
     Chance is one over the number of cells. All examples have grids of one size, `settings.size`.
     """
     encoded = encode(examples, processor)
     places = np.stack([value_places(example, settings.lines) for example in encoded])
     columns = np.take_along_axis(find_answers(encoded).columns, places, axis=1)
-    cells = np.array([[_visual_token(cell, settings.size) for cell, _, _ in example.lines] for example in examples])
+    cells = np.array(
+        [
+            [_visual_token(cell, settings.size) for cell, _, _ in example.lines]
+            for example in examples
+        ]
+    )
     branch = looked(model, encoded, columns, rows=settings.batch_size).branch
     asked = np.take_along_axis(branch, cells[:, None, None, :, None], axis=-1)
     shares = asked.mean((0, 3, 4))
-    return {str(layer): share.tolist() for layer, share in zip(sorted(map(int, model.pvm)), shares, strict=True)}
+    return {
+        str(layer): share.tolist()
+        for layer, share in zip(sorted(map(int, model.pvm)), shares, strict=True)
+    }
 
 
 def _visual_token(cell: str, size: int) -> int:

@@ -1,7 +1,8 @@
 """When the branch learns to look: its first stage (demo/look.yaml), one thing at a time changed.
 
-`make regime` runs this; a step whose result is there already is skipped. All variations read the same examples, but for the one
-that changes them, and as many of them in all, but for those that change the number of steps.
+`make regime` runs this; a step whose result is there already is skipped. All variations read the
+same examples, but for the one that changes them, and as many of them in all, but for those that
+change the number of steps.
 """
 
 import sys
@@ -82,7 +83,10 @@ def main(out: Path = Path("out/regime"), steps: int = 400, only: list[str] | Non
     """
     names = only or list(VARIATIONS)
     if unknown := [name for name in names if name not in VARIATIONS]:
-        sys.exit(f"error: --only: no variation is called {', '.join(map(repr, unknown))}; there are: {', '.join(VARIATIONS)}")
+        sys.exit(
+            f"error: --only: no variation is called {', '.join(map(repr, unknown))}; there are:"
+            f" {', '.join(VARIATIONS)}"
+        )
     claim(out, {"steps": steps, "settings": asdict(MEASURED)})
     measured = {}
     for name in names:
@@ -97,7 +101,9 @@ def run(name: str, out: Path, steps: int) -> Measured:
     (fresh, _), _, (branch, _) = training_steps = commands(name, out, steps)
     run_steps(training_steps)
     model, log = load(fresh, branch=branch), branch.parent / "log"
-    return measure(name, VARIATIONS[name].seed, "pvm", model, Processor.from_pretrained(fresh), MEASURED, [log])
+    return measure(
+        name, VARIATIONS[name].seed, "pvm", model, Processor.from_pretrained(fresh), MEASURED, [log]
+    )
 
 
 def commands(name: str, out: Path, steps: int) -> list[Step]:
@@ -108,7 +114,10 @@ def commands(name: str, out: Path, steps: int) -> list[Step]:
     arguments = (f"--seed={one.seed}", f"--max_steps={int(steps * one.times)}", *one.training)
     return [
         (fresh, ["convert.hf_to_orbax", BASE, fresh, *one.branch, "--seed", one.seed]),
-        (data / "data.jsonl", ["demo.task", data, "--config", LOOK_EXAMPLES, f"--count={34 * steps}", *one.examples]),
+        (
+            data / "data.jsonl",
+            ["demo.task", data, "--config", LOOK_EXAMPLES, f"--count={34 * steps}", *one.examples],
+        ),
         (look / "branch", train("demo/look.yaml", fresh, data, look, *arguments)),
     ]
 
@@ -118,10 +127,18 @@ def markdown(measured: dict[str, Measured]) -> str:
     key = str(DISTANCE)
     rows = []
     for name, one in measured.items():
-        looks = ", ".join(f"{layer}: {max(heads):.2f}" for layer, heads in one.attention[key].items())
+        looks = ", ".join(
+            f"{layer}: {max(heads):.2f}" for layer, heads in one.attention[key].items()
+        )
         gates = ", ".join(f"{values[-1]:+.2f}" for values in one.gates.values())
         rows.append([name, f"{one.accuracy[key]:.3f}", f"{one.misled[key]:.3f}", looks, gates])
-    header = ["first stage", f"accuracy at {key} words", "branch on another image", "best head's attention by layer", "gates"]
+    header = [
+        "first stage",
+        f"accuracy at {key} words",
+        "branch on another image",
+        "best head's attention by layer",
+        "gates",
+    ]
     return table(header, rows) + "\n"
 
 

@@ -1,6 +1,8 @@
-"""The whole job on real digits, one documented command after the other: convert, fine-tune the branch, generate, measure.
+"""The whole job on real digits, one documented command after the other: convert, fine-tune the
+branch, generate, measure.
 
-`make demo` runs this. A step whose result is there already is skipped, so an interrupted demo goes on where it was.
+`make demo` runs this. A step whose result is there already is skipped, so an interrupted demo goes
+on where it was.
 """
 
 import json
@@ -19,29 +21,46 @@ BASE = "demo/base"
 BRANCH = ("--pvm-layers", "1", "2", "--pvm-hidden-size", "128")
 
 DEMO_OVER_PROBE = 250.0
-"""How many times longer than `probe` the whole demo takes, roughly: not yet measured on a quiet machine."""
+"""How many times longer than `probe` the whole demo takes, roughly: not yet measured on a quiet
+machine."""
 
-# What a command makes (the command is skipped where that exists), and the command itself: arguments of `python -m`.
+# What a command makes (the command is skipped where that exists), and the command itself: arguments
+# of `python -m`.
 Step = tuple[Path, Sequence[object]]
 
 
 def main(out: Path = Path("out/demo")) -> None:
-    """Converts the shipped checkpoint, fine-tunes its PVM branch, asks it about an image, measures before and after.
+    """Converts the shipped checkpoint, fine-tunes its PVM branch, asks it about an image, measures
+    before and after.
 
     Args:
         out: folder for everything that is written.
     """
-    print(f"All of it takes about {DEMO_OVER_PROBE * probe() / 60:.0f} minutes on this machine, if it does nothing else.")
+    print(
+        f"All of it takes about {DEMO_OVER_PROBE * probe() / 60:.0f} minutes on this machine, if it"
+        " does nothing else."
+    )
     checkpoint, run, report = out / "checkpoint", out / "run", out / "report"
     run_steps(branch_steps(out))
     show_one_answer(checkpoint, run / "branch", out / "example")
-    run_steps([(report / "report.html", ["demo.evaluate", report, checkpoint, "--branch", run / "branch"])])
+    run_steps(
+        [
+            (
+                report / "report.html",
+                ["demo.evaluate", report, checkpoint, "--branch", run / "branch"],
+            )
+        ]
+    )
     print(f"The report: {report / 'report.html'} (open it in a browser)")
 
 
 def probe() -> float:
-    """Seconds that this machine takes for a little of what the demo does: to compile a layer, and to train it."""
-    x, w = jnp.ones((2048, 128)), {"up": jnp.full((4, 128, 512), 0.01), "down": jnp.full((4, 512, 128), 0.01)}
+    """Seconds that this machine takes for a little of what the demo does: to compile a layer, and
+    to train it."""
+    x, w = (
+        jnp.ones((2048, 128)),
+        {"up": jnp.full((4, 128, 512), 0.01), "down": jnp.full((4, 512, 128), 0.01)},
+    )
 
     def loss(w: dict[str, jax.Array]) -> jax.Array:
         layer = lambda x, w: (x + jax.nn.gelu(x @ w["up"]) @ w["down"], None)  # noqa: E731
@@ -54,7 +73,8 @@ def probe() -> float:
 
 
 def branch_steps(out: Path) -> list[Step]:
-    """From the shipped checkpoint to `out`/checkpoint and a branch trained on it, `out`/run/branch."""
+    """From the shipped checkpoint to `out`/checkpoint and a branch trained on it,
+    `out`/run/branch."""
     checkpoint, data, run = out / "checkpoint", out / "data", out / "run"
     look_data, look = out / "look_data", out / "look"
     return [
@@ -62,18 +82,26 @@ def branch_steps(out: Path) -> list[Step]:
         (look_data / "data.jsonl", ["demo.task", look_data, "--config", "demo/look_data.yaml"]),
         (look / "branch", train("demo/look.yaml", checkpoint, look_data, look)),
         (data / "data.jsonl", ["demo.task", data, "--config", "demo/branch_data.yaml"]),
-        (run / "branch", train("demo/branch.yaml", checkpoint, data, run, f"--branch={look / 'branch'}")),
+        (
+            run / "branch",
+            train("demo/branch.yaml", checkpoint, data, run, f"--branch={look / 'branch'}"),
+        ),
     ]
 
 
 def train(config: str, checkpoint: Path, data: Path, run: Path, *more: str) -> list[str]:
     """The command that trains on `data` from `checkpoint` into `run`, as the file `config` says."""
-    where = (f"--checkpoint={checkpoint}", f"--data.sources={data / 'data.jsonl'}", f"--run_dir={run}")
+    where = (
+        f"--checkpoint={checkpoint}",
+        f"--data.sources={data / 'data.jsonl'}",
+        f"--run_dir={run}",
+    )
     return ["train.sft", f"--config={config}", *where, *more]
 
 
 def run_steps(steps: Sequence[Step]) -> None:
-    """Runs the commands in order, each printed as one would type it; ends the program if one fails."""
+    """Runs the commands in order, each printed as one would type it; ends the program if one
+    fails."""
     for result, arguments in steps:
         command = ["python", "-m", *map(str, arguments)]
         if result.exists():
@@ -82,18 +110,39 @@ def run_steps(steps: Sequence[Step]) -> None:
         print(f"\n$ {shlex.join(command)}", flush=True)
         code = subprocess.run([sys.executable, *command[1:]], check=False).returncode
         if code:
-            sys.exit(f"error: that command failed (exit status {code}); what it says above tells why")
+            sys.exit(
+                f"error: that command failed (exit status {code}); what it says above tells why"
+            )
 
 
 def show_one_answer(checkpoint: Path, branch: Path, folder: Path) -> None:
     """Asks about one held-out image through the command line of `pvm_jax generate`."""
     if not folder.exists():
-        make = [sys.executable, "-m", "demo.task", str(folder), "--count", "1", "--mixture.sizes", "[3]"]
-        subprocess.run([*make, "--mixture.digits", "heldout", "--mixture.lines", "[8,8]"], check=True)
+        make = [
+            sys.executable,
+            "-m",
+            "demo.task",
+            str(folder),
+            "--count",
+            "1",
+            "--mixture.sizes",
+            "[3]",
+        ]
+        subprocess.run(
+            [*make, "--mixture.digits", "heldout", "--mixture.lines", "[8,8]"], check=True
+        )
     user, assistant = json.loads((folder / "data.jsonl").read_text())["messages"]
     image, question = (part[part["type"]] for part in user["content"])
     print(f"\nThe true lines of {folder / image}, in one of their orders:\n{assistant['content']}")
-    command = ["-m", "pvm_jax", "generate", "--checkpoint", str(checkpoint), "--branch", str(branch)]
+    command = [
+        "-m",
+        "pvm_jax",
+        "generate",
+        "--checkpoint",
+        str(checkpoint),
+        "--branch",
+        str(branch),
+    ]
     command += ["--image", str(folder / image), "--max-new-tokens", "24", question]
     print(f"$ {shlex.join(['python', *command])}", flush=True)
     subprocess.run([sys.executable, *command], check=True)

@@ -1,12 +1,15 @@
-"""The grid inventory: synthetic scenes of real handwritten digits, and conversations that list what is in them.
+"""The grid inventory: synthetic scenes of real handwritten digits, and conversations that list what
+is in them.
 
-An image is a grid of G x G cells of 32 x 32 pixels (one cell = one visual token). Each cell holds one of scikit-learn's real
-handwritten digits, with four independent attributes. The answer is a list of lines such as `B3 ground navy`: column and row of
-the cell, the attribute, its value. No (cell, attribute) pair comes twice, and values are independent, so a value can be known
-only from the image however late in the answer it stands. Filler words between the image and the question move the whole answer
-away from the image and change nothing else.
+An image is a grid of G x G cells of 32 x 32 pixels (one cell = one visual token). Each cell holds
+one of scikit-learn's real handwritten digits, with four independent attributes. The answer is a
+list of lines such as `B3 ground navy`: column and row of the cell, the attribute, its value. No
+(cell, attribute) pair comes twice, and values are independent, so a value can be known only from
+the image however late in the answer it stands. Filler words between the image and the question move
+the whole answer away from the image and change nothing else.
 
-Everything is a function of (seed, index): the same example has the same scene and the same lines whatever its filler.
+Everything is a function of (seed, index): the same example has the same scene and the same lines
+whatever its filler.
 """
 
 import json
@@ -26,7 +29,12 @@ CELL = 32
 MAX_SIZE = 4
 COLUMNS = "ABCD"
 
-GROUNDS = {"navy": (24, 32, 104), "charcoal": (44, 44, 44), "maroon": (112, 20, 32), "forest": (16, 84, 40)}
+GROUNDS = {
+    "navy": (24, 32, 104),
+    "charcoal": (44, 44, 44),
+    "maroon": (112, 20, 32),
+    "forest": (16, 84, 40),
+}
 INKS = {
     "white": (248, 248, 248),
     "yellow": (252, 228, 40),
@@ -50,8 +58,10 @@ VALUES: dict[str, tuple[str, ...]] = {
 ATTRIBUTES = tuple(VALUES)
 CELLS = tuple(f"{column}{row + 1}" for row in range(MAX_SIZE) for column in COLUMNS)
 QUESTION = "List"
-FILLER_TEXT = """the road ran along a quiet river and then over some low hills where old farms stood between fields of wheat
-no one spoke while slow carts went by"""
+FILLER_TEXT = """
+the road ran along a quiet river and then over some low hills where old farms stood between fields
+of wheat no one spoke while slow carts went by
+"""
 FILLER = FILLER_TEXT.split()
 
 Digits = Literal["train", "heldout"]
@@ -59,7 +69,8 @@ Digits = Literal["train", "heldout"]
 
 @dataclass(frozen=True)
 class Scene:
-    """A grid of cells. `values[row][column]` maps each attribute to its value; `glyphs` index scikit-learn's digit images."""
+    """A grid of cells. `values[row][column]` maps each attribute to its value; `glyphs` index
+    scikit-learn's digit images."""
 
     size: int
     values: tuple[tuple[dict[str, str], ...], ...]
@@ -71,7 +82,9 @@ class Scene:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        return tuple(f"{column}{row + 1}" for row in range(self.size) for column in COLUMNS[: self.size])
+        return tuple(
+            f"{column}{row + 1}" for row in range(self.size) for column in COLUMNS[: self.size]
+        )
 
 
 @dataclass(frozen=True)
@@ -109,10 +122,12 @@ class Mixture:
 
     Attributes:
         sizes: grid sizes G in [1, 4], drawn uniformly; repeat one to have it more often.
-        lines: fewest and most lines of an answer, drawn uniformly; a scene with fewer (cell, attribute) pairs lists them all.
+        lines: fewest and most lines of an answer, drawn uniformly; a scene with fewer (cell,
+            attribute) pairs lists them all.
         filler: fewest and most filler words between image and question, drawn uniformly.
         attributes: attributes that are asked for, any of ground, mark, ink, digit.
-        digits: which of scikit-learn's digit images the scenes are made of; "train" and "heldout" share none.
+        digits: which of scikit-learn's digit images the scenes are made of; "train" and "heldout"
+            share none.
         seed: examples are a function of (seed, index).
     """
 
@@ -129,10 +144,15 @@ class Mixture:
         for name, least in (("lines", 1), ("filler", 0)):
             low, high = getattr(self, name)
             if not least <= low <= high:
-                raise ValueError(f"{name} must be [fewest, most] with {least} <= fewest <= most, got [{low}, {high}]")
+                raise ValueError(
+                    f"{name} must be [fewest, most] with {least} <= fewest <= most, got [{low},"
+                    f" {high}]"
+                )
         unknown = [name for name in self.attributes if name not in VALUES]
         if unknown or not self.attributes:
-            raise ValueError(f"attributes must be some of {', '.join(VALUES)}, got {', '.join(self.attributes)}")
+            raise ValueError(
+                f"attributes must be some of {', '.join(VALUES)}, got {', '.join(self.attributes)}"
+            )
 
 
 @cache
@@ -149,9 +169,12 @@ def digit_indices(digits: Digits) -> np.ndarray:
 
 
 def make_example(mixture: Mixture, index: int) -> GridExample:
-    """Example number `index` of the mixture. Scene, lines and filler come from separate random streams."""
+    """Example number `index` of the mixture. Scene, lines and filler come from separate random
+    streams."""
     streams = [np.random.default_rng((mixture.seed, index, stream)) for stream in range(3)]
-    scene = _make_scene(streams[0], int(streams[0].choice(mixture.sizes)), digit_indices(mixture.digits))
+    scene = _make_scene(
+        streams[0], int(streams[0].choice(mixture.sizes)), digit_indices(mixture.digits)
+    )
     pairs = [(cell, attribute) for cell in scene.cells for attribute in mixture.attributes]
     order = streams[1].permutation(len(pairs))
     lines = order[: streams[1].integers(mixture.lines[0], mixture.lines[1] + 1)]
@@ -159,7 +182,9 @@ def make_example(mixture: Mixture, index: int) -> GridExample:
     return GridExample(
         scene=scene,
         attributes=mixture.attributes,
-        lines=tuple((cell, name, scene.value(cell, name)) for cell, name in (pairs[i] for i in lines)),
+        lines=tuple(
+            (cell, name, scene.value(cell, name)) for cell, name in (pairs[i] for i in lines)
+        ),
         filler=tuple(str(word) for word in words),
     )
 
@@ -193,13 +218,17 @@ def _coverage(glyph: int) -> np.ndarray:
     scaled = small.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
     margin = (CELL - DIGIT_SIDE) // 2
     coverage = np.zeros((CELL, CELL, 1), np.float32)
-    coverage[margin : margin + DIGIT_SIDE, margin : margin + DIGIT_SIDE, 0] = np.asarray(scaled) / 255
+    coverage[margin : margin + DIGIT_SIDE, margin : margin + DIGIT_SIDE, 0] = (
+        np.asarray(scaled) / 255
+    )
     return coverage
 
 
 def _draw_cell(values: dict[str, str], glyph: int) -> np.ndarray:
     coverage = _coverage(glyph)
-    cell = coverage * np.array(INKS[values["ink"]]) + (1 - coverage) * np.array(GROUNDS[values["ground"]])
+    cell = coverage * np.array(INKS[values["ink"]]) + (1 - coverage) * np.array(
+        GROUNDS[values["ground"]]
+    )
     edges: dict[str, Any] = {
         "none": np.s_[:0],
         "top": np.s_[:MARK_WIDTH],
@@ -212,7 +241,8 @@ def _draw_cell(values: dict[str, str], glyph: int) -> np.ndarray:
 
 
 def words() -> Iterator[str]:
-    """Every word of the task as it stands in a conversation, with the space before it or the line break after it."""
+    """Every word of the task as it stands in a conversation, with the space before it or the line
+    break after it."""
     yield from CELLS
     yield QUESTION
     yield from (f" {name}" for name in ATTRIBUTES)
@@ -221,7 +251,8 @@ def words() -> Iterator[str]:
 
 
 def write(examples: Sequence[GridExample], out: Path) -> None:
-    """Writes `out`/data.jsonl, one {"messages": [...]} a line, and the images that it names, relative to it, as PNG files.
+    """Writes `out`/data.jsonl, one {"messages": [...]} a line, and the images that it names,
+    relative to it, as PNG files.
 
     Raises:
         FileExistsError: if `out` holds a data.jsonl already.

@@ -11,4 +11,6 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def command_parser(prog: str | None, description: str | None, examples: str) -> ArgumentParser:
     """A parser whose --help ends with `examples` as they are written."""
-    return ArgumentParser(prog=prog, description=description, epilog=examples, formatter_class=HelpFormatter)
+    return ArgumentParser(
+        prog=prog, description=description, epilog=examples, formatter_class=HelpFormatter
+    )

@@ -1,4 +1,5 @@
-"""Model configuration: frozen dataclasses whose fields carry Hugging Face's or PEFT's names and mean what they mean there."""
+"""Model configuration: frozen dataclasses whose fields carry Hugging Face's or PEFT's names and
+mean what they mean there."""
 
 import json
 import re
@@ -34,15 +35,24 @@ class VisionConfig:
     def __post_init__(self):
         side = self.position_grid_size
         if side * side != self.num_position_embeddings:
-            raise ValueError(f"vision_config.num_position_embeddings must be a square, got {self.num_position_embeddings}")
+            raise ValueError(
+                "vision_config.num_position_embeddings must be a square, got"
+                f" {self.num_position_embeddings}"
+            )
         if self.hidden_size % self.num_heads or self.head_dim % 4:
             raise ValueError(
-                f"vision_config: hidden_size {self.hidden_size} / num_heads {self.num_heads} must be a multiple of 4"
+                f"vision_config: hidden_size {self.hidden_size} / num_heads {self.num_heads} must"
+                " be a multiple of 4"
             )
         taps = self.deepstack_visual_indexes
-        if not taps or list(taps) != sorted(set(taps)) or any(not 0 <= tap < self.depth for tap in taps):
+        if (
+            not taps
+            or list(taps) != sorted(set(taps))
+            or any(not 0 <= tap < self.depth for tap in taps)
+        ):
             raise ValueError(
-                f"vision_config.deepstack_visual_indexes must be some ascending blocks in [0, {self.depth}), got {taps}"
+                "vision_config.deepstack_visual_indexes must be some ascending blocks in [0,"
+                f" {self.depth}), got {taps}"
             )
 
     @property
@@ -70,8 +80,9 @@ class TextConfig:
     """The decoder (`Qwen3VLTextConfig`) and, where `pvm_layers` is not empty, the paper's branch.
 
     Attributes:
-        pvm_visibility: which of its conversation's images a text token recalls: "all", as published, or "preceding": those
-            before it alone, as the decoder's own attention, for conversations whose later turns bring images.
+        pvm_visibility: which of its conversation's images a text token recalls: "all", as
+            published, or "preceding": those before it alone, as the decoder's own attention, for
+            conversations whose later turns bring images.
     """
 
     vocab_size: int = 151936
@@ -92,20 +103,30 @@ class TextConfig:
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"text_config: num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"text_config: num_attention_heads {self.num_attention_heads} must be a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}"
             )
         if sum(self.mrope_section) * 2 != self.head_dim:
-            raise ValueError(f"text_config: mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
+            raise ValueError(
+                f"text_config: mrope_section {self.mrope_section} must sum to head_dim / 2 ="
+                f" {self.head_dim // 2}"
+            )
         layers = self.pvm_layers
-        if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
-            raise ValueError(f"pvm_layers must be ascending and in [0, {self.num_hidden_layers}), got {layers}")
+        if list(layers) != sorted(set(layers)) or any(
+            not 0 <= layer < self.num_hidden_layers for layer in layers
+        ):
+            raise ValueError(
+                f"pvm_layers must be ascending and in [0, {self.num_hidden_layers}), got {layers}"
+            )
         if layers and self.pvm_hidden_size % self.head_dim:
             raise ValueError(
-                f"pvm_hidden_size {self.pvm_hidden_size} must be a multiple of the decoder's head_dim {self.head_dim}"
+                f"pvm_hidden_size {self.pvm_hidden_size} must be a multiple of the decoder's"
+                f" head_dim {self.head_dim}"
             )
         if self.pvm_visibility not in ("all", "preceding"):
-            raise ValueError(f"pvm_visibility must be 'all' or 'preceding', got {self.pvm_visibility!r}")
+            raise ValueError(
+                f"pvm_visibility must be 'all' or 'preceding', got {self.pvm_visibility!r}"
+            )
 
     @property
     def pvm_num_heads(self) -> int:
@@ -127,8 +148,9 @@ class LoRAConfig:
     Attributes:
         rank: of every update.
         alpha: the update is alpha / rank (x A^T) B^T.
-        targets: regular expression for the whole path of a Linear, layers left out: "visual/blocks/attn/qkv",
-            "language_model/layers/self_attn/q_proj", ... The default names all seven projections of the decoder's layers.
+        targets: regular expression for the whole path of a Linear, layers left out:
+            "visual/blocks/attn/qkv", "language_model/layers/self_attn/q_proj", ... The default
+            names all seven projections of the decoder's layers.
     """
 
     rank: int = 16
@@ -143,7 +165,9 @@ class LoRAConfig:
         try:
             re.compile(self.targets)
         except re.error as error:
-            raise ValueError(f"lora.targets {self.targets!r} is no regular expression: {error}") from error
+            raise ValueError(
+                f"lora.targets {self.targets!r} is no regular expression: {error}"
+            ) from error
 
     @property
     def scale(self) -> float:
@@ -155,12 +179,13 @@ class ModelConfig:
     """A whole Qwen3-VL.
 
     Attributes:
-        dtype: activations' dtype inside the model, float32 or bfloat16; its name is kept. Norms, softmax and logits are
-            float32 always.
+        dtype: activations' dtype inside the model, float32 or bfloat16; its name is kept. Norms,
+            softmax and logits are float32 always.
         param_dtype: dtype in which fresh parameters are made; a loaded checkpoint keeps its own.
-        remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full" (keeps layer inputs alone)
-            or "dots" (keeps matrix products).
-        attention: attention kernel (`pvm_jax.model.attention`): None picks by platform, else "xla", "splash" or "cudnn".
+        remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full"
+            (keeps layer inputs alone) or "dots" (keeps matrix products).
+        attention: attention kernel (`pvm_jax.model.attention`): None picks by platform, else "xla",
+            "splash" or "cudnn".
         lora: the adapters that the model has; None: none.
     """
 
@@ -196,7 +221,8 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
-        """The published size `name` ("2b", "4b", "8b" or "32b"), with the branch at its default layers and width.
+        """The published size `name` ("2b", "4b", "8b" or "32b"), with the branch at its default
+        layers and width.
 
         `overrides` replace ModelConfig's own fields (`dtype="bfloat16"`).
 
@@ -209,23 +235,35 @@ class ModelConfig:
         config = cls(text=text, vision=vision, tie_word_embeddings=tied).with_pvm()
         return replace(config, **overrides)
 
-    def with_pvm(self, layers: tuple[int, ...] | None = None, hidden_size: int | None = None, visibility: str = "all") -> Self:
-        """This config with the branch at `layers` (0-based) and of width `hidden_size`; None takes the default by size.
+    def with_pvm(
+        self,
+        layers: tuple[int, ...] | None = None,
+        hidden_size: int | None = None,
+        visibility: str = "all",
+    ) -> Self:
+        """This config with the branch at `layers` (0-based) and of width `hidden_size`; None takes
+        the default by size.
 
-        Defaults for n decoder layers: three layers, evenly spaced. With more hidden units than 2560 they sit at 2/9, 4/9 and
-        6/9 of the depth (8B: 8, 16, 24), else right below 1/6, 2/6 and 3/6 of it (4B: 5, 11, 17): the paper's two published
-        choices, carried to other depths by proportion and clipped to distinct layers. The width is the paper's 512, that is
-        four heads of 128: four of the decoder's head_dim in general.
+        Defaults for n decoder layers: three layers, evenly spaced. With more hidden units than 2560
+        they sit at 2/9, 4/9 and 6/9 of the depth (8B: 8, 16, 24), else right below 1/6, 2/6 and 3/6
+        of it (4B: 5, 11, 17): the paper's two published choices, carried to other depths by
+        proportion and clipped to distinct layers. The width is the paper's 512, that is four heads
+        of 128: four of the decoder's head_dim in general.
         """
         if layers is None:
             layers = _default_pvm_layers(self.text.num_hidden_layers, self.text.hidden_size)
         if hidden_size is None:
             hidden_size = 4 * self.text.head_dim
-        branch = {"pvm_layers": tuple(layers), "pvm_hidden_size": hidden_size, "pvm_visibility": visibility}
+        branch = {
+            "pvm_layers": tuple(layers),
+            "pvm_hidden_size": hidden_size,
+            "pvm_visibility": visibility,
+        }
         return replace(self, text=replace(self.text, **branch))
 
     def with_branch_of(self, text: TextConfig) -> Self:
-        """This config with the branch that `text` describes: its layers, its width and what it sees."""
+        """This config with the branch that `text` describes: its layers, its width and what it
+        sees."""
         return self.with_pvm(text.pvm_layers, text.pvm_hidden_size, text.pvm_visibility)
 
     def without_pvm(self) -> Self:
@@ -240,17 +278,23 @@ class ModelConfig:
 
         Raises:
             FileNotFoundError: if there is no config.json.
-            ValueError: if the file describes another architecture or a feature that this port does not compute.
+            ValueError: if the file describes another architecture or a feature that this port does
+                not compute.
         """
         raw = _read_json(config)
         if raw.get("model_type") != MODEL_TYPE:
-            raise ValueError(f"config.json: model_type must be {MODEL_TYPE!r} (dense), got {raw.get('model_type')!r}")
+            raise ValueError(
+                f"config.json: model_type must be {MODEL_TYPE!r} (dense), got"
+                f" {raw.get('model_type')!r}"
+            )
         if missing := [key for key in ("text_config", "vision_config") if key not in raw]:
             raise ValueError(f"config.json: {' and '.join(missing)} missing: is it a Qwen3-VL's?")
         text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"config.json: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+            raise ValueError(
+                f"config.json: rope_type {rope['rope_type']!r} is not supported, only 'default'"
+            )
         text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
         text["mrope_section"] = tuple(rope.get("mrope_section", TextConfig.mrope_section))
         text["pvm_layers"] = tuple(text.get("pvm_layers") or ())
@@ -262,7 +306,9 @@ class ModelConfig:
             (vision.get("rope_parameters") or {}, "rope_theta", 1e4),
         ):
             if section.get(key, value) != value:
-                raise ValueError(f"config.json: {key} = {section[key]!r} is not supported, only {value!r}")
+                raise ValueError(
+                    f"config.json: {key} = {section[key]!r} is not supported, only {value!r}"
+                )
         tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         own = {key: raw[key] for key in _SPECIAL_TOKENS if key in raw}
         return cls(
@@ -273,14 +319,19 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The Hugging Face `config.json` of this model (the authors' PVM keys included where there is a branch)."""
+        """The Hugging Face `config.json` of this model (the authors' PVM keys included where there
+        is a branch)."""
         text = {f.name: getattr(self.text, f.name) for f in fields(TextConfig)}
         section = list(text.pop("mrope_section"))
         text |= {
             "model_type": f"{MODEL_TYPE}_text",
             "attention_bias": False,
             "hidden_act": "silu",
-            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": section},
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_interleaved": True,
+                "mrope_section": section,
+            },
             "tie_word_embeddings": self.tie_word_embeddings,
             "pvm_layers": list(text["pvm_layers"]),
         }
@@ -305,11 +356,17 @@ class ModelConfig:
         }
 
 
-_SPECIAL_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_SPECIAL_TOKENS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+)
 
 
 def dtype_name(dtype: DTypeLike, name: str = "dtype") -> str:
-    """The name, float32 or bfloat16, of what JAX takes for a dtype. Raises ValueError, which names `name`, for any other."""
+    """The name, float32 or bfloat16, of what JAX takes for a dtype. Raises ValueError, which names
+    `name`, for any other."""
     try:
         found = jnp.dtype(dtype).name
     except TypeError:

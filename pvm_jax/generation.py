@@ -16,7 +16,8 @@ from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 FIRST_SLOTS = 256
-"""Generated tokens that the first cache has slots for; a full one is doubled. One compilation of the loop for each size."""
+"""Generated tokens that the first cache has slots for; a full one is doubled. One compilation of
+the loop for each size."""
 
 PREFILL_CHUNK = 1024
 """Columns of the prompts that are read at a time, at most, unless the caller says otherwise."""
@@ -27,8 +28,9 @@ class Generation(NamedTuple):
 
     Attributes:
         tokens: [B * num_samples, max_new_tokens] int32; 0 after a row's end.
-        logprobs: [B * num_samples, max_new_tokens] float32: log-probability of each token under softmax(logits /
-            temperature) over the whole vocabulary (temperature 1 for greedy), before top-k and top-p; 0 after a row's end.
+        logprobs: [B * num_samples, max_new_tokens] float32: log-probability of each token under
+            softmax(logits / temperature) over the whole vocabulary (temperature 1 for greedy),
+            before top-k and top-p; 0 after a row's end.
         lengths: [B * num_samples] int32: tokens of each row, its stop token included.
     """
 
@@ -49,8 +51,8 @@ class Sampling(NamedTuple):
 class _State(NamedTuple):
     """The loop's carry, for N samples of each of B prompts.
 
-    `token` [B, N] is emitted but not yet read by the decoder; `position` and `segment_ids` [B] are its; `output` is a
-    Generation with [B, N] in front; `keys` [B, N] are the samples' own.
+    `token` [B, N] is emitted but not yet read by the decoder; `position` and `segment_ids` [B] are
+    its; `output` is a Generation with [B, N] in front; `keys` [B, N] are the samples' own.
     """
 
     samples: SampleCache
@@ -76,14 +78,17 @@ class Settings(TypedDict, total=False):
     """How `generate`, `stream` and `Chat` sample.
 
     temperature: 0 is greedy; the default is 1.
-    top_k, top_p: sample among the k likeliest tokens / the smallest set of tokens with this probability.
+    top_k, top_p: sample among the k likeliest tokens / the smallest set of tokens with this
+        probability.
     stop_tokens: ids that end a row.
-    num_samples: of each prompt. They share its prefill, its keys and values and its memory; the default is 1.
-    seeds: [B] integers in [0, 2^31), one a prompt; the default is its row. A row's sample depends on `rng`, this seed, the
-        sample's number and the prompt alone: not on what else is in the batch, nor on padding.
+    num_samples: of each prompt. They share its prefill, its keys and values and its memory; the
+        default is 1.
+    seeds: [B] integers in [0, 2^31), one a prompt; the default is its row. A row's sample depends
+        on `rng`, this seed, the sample's number and the prompt alone: not on what else is in the
+        batch, nor on padding.
     rng: a key; the default is `jax.random.key(0)`.
-    prefill_chunk: columns of the prompts that are read at a time, at most. Longer prompts are read in pieces, which bounds
-        prefill's memory.
+    prefill_chunk: columns of the prompts that are read at a time, at most. Longer prompts are read
+        in pieces, which bounds prefill's memory.
     """
 
     temperature: float
@@ -96,7 +101,9 @@ class Settings(TypedDict, total=False):
     prefill_chunk: int
 
 
-def generate(model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Generation:
+def generate(
+    model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]
+) -> Generation:
     """Continues every row of `batch` (one prompt a row, of any length, padded on any side).
 
     Args:
@@ -113,18 +120,23 @@ def generate(model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: U
     return _flat(output)
 
 
-def stream(model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Iterator[np.ndarray]:
-    """The tokens of `generate`, [B * num_samples] at a time, as they come. A row that has ended gives 0."""
+def stream(
+    model: Qwen3VL, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]
+) -> Iterator[np.ndarray]:
+    """The tokens of `generate`, [B * num_samples] at a time, as they come. A row that has ended
+    gives 0."""
     run, state = _start(model, batch, max_new_tokens, **settings)
     for step in _steps(run, state, max_new_tokens):
         yield np.asarray(step.token).reshape(-1)
 
 
 class Chat:
-    """One conversation whose cache lives on between turns: a new turn is read once, its images join those in memory.
+    """One conversation whose cache lives on between turns: a new turn is read once, its images join
+    those in memory.
 
-    What was read before is not read again, so that earlier turns do not recall the later ones' images. For a model with
-    pvm_visibility "preceding" the answers are those of a forward pass over the whole conversation.
+    What was read before is not read again, so that earlier turns do not recall the later ones'
+    images. For a model with pvm_visibility "preceding" the answers are those of a forward pass over
+    the whole conversation.
     """
 
     def __init__(self, model: Qwen3VL):
@@ -133,21 +145,28 @@ class Chat:
 
     @property
     def unread(self) -> int | None:
-        """The last token of the last answer: the model has written, but not read it. None before the first."""
+        """The last token of the last answer: the model has written, but not read it. None before
+        the first."""
         return None if self._last is None else int(self._last[1].token[0, 0])
 
-    def stream(self, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]) -> Iterator[int]:
-        """The answer's tokens as they come, the stop token included. What is not taken to its end leaves the chat as it was.
+    def stream(
+        self, batch: Batch, *, max_new_tokens: int, **settings: Unpack[Settings]
+    ) -> Iterator[int]:
+        """The answer's tokens as they come, the stop token included. What is not taken to its end
+        leaves the chat as it was.
 
         Args:
-            batch: one row, the conversation's next tokens: all from `unread` on, unless that is a stop token which they
-                bring themselves.
+            batch: one row, the conversation's next tokens: all from `unread` on, unless that is a
+                stop token which they bring themselves.
 
         Raises:
-            ValueError: if the batch has more than one row, or `num_samples` is not 1; for a setting out of its range.
+            ValueError: if the batch has more than one row, or `num_samples` is not 1; for a setting
+                out of its range.
         """
         if batch.tokens.shape[0] != 1 or settings.get("num_samples", 1) != 1:
-            raise ValueError(f"a chat is one conversation with one answer, got {batch.tokens.shape[0]} rows")
+            raise ValueError(
+                f"a chat is one conversation with one answer, got {batch.tokens.shape[0]} rows"
+            )
         past = None
         if self._last is not None:
             cache, state = self._last
@@ -179,7 +198,11 @@ def _start(
 ) -> tuple[_Run, _State]:
     """Checks the settings and prefills."""
     rows, vocab_size = batch.tokens.shape[0], model.config.text.vocab_size
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples), ("prefill_chunk", prefill_chunk)):
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("num_samples", num_samples),
+        ("prefill_chunk", prefill_chunk),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= temperature < math.inf:
@@ -189,13 +212,21 @@ def _start(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if seeds is not None and (len(seeds) != rows or not all(0 <= seed < 2**31 for seed in seeds)):
-        raise ValueError(f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}")
+        raise ValueError(
+            f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}"
+        )
     sampling = Sampling(temperature, top_k, top_p, tuple(stop_tokens))
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
-    keys = _sample_keys(jax.random.key(0) if rng is None else rng, np.arange(rows) if seeds is None else seeds, num_samples)
+    keys = _sample_keys(
+        jax.random.key(0) if rng is None else rng,
+        np.arange(rows) if seeds is None else seeds,
+        num_samples,
+    )
     slots = min(FIRST_SLOTS, max_new_tokens)
-    cache, state = prefill(graphdef, params, batch, keys, past, sampling, max_new_tokens, slots, prefill_chunk)
+    cache, state = prefill(
+        graphdef, params, batch, keys, past, sampling, max_new_tokens, slots, prefill_chunk
+    )
     return _Run(graphdef, params, cache, sampling), state
 
 
@@ -205,7 +236,9 @@ def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples:
     def key(seed: jax.Array, number: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(rng, seed), number)
 
-    return jax.vmap(lambda seed: jax.vmap(lambda number: key(seed, number))(jnp.arange(num_samples)))(jnp.asarray(seeds))
+    return jax.vmap(
+        lambda seed: jax.vmap(lambda number: key(seed, number))(jnp.arange(num_samples))
+    )(jnp.asarray(seeds))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens", "slots", "chunk"))
@@ -226,7 +259,9 @@ def prefill(
     state = _State(
         samples=SampleCache.empty(model.config, keys.shape[0], keys.shape[1], slots),
         token=jnp.zeros(keys.shape, jnp.int32),
-        position=jnp.max(jnp.where(batch.segment_ids[:, None] > 0, batch.positions, 0), axis=(1, 2)),
+        position=jnp.max(
+            jnp.where(batch.segment_ids[:, None] > 0, batch.positions, 0), axis=(1, 2)
+        ),
         segment_ids=jnp.max(batch.segment_ids, axis=1),
         emitted=jnp.asarray(0),
         done=jnp.zeros(keys.shape, bool),
@@ -251,7 +286,8 @@ def _steps(run: _Run, state: _State, max_new_tokens: int) -> Iterator[_State]:
 
 
 def _advance(run: _Run, state: _State, until: int) -> _State:
-    """Decodes until `until` tokens are emitted or every row is done, in a cache that is doubled when it is full."""
+    """Decodes until `until` tokens are emitted or every row is done, in a cache that is doubled
+    when it is full."""
     while True:
         state = decode_loop(run.graphdef, run.params, run.cache, state, until, run.sampling)
         if state.samples.slots >= until - 1 or bool(jnp.all(state.done)):
@@ -272,8 +308,11 @@ def _flat(output: Generation) -> Generation:
 
 @partial(jax.jit, static_argnames="slots")
 def _fold(cache: Cache, state: _State, slots: int) -> Cache:
-    """The prompts' cache with what their one sample read in it, in `slots` slots, the empty ones last."""
-    written = jnp.arange(state.samples.slots) < state.output.lengths - 1  # the last token was emitted, but never read
+    """The prompts' cache with what their one sample read in it, in `slots` slots, the empty ones
+    last."""
+    written = (
+        jnp.arange(state.samples.slots) < state.output.lengths - 1
+    )  # the last token was emitted, but never read
     segment_ids = jnp.where(written, state.segment_ids[:, None], 0)
     whole = cache.prompts.followed_by(
         PromptCache(state.samples.keys[:, :, :, 0], state.samples.values[:, :, :, 0], segment_ids)
@@ -282,17 +321,24 @@ def _fold(cache: Cache, state: _State, slots: int) -> Cache:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
-def decode_loop(graphdef, params, cache: Cache, state: _State, until: jax.Array | int, sampling: Sampling) -> _State:
-    """Decodes until `until` tokens are emitted, the samples' slots are full or every row is done."""
+def decode_loop(
+    graphdef, params, cache: Cache, state: _State, until: jax.Array | int, sampling: Sampling
+) -> _State:
+    """Decodes until `until` tokens are emitted, the samples' slots are full or every row is
+    done."""
     model: Qwen3VL = nnx.merge(graphdef, params)
 
     def wanted(state: _State) -> jax.Array:
-        return (state.emitted < until) & (state.emitted <= state.samples.slots) & ~jnp.all(state.done)
+        return (
+            (state.emitted < until) & (state.emitted <= state.samples.slots) & ~jnp.all(state.done)
+        )
 
     def step(state: _State) -> _State:
         slot = state.emitted - 1
         positions = jnp.broadcast_to((state.position + state.emitted)[:, None], state.token.shape)
-        hidden, samples = model.decode(state.token, positions, state.segment_ids, cache, state.samples, slot)
+        hidden, samples = model.decode(
+            state.token, positions, state.segment_ids, cache, state.samples, slot
+        )
         return _emit(model, state._replace(samples=samples), hidden, sampling)
 
     return jax.lax.while_loop(wanted, step, state)
@@ -317,7 +363,9 @@ def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) 
     return state._replace(token=token, emitted=state.emitted + 1, done=done, output=output)
 
 
-def _choose(logits: jax.Array, keys: jax.Array, sampling: Sampling, never: tuple[int, ...]) -> jax.Array:
+def _choose(
+    logits: jax.Array, keys: jax.Array, sampling: Sampling, never: tuple[int, ...]
+) -> jax.Array:
     """[rows, vocab] -> [rows]."""
     logits = logits.at[:, jnp.asarray(never)].set(-jnp.inf)
     if sampling.temperature == 0:

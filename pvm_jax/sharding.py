@@ -12,9 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Parameters name their axes in layers.py's `axes=`, activations in `constrain`. "embed" is the parameters' model dimension,
-# "hidden" the activations': the latter stays whole because the batch already uses the fsdp axis. "loss_rows" and "loss_vocab":
-# a training step's logits, see train/step/loss.py.
+# Parameters name their axes in layers.py's `axes=`, activations in `constrain`. "embed" is the
+# parameters' model dimension, "hidden" the activations': the latter stays whole because the batch
+# already uses the fsdp axis. "loss_rows" and "loss_vocab": a training step's logits, see
+# train/step/loss.py.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "samples": (),
@@ -34,18 +35,27 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all there are) with the axes (data, fsdp, tensor); one size may be -1: "what is left".
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all there are) with the axes (data, fsdp, tensor); one size
+    may be -1: "what is left".
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
-    sizes = mesh_sizes(data, fsdp, tensor, devices=jax.device_count() if devices is None else len(devices))
+    sizes = mesh_sizes(
+        data, fsdp, tensor, devices=jax.device_count() if devices is None else len(devices)
+    )
     # Auto axes: with the default (Explicit) an embedding gather is refused.
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return jax.make_mesh(
+        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
 
 
-def mesh_sizes(data: int, fsdp: int, tensor: int, *, devices: int, name: str = "mesh") -> tuple[int, ...]:
+def mesh_sizes(
+    data: int, fsdp: int, tensor: int, *, devices: int, name: str = "mesh"
+) -> tuple[int, ...]:
     """The sizes of a mesh's axes, a single -1 resolved to what the others leave of `devices`.
 
     Raises:
@@ -56,19 +66,29 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, *, devices: int, name: str = "
     if sizes.count(-1) == 1 and rest:
         sizes[sizes.index(-1)] = devices // rest
     if math.prod(sizes) != devices or min(sizes) < 1:
-        raise ValueError(f"{name} data={data} fsdp={fsdp} tensor={tensor} does not cover the {devices} devices exactly")
+        raise ValueError(
+            f"{name} data={data} fsdp={fsdp} tensor={tensor} does not cover the {devices} devices"
+            " exactly"
+        )
     return tuple(sizes)
 
 
 def tensor_mesh(tensor: int) -> jax.sharding.Mesh | None:
-    """The mesh of the first `tensor` devices that share one model, to generate with; None for a single device.
+    """The mesh of the first `tensor` devices that share one model, to generate with; None for a
+    single device.
 
     Raises:
         ValueError: if there are fewer.
     """
     if not 1 <= tensor <= jax.device_count():
-        raise ValueError(f"tensor must be 1 to {jax.device_count()}, as many as there are devices, got {tensor}")
-    return None if tensor == 1 else make_mesh(data=1, fsdp=1, tensor=tensor, devices=jax.devices()[:tensor])
+        raise ValueError(
+            f"tensor must be 1 to {jax.device_count()}, as many as there are devices, got {tensor}"
+        )
+    return (
+        None
+        if tensor == 1
+        else make_mesh(data=1, fsdp=1, tensor=tensor, devices=jax.devices()[:tensor])
+    )
 
 
 def computing_on(mesh: jax.sharding.Mesh | None) -> AbstractContextManager[Any]:
@@ -77,7 +97,8 @@ def computing_on(mesh: jax.sharding.Mesh | None) -> AbstractContextManager[Any]:
 
 
 def partition_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Mesh axes for an array whose axes are called `names`; an axis that a mesh axis does not divide stays whole."""
+    """Mesh axes for an array whose axes are called `names`; an axis that a mesh axis does not
+    divide stays whole."""
     spec = []
     for name, size in zip(names, shape, strict=True):
         axes = tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
@@ -87,7 +108,8 @@ def partition_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) ->
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-    """Pins an activation to the table's sharding on the mesh in context (`jax.set_mesh`); without a mesh, `x` itself."""
+    """Pins an activation to the table's sharding on the mesh in context (`jax.set_mesh`); without a
+    mesh, `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -95,7 +117,8 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 
 def divides(name: str, size: int) -> bool:
-    """Whether the mesh in context, if any, can split an axis of this size as the table says of `name`."""
+    """Whether the mesh in context, if any, can split an axis of this size as the table says of
+    `name`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or size % math.prod(mesh.shape[axis] for axis in RULES[name]) == 0
 
@@ -103,11 +126,14 @@ def divides(name: str, size: int) -> bool:
 def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
     """The sharding of every parameter: a pure tree like `params` with NamedShardings as leaves.
 
-    `params` comes from `nnx.split` (arrays or ShapeDtypeStructs, still wrapped in `nnx.Param`: the wrapper names the axes).
-    A mesh with Explicit axes (`jax.make_mesh`'s default) counts as one with Auto axes.
+    `params` comes from `nnx.split` (arrays or ShapeDtypeStructs, still wrapped in `nnx.Param`: the
+    wrapper names the axes). A mesh with Explicit axes (`jax.make_mesh`'s default) counts as one
+    with Auto axes.
     """
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        mesh = jax.sharding.Mesh(
+            mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
+        )
 
     def sharding(param: nnx.Variable) -> NamedSharding:
         value = param.get_raw_value()
@@ -115,7 +141,11 @@ def param_shardings(params: nnx.State, mesh: jax.sharding.Mesh) -> nnx.State:
         names = ("layers",) * (value.ndim - len(names)) + names
         return NamedSharding(mesh, partition_spec(names, value.shape, mesh))
 
-    return nnx.as_pure(jax.tree.map(lambda p: p.replace(sharding(p)), params, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    return nnx.as_pure(
+        jax.tree.map(
+            lambda p: p.replace(sharding(p)), params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+    )
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -124,16 +154,19 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def local_rows(sharding: NamedSharding, count: int) -> list[int]:
-    """Those of a batch's `count` rows that this process's devices hold under `batch_sharding`, ascending.
+    """Those of a batch's `count` rows that this process's devices hold under `batch_sharding`,
+    ascending.
 
-    They need not be neighbours: on a TPU slice the mesh orders devices by the wires between them, not by their hosts.
+    They need not be neighbours: on a TPU slice the mesh orders devices by the wires between them,
+    not by their hosts.
     """
     indices = sharding.addressable_devices_indices_map((count,)).values()
     return sorted({row for index in indices if index for row in range(count)[index[0]]})
 
 
 def place_rows(rows: Any, sharding: NamedSharding, count: int) -> Any:
-    """The global batch of `count` rows, a pytree of arrays, of which `rows` (NumPy) holds this process's `local_rows`."""
+    """The global batch of `count` rows, a pytree of arrays, of which `rows` (NumPy) holds this
+    process's `local_rows`."""
     place = {row: place for place, row in enumerate(local_rows(sharding, count))}
 
     def global_array(x: np.ndarray) -> jax.Array:

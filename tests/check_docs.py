@@ -2,9 +2,10 @@
 
 Of one file alone: `python -m tests.check_docs docs/data.md`.
 
-A fence that begins with ```sh is run, with bash, from the root of the repository; in ```console, ```text and others nothing is.
-The fences of a file run in their order in one place: a folder with links to what the repository holds, where everything that
-they write stays apart from it and is removed. They have no network (Hugging Face is offline) and no accelerator.
+A fence that begins with ```sh is run, with bash, from the root of the repository; in ```console,
+```text and others nothing is. The fences of a file run in their order in one place: a folder with
+links to what the repository holds, where everything that they write stays apart from it and is
+removed. They have no network (Hugging Face is offline) and no accelerator.
 """
 
 import importlib.util
@@ -37,7 +38,8 @@ _FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def main(files: Sequence[str]) -> None:
-    """Checks `files` (none: all of docs/, then the benchmarks); names what fails first, and ends."""
+    """Checks `files` (none: all of docs/, then the benchmarks); names what fails first, and
+    ends."""
     for file in map(Path, files or sorted((ROOT / "docs").glob("*.md"))):
         check_file(file)
     if not files:

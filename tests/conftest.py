@@ -19,12 +19,15 @@ from pvm_jax import Qwen3VL, load
 
 GOLDEN = Path(__file__).parent / "golden"
 
-gc.set_threshold(50_000, 20, 100)  # programs are many objects that stay: a tenth of the time went into counting them
+gc.set_threshold(
+    50_000, 20, 100
+)  # programs are many objects that stay: a tenth of the time went into counting them
 
 
 @pytest.fixture(params=["shape_8b", "shape_4b"])
 def golden(request) -> Path:
-    """One of the reference checkpoints with what the authors' code computed (tests/golden/README.md)."""
+    """One of the reference checkpoints with what the authors' code computed
+    (tests/golden/README.md)."""
     return GOLDEN / request.param
 
 

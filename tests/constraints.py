@@ -1,4 +1,5 @@
-"""Renews constraints/*.txt: `make constraints`. Versions alone; what a fresh machine gets is what was tested here."""
+"""Renews constraints/*.txt: `make constraints`. Versions alone; what a fresh machine gets is what
+was tested here."""
 
 import re
 import subprocess
@@ -12,23 +13,38 @@ FOLDER = ROOT / "constraints"
 
 
 def main(pythons: Sequence[str]) -> None:
-    """Writes one file for each of `pythons` (names that `make PYTHON=` takes), and the least that pyproject.toml allows."""
+    """Writes one file for each of `pythons` (names that `make PYTHON=` takes), and the least that
+    pyproject.toml allows."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "lowest.txt").write_text("".join(f"{line}\n" for line in lowest()))
     for python in pythons:
         version, words = python.removeprefix("python"), [f"PYTHON={python}", "PACKAGES=newest"]
         environment = f".venv/{version}-newest"
-        subprocess.run(["make", "--always-make", *words, f"{environment}/ready"], cwd=ROOT, check=True)
-        freeze = [ROOT / environment / "bin" / "python", "-m", "pip", "freeze", "--exclude-editable"]
-        found = subprocess.run(freeze, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-        (FOLDER / f"{version}.txt").write_text("".join(f"{line}\n" for line in found if re.fullmatch(r"[\w.-]+==\S+", line)))
+        subprocess.run(
+            ["make", "--always-make", *words, f"{environment}/ready"], cwd=ROOT, check=True
+        )
+        freeze = [
+            ROOT / environment / "bin" / "python",
+            "-m",
+            "pip",
+            "freeze",
+            "--exclude-editable",
+        ]
+        found = subprocess.run(
+            freeze, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()
+        (FOLDER / f"{version}.txt").write_text(
+            "".join(f"{line}\n" for line in found if re.fullmatch(r"[\w.-]+==\S+", line))
+        )
         print(f"constraints/{version}.txt: {len(found)} packages")
 
 
 def lowest() -> list[str]:
     """name==version for every lower bound of the dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    bounds = (re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\w.]+)", line) for line in project["dependencies"])
+    bounds = (
+        re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\w.]+)", line) for line in project["dependencies"]
+    )
     return [f"{bound[1]}=={bound[2]}" for bound in bounds if bound]
 
 

@@ -13,7 +13,8 @@ _VERSIONS = "import importlib.metadata as m; print(m.version('jax'), m.version('
 
 
 def main(pythons: Sequence[str]) -> None:
-    """Tests with each of `pythons` (names that `make PYTHON=` takes); exits with 1 if any of them has a failure."""
+    """Tests with each of `pythons` (names that `make PYTHON=` takes); exits with 1 if any of them
+    has a failure."""
     OUT.mkdir(parents=True, exist_ok=True)
     rows = [row_of(python) for python in pythons]
     print("\n".join(f"| {' | '.join(row)} |" for row in (HEADER, ("---",) * len(HEADER), *rows)))

@@ -1,4 +1,5 @@
-"""The commands that the documentation shows are ones that there are, with arguments that they take."""
+"""The commands that the documentation shows are ones that there are, with arguments that they
+take."""
 
 import importlib.util
 import re
@@ -34,7 +35,9 @@ def shown():
             module, rest = match.groups()
             words = shlex.split(END.split(rest.replace("\\\n", " "))[0], comments=True)
             place = f"{file.name}:{text.count(chr(10), 0, match.start()) + 1}"
-            yield pytest.param(module, [word for word in words if word not in PLACEHOLDERS], id=place)
+            yield pytest.param(
+                module, [word for word in words if word not in PLACEHOLDERS], id=place
+            )
 
 
 def smallest():
@@ -82,7 +85,9 @@ def runs():
 def test_the_rows_of_a_run_divide_over_its_mesh(module, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     cls = {"train.sft": SFTConfig, "train.grpo": GRPOConfig}[module]
-    config, _ = parse(cls, arguments, prog=module, description="", examples="", flags={"--dry-run": ""})
+    config, _ = parse(
+        cls, arguments, prog=module, description="", examples="", flags={"--dry-run": ""}
+    )
     sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if -1 not in sizes:
         rows = config.batch_size if isinstance(config, SFTConfig) else config.rows

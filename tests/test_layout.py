@@ -1,4 +1,5 @@
-"""The direction of imports is a promise: no circle, and no arrow from a lower floor to a higher one."""
+"""The direction of imports is a promise: no circle, and no arrow from a lower floor to a higher
+one."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,11 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "pvm_jax": ["config command_line sharding", "data", "model", "checkpoint generation", "measure apps", "__main__"],
+    "pvm_jax": [
+        "config command_line sharding",
+        "data",
+        "model",
+        "checkpoint generation",
+        "measure apps",
+        "__main__",
+    ],
     "train": ["config cli", "data step rewards", "run", "sft grpo", "fit"],
 }
 """What may import what: a room reads those of its own floor and of the floors before it."""
-PACKAGES = {"pvm_jax": {"pvm_jax"}, "convert": {"convert", "pvm_jax"}, "train": {"train", "pvm_jax"}}
+PACKAGES = {
+    "pvm_jax": {"pvm_jax"},
+    "convert": {"convert", "pvm_jax"},
+    "train": {"train", "pvm_jax"},
+}
 """And which packages a package may read."""
 
 
@@ -29,7 +41,10 @@ def imports(module: str) -> set[str]:
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in FILES or f"{name}.__init__" in FILES else node.module for name in names}
+            found |= {
+                name if name in FILES or f"{name}.__init__" in FILES else node.module
+                for name in names
+            }
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name if name in FILES else f"{name}.__init__" for name in found} & FILES.keys()
@@ -42,18 +57,27 @@ def test_nothing_imports_in_a_circle():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_reads_no_other_than_it_may(package):
-    read = {name.split(".")[0] for module in FILES if module.startswith(f"{package}.") for name in imports(module)}
+    read = {
+        name.split(".")[0]
+        for module in FILES
+        if module.startswith(f"{package}.")
+        for name in imports(module)
+    }
     assert read <= PACKAGES[package]
 
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_no_arrow_goes_up(package):
-    floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms.split()} | {"__init__": len(FILES)}
+    floor = {
+        room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms.split()
+    } | {"__init__": len(FILES)}
     inside = [module for module in FILES if module.startswith(f"{package}.")]
     assert {module.split(".")[1] for module in inside} == floor.keys()
     for module in inside:
         for name in imports(module) & set(inside):
-            assert floor[name.split(".")[1]] <= floor[module.split(".")[1]], f"{module} imports {name}"
+            assert floor[name.split(".")[1]] <= floor[module.split(".")[1]], (
+                f"{module} imports {name}"
+            )
 
 
 def test_a_package_has_few_modules_of_its_own():

@@ -11,8 +11,8 @@ _WANTED = {
     # Programs here compile far longer than they run.
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,  # gone in jaxlib 0.12
-    # Or else simulated devices may run a program's independent loops in different orders, and wait in them for
-    # each other for ever.
+    # Or else simulated devices may run a program's independent loops in different orders, and wait
+    # in them for each other for ever.
     "xla_cpu_enable_concurrency_optimized_scheduler": False,
 }
 
@@ -34,7 +34,8 @@ print(json.dumps(known))
 
 
 def xla_flags(devices: int = 8) -> str:
-    """XLA_FLAGS as they are, with those above that this jaxlib knows, for `devices` simulated devices."""
+    """XLA_FLAGS as they are, with those above that this jaxlib knows, for `devices` simulated
+    devices."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _PROBE, json.dumps(_WANTED)]
     found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

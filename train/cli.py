@@ -1,4 +1,5 @@
-"""The command line of a run: its config's dataclass, filled in by YAML files and `--section.key value`."""
+"""The command line of a run: its config's dataclass, filled in by YAML files and `--section.key
+value`."""
 
 import difflib
 import math
@@ -33,7 +34,9 @@ class Parser(ArgumentParser):
         super().error(message, *args, **kwargs)
 
 
-_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'")
+_UNKNOWN_OPTION = re.compile(
+    r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'"
+)
 
 
 def _names(option_strings: Sequence[str]) -> list[str]:
@@ -49,15 +52,18 @@ def parse(
     examples: str,
     flags: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Config, set[str]]:
-    """An instance of the dataclass `cls` from `--config FILE` (YAML) and overriding `--section.key value` arguments.
+    """An instance of the dataclass `cls` from `--config FILE` (YAML) and overriding `--section.key
+    value` arguments.
 
     Args:
-        flags: options without a value that do not belong to a config, as "--dry-run", and their help.
+        flags: options without a value that do not belong to a config, as "--dry-run", and their
+            help.
 
     Returns:
         The instance, and those of `flags` that were given.
 
-    Exits with a message that names the key for unknown, missing or ill-typed values and for what `cls` itself refuses.
+    Exits with a message that names the key for unknown, missing or ill-typed values and for what
+    `cls` itself refuses.
     """
     parser = Parser(
         prog=prog,
@@ -83,7 +89,11 @@ def parse(
 
 
 def _refuse_non_finite(config: Any) -> None:
-    """ValueError for a number of the dataclass `config` that is none, or infinite, naming its key: comparisons let NaN pass."""
+    """ValueError for a number of the dataclass `config` that is none, or infinite, naming its key:
+    comparisons let NaN pass."""
     for path, value in jax.tree.leaves_with_path(asdict(config)):
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{jax.tree_util.keystr(path, simple=True, separator='.')} must be finite, got {value}")
+            raise ValueError(
+                f"{jax.tree_util.keystr(path, simple=True, separator='.')} must be finite, got"
+                f" {value}"
+            )

@@ -25,7 +25,8 @@ class Bucket:
     def __post_init__(self):
         if self.tokens < 1 or self.patches < 0 or self.patches % 4:
             raise ValueError(
-                f"data.buckets: needs tokens >= 1 and patches a multiple of 4, got {self.tokens} tokens, {self.patches} patches"
+                f"data.buckets: needs tokens >= 1 and patches a multiple of 4, got {self.tokens}"
+                f" tokens, {self.patches} patches"
             )
 
 
@@ -34,9 +35,10 @@ class Source:
     """One of the data's sources.
 
     Attributes:
-        path: JSONL or Parquet file, `data/train-*.parquet`, or a directory: Parquet files, what `datasets` saved, or what
-            convert.dataset wrote (docs/data.md).
-        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random half each time.
+        path: JSONL or Parquet file, `data/train-*.parquet`, or a directory: Parquet files, what
+            `datasets` saved, or what convert.dataset wrote (docs/data.md).
+        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random
+            half each time.
     """
 
     path: str
@@ -44,7 +46,9 @@ class Source:
 
     def __post_init__(self):
         if not self.weight > 0:
-            raise ValueError(f"data.sources: the weight of {self.path} must be positive, got {self.weight}")
+            raise ValueError(
+                f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,12 @@ class ExamplesConfig:
     """Examples, and the shapes that they are padded to.
 
     Attributes:
-        sources: a path, or several; {path: ..., weight: ...} for one that an epoch reads more or less often than once.
-        buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One compilation each.
-        too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops the run ("error").
+        sources: a path, or several; {path: ..., weight: ...} for one that an epoch reads more or
+            less often than once.
+        buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One
+            compilation each.
+        too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops
+            the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
     """
@@ -72,7 +79,9 @@ class ExamplesConfig:
         if not self.buckets:
             raise ValueError("data.buckets: needs at least one bucket")
         if self.threads < 1 or self.prefetch < 1:
-            raise ValueError(f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1")
+            raise ValueError(
+                f"data: threads {self.threads} and prefetch {self.prefetch} must be at least 1"
+            )
 
     @property
     def mixture(self) -> list[Source]:
@@ -86,10 +95,11 @@ class DataConfig(ExamplesConfig):
     """Examples, and the rows that they are laid out in.
 
     Attributes:
-        packing: several examples share a row, as many as it holds of tokens and of patches; none sees another, and batch_size
-            counts rows. Without it a row is one example.
-        hide_images: share of a batch's rows whose images the decoder does not see, only the branch's memory: what the decoder
-            can still find itself, a fresh branch is slow to learn (docs/compare.md). 0, as published, hides none.
+        packing: several examples share a row, as many as it holds of tokens and of patches; none
+            sees another, and batch_size counts rows. Without it a row is one example.
+        hide_images: share of a batch's rows whose images the decoder does not see, only the
+            branch's memory: what the decoder can still find itself, a fresh branch is slow to learn
+            (docs/compare.md). 0, as published, hides none.
     """
 
     _: KW_ONLY
@@ -99,7 +109,9 @@ class DataConfig(ExamplesConfig):
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.hide_images <= 1:
-            raise ValueError(f"data.hide_images is a share of the rows in [0, 1], got {self.hide_images}")
+            raise ValueError(
+                f"data.hide_images is a share of the rows in [0, 1], got {self.hide_images}"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,13 +140,17 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"optimizer.warmup is a share of the steps in [0, 1), got {self.warmup}")
+            raise ValueError(
+                f"optimizer.warmup is a share of the steps in [0, 1), got {self.warmup}"
+            )
         for name in ("clip_norm", "eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name} must be positive, got {getattr(self, name)}")
         for name in ("learning_rate", "weight_decay"):
             if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(
+                    f"optimizer.{name} must not be negative, got {getattr(self, name)}"
+                )
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
@@ -157,10 +173,12 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How this process finds the others of its run: on one machine, on a TPU slice and under SLURM nothing needs to be said.
+    """How this process finds the others of its run: on one machine, on a TPU slice and under SLURM
+    nothing needs to be said.
 
     Attributes:
-        coordinator_address: host:port of process 0, which all others can reach; None leaves it to the cluster.
+        coordinator_address: host:port of process 0, which all others can reach; None leaves it to
+            the cluster.
         num_processes: of the run; 1 stays alone, whatever the cluster says.
         process_id: of this process, from 0.
         timeout: seconds that the processes wait for each other at the start.
@@ -174,18 +192,29 @@ class DistributedConfig:
     def __post_init__(self):
         count, process = self.num_processes, self.process_id
         if self.timeout < 1 or (count is not None and count < 1):
-            raise ValueError(f"distributed: num_processes {count} and timeout {self.timeout} must be at least 1")
+            raise ValueError(
+                f"distributed: num_processes {count} and timeout {self.timeout} must be at least 1"
+            )
         if self.coordinator_address is None:
             if (count or 1) > 1 or process:
                 raise ValueError(
-                    f"distributed.coordinator_address is missing (host:port of process 0; got processes {count}, id {process})"
+                    "distributed.coordinator_address is missing (host:port of process 0; got"
+                    f" processes {count}, id {process})"
                 )
         elif not re.fullmatch(r".+:\d+", self.coordinator_address):
-            raise ValueError(f"distributed.coordinator_address is host:port, got {self.coordinator_address!r}")
+            raise ValueError(
+                f"distributed.coordinator_address is host:port, got {self.coordinator_address!r}"
+            )
         elif count is None or process is None:
-            raise ValueError(f"distributed.coordinator_address needs num_processes and process_id, got {count} and {process}")
+            raise ValueError(
+                f"distributed.coordinator_address needs num_processes and process_id, got {count}"
+                f" and {process}"
+            )
         elif not 0 <= process < count:
-            raise ValueError(f"distributed.process_id counts from 0 to num_processes - 1 = {count - 1}, got {process}")
+            raise ValueError(
+                f"distributed.process_id counts from 0 to num_processes - 1 = {count - 1}, got"
+                f" {process}"
+            )
 
 
 @dataclass(frozen=True)
@@ -194,21 +223,24 @@ class RunConfig:
 
     Attributes:
         checkpoint: Orbax directory written by convert.hf_to_orbax.
-        run_dir: receives step checkpoints, TensorBoard events and the result; a run found there is continued.
+        run_dir: receives step checkpoints, TensorBoard events and the result; a run found there is
+            continued.
         branch: checkpoint to take the PVM branch from (None: the one in `checkpoint`).
-        trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head and branch) or "all" (the
-            vision tower too).
+        trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head
+            and branch) or "all" (the vision tower too).
         lora: the adapters, with trainable "lora".
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.
         dtype: of activations and frozen weights; trained weights and optimizer state are float32.
-        remat: what the backward pass recomputes: "none", "dots" (keeps matrix products) or "full" (keeps layer inputs).
+        remat: what the backward pass recomputes: "none", "dots" (keeps matrix products) or "full"
+            (keeps layer inputs).
         attention: attention kernel; None picks by platform.
         loss_chunk: positions of a row whose logits exist at the same time.
         seed: order of the examples, and whatever else is drawn.
-        not_finite: whether a step whose loss or gradient is not finite ends the run ("stop"), or is reported with its
-            examples and leaves the parameters as they were ("skip"; ten in a row end the run).
+        not_finite: whether a step whose loss or gradient is not finite ends the run ("stop"), or is
+            reported with its examples and leaves the parameters as they were ("skip"; ten in a row
+            end the run).
         log_every: steps between two reads of the metrics; every step's values are written then.
         checkpoint_every: steps between two checkpoints.
         keep: step checkpoints kept, newest first.
@@ -240,7 +272,14 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
-        for name in ("accumulation", "epochs", "loss_chunk", "log_every", "checkpoint_every", "keep"):
+        for name in (
+            "accumulation",
+            "epochs",
+            "loss_chunk",
+            "log_every",
+            "checkpoint_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:

@@ -50,20 +50,30 @@ class Answerer:
 
     def answers(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[str]]:
         """The texts of each example's samples, which follow the example's own seed."""
-        return [[self.processor.decode(tokens) for tokens in samples] for samples in self.written(examples, seeds)]
+        return [
+            [self.processor.decode(tokens) for tokens in samples]
+            for samples in self.written(examples, seeds)
+        ]
 
     def written(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[np.ndarray]]:
         """The token ids [T] of each example's samples, the stop token included."""
         settings = Settings(**{**self.settings, "seeds": seeds})
-        got = generate(self.model, self.batch(examples), max_new_tokens=self.max_new_tokens, **settings)
-        rows = [tokens[:length] for tokens, length in zip(np.asarray(got.tokens), np.asarray(got.lengths), strict=True)]
+        got = generate(
+            self.model, self.batch(examples), max_new_tokens=self.max_new_tokens, **settings
+        )
+        rows = [
+            tokens[:length]
+            for tokens, length in zip(np.asarray(got.tokens), np.asarray(got.lengths), strict=True)
+        ]
         samples = len(rows) // len(examples)
         return [rows[row : row + samples] for row in range(0, len(rows), samples)]
 
 
 def question(text: str, images: Iterable[str | Path]) -> dict[str, Any]:
     """The user's message: the images, then the text."""
-    content = [{"type": "image", "image": str(path)} for path in images] + [{"type": "text", "text": text}]
+    content = [{"type": "image", "image": str(path)} for path in images] + [
+        {"type": "text", "text": text}
+    ]
     return {"role": "user", "content": content}
 
 
@@ -79,35 +89,48 @@ class ChatSession:
         """Writes the answer to `message` and returns it; it says on stderr how fast it came.
 
         Raises:
-            FileNotFoundError, ValueError: for a message that cannot be taken, which then is not part of the conversation.
+            FileNotFoundError, ValueError: for a message that cannot be taken, which then is not
+                part of the conversation.
         """
         start, times, tokens = time.perf_counter(), [], []
         processor, settings = self.answerer.processor, self.answerer.settings
         example = processor.encode_next([*self.messages, message])
         stop_tokens = settings.get("stop_tokens", ())
         if self.chat.unread is not None and self.chat.unread not in stop_tokens:
-            example = replace(example, input_ids=np.append(self.chat.unread, example.input_ids), loss_mask=None)
+            example = replace(
+                example, input_ids=np.append(self.chat.unread, example.input_ids), loss_mask=None
+            )
         batch = self.answerer.batch([example])
         rng = settings.get("rng")
         if rng is not None:
-            settings = Settings(**{**settings, "rng": jax.random.fold_in(rng, len(self.messages))})  # each turn draws anew
+            settings = Settings(
+                **{**settings, "rng": jax.random.fold_in(rng, len(self.messages))}
+            )  # each turn draws anew
         arriving = processor.decoder()
-        for token in self.chat.stream(batch, max_new_tokens=self.answerer.max_new_tokens, **settings):
+        for token in self.chat.stream(
+            batch, max_new_tokens=self.answerer.max_new_tokens, **settings
+        ):
             times.append(time.perf_counter())
             tokens.append(token)
             print(arriving(token), end="", file=self.out, flush=True)
         print(file=self.out)
-        # The median leaves out the steps that waited for a compilation: the second token, and whenever the cache grows.
+        # The median leaves out the steps that waited for a compilation: the second token, and
+        # whenever the cache grows.
         gaps = np.diff(times)
         rate = f", then {1 / np.median(gaps):,.1f} a second" if len(gaps) > 1 else ""
-        print(f"[{len(tokens)} tokens, first after {times[0] - start:.2f} s (compilation included){rate}]", file=sys.stderr)
+        print(
+            f"[{len(tokens)} tokens, first after {times[0] - start:.2f} s (compilation"
+            f" included){rate}]",
+            file=sys.stderr,
+        )
         answer = processor.decode(tokens)
         self.messages += [message, {"role": "assistant", "content": answer}]
         return answer
 
 
 def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: TextIO) -> None:
-    """Answers line after line. `/image FILE` adds an image to the next question; a question that is refused may be put anew."""
+    """Answers line after line. `/image FILE` adds an image to the next question; a question that is
+    refused may be put anew."""
     conversation, waiting = ChatSession(answerer, out), list(images)
     for line in lines:
         line = line.strip()
@@ -119,7 +142,10 @@ def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: T
             except (OSError, ValueError) as error:
                 print(f"error: {error}", file=sys.stderr)
         elif line.startswith("/"):
-            print(f"error: {line.split()[0]} is no command; there is {IMAGE_COMMAND}FILE", file=sys.stderr)
+            print(
+                f"error: {line.split()[0]} is no command; there is {IMAGE_COMMAND}FILE",
+                file=sys.stderr,
+            )
         elif line:
             try:
                 conversation.ask(question(line, waiting))
@@ -129,27 +155,34 @@ def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: T
             waiting = []
 
 
-def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int, *, made_by: Mapping[str, Any]) -> None:
+def answer_file(
+    answerer: Answerer, source: Path, target: Path, batch_size: int, *, made_by: Mapping[str, Any]
+) -> None:
     """Answers the conversations at `source`, `batch_size` at a time, into the JSONL file `target`.
 
-    A line of it is {"source": place, "index": number from 0, "answers": [text of each sample], "made_by": …}. A conversation's
-    last turn, if it is the assistant's, is left out. What `target` answers already is not asked again: an answer depends on
-    its conversation, its index and the settings alone, not on the others in its batch.
+    A line of it is {"source": place, "index": number from 0, "answers": [text of each sample],
+    "made_by": …}. A conversation's last turn, if it is the assistant's, is left out. What `target`
+    answers already is not asked again: an answer depends on its conversation, its index and the
+    settings alone, not on the others in its batch.
 
     Args:
-        made_by: what the answers depend on, by name, as JSON has it; lines made by anything else are refused.
+        made_by: what the answers depend on, by name, as JSON has it; lines made by anything else
+            are refused.
 
     Raises:
         FileNotFoundError: if there is nothing at `source`.
-        ValueError: for a conversation that cannot be taken, naming its place; for a `target` that belongs to other data or
-            other settings, which then is left as it is.
+        ValueError: for a conversation that cannot be taken, naming its place; for a `target` that
+            belongs to other data or other settings, which then is left as it is.
     """
     conversations = open_conversations(source)
     answered = _answered(conversations, target, made_by)
     left = [index for index in range(len(conversations)) if index not in answered]
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     start, count = time.perf_counter(), 0
-    with target.open("a", encoding="utf-8") as out, Progress(*columns, console=Console(stderr=True)) as progress:
+    with (
+        target.open("a", encoding="utf-8") as out,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
         task = progress.add_task(target.name, total=len(conversations), completed=len(answered))
         for first in range(0, len(left), batch_size):
             indices, examples = left[first : first + batch_size], []
@@ -157,20 +190,33 @@ def answer_file(answerer: Answerer, source: Path, target: Path, batch_size: int,
                 with conversations.naming(index):
                     prompt = asked(conversations[index])
                     examples.append(answerer.processor.encode(prompt, add_generation_prompt=True))
-            for index, samples in zip(indices, answerer.written(examples, seeds=indices), strict=True):
+            for index, samples in zip(
+                indices, answerer.written(examples, seeds=indices), strict=True
+            ):
                 answers = [answerer.processor.decode(tokens) for tokens in samples]
-                line = {"source": conversations.where(index), "index": index, "answers": answers, "made_by": made_by}
+                line = {
+                    "source": conversations.where(index),
+                    "index": index,
+                    "answers": answers,
+                    "made_by": made_by,
+                }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += sum(map(len, samples))
             out.flush()
             progress.advance(task, len(indices))
     seconds = time.perf_counter() - start
-    speed = f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.1f} a second, compilation included"
-    print(f"[{len(left)} answered: {speed}; {target} holds all {len(conversations)}]", file=sys.stderr)
+    speed = (
+        f"{count:,} tokens in {seconds:.1f} s, {count / seconds:,.1f} a second, compilation"
+        " included"
+    )
+    print(
+        f"[{len(left)} answered: {speed}; {target} holds all {len(conversations)}]", file=sys.stderr
+    )
 
 
 def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, Any]) -> set[int]:
-    """The indices that `target` answers; a line that was cut while it was written is taken out of the file."""
+    """The indices that `target` answers; a line that was cut while it was written is taken out of
+    the file."""
     if not target.exists():
         return set()
     *lines, torn = target.read_bytes().split(b"\n")
@@ -184,12 +230,18 @@ def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, 
         except (ValueError, KeyError, TypeError, IndexError):
             known = False
         if not known:
-            raise ValueError(f"{target}:{number} answers no conversation of {conversations.path}: {advice}")
+            raise ValueError(
+                f"{target}:{number} answers no conversation of {conversations.path}: {advice}"
+            )
         if other := [name for name in made_by if theirs.get(name) != made_by[name]]:
-            raise ValueError(f"{target}:{number} was answered with another {', '.join(other)}: {advice}")
+            raise ValueError(
+                f"{target}:{number} was answered with another {', '.join(other)}: {advice}"
+            )
         answered.add(index)
     if not (torn.startswith(_LINE) or _LINE.startswith(torn)):
-        raise ValueError(f"{target}:{len(lines) + 1} answers no conversation of {conversations.path}: {advice}")
+        raise ValueError(
+            f"{target}:{len(lines) + 1} answers no conversation of {conversations.path}: {advice}"
+        )
     if torn:
         os.truncate(target, sum(len(line) + 1 for line in lines))
     return answered

@@ -1,6 +1,8 @@
-"""pvm-jax as a model of lmms-eval 0.7.3: `python -m lmms_eval --model pvm_jax --model_args checkpoint=…` (docs/evaluate.md).
+"""pvm-jax as a model of lmms-eval 0.7.3: `python -m lmms_eval --model pvm_jax --model_args
+checkpoint=…` (docs/evaluate.md).
 
-lmms-eval finds `manifest` by the entry point in pyproject.toml. It is no dependency: nothing else imports this file.
+lmms-eval finds `manifest` by the entry point in pyproject.toml. It is no dependency: nothing else
+imports this file.
 """
 
 import zlib
@@ -36,12 +38,15 @@ def manifest() -> Any:
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     return ModelManifest(
-        "pvm_jax", simple_class_path="pvm_jax.apps.lmms_eval.PVM", chat_class_path="pvm_jax.apps.lmms_eval.PVMChat"
+        "pvm_jax",
+        simple_class_path="pvm_jax.apps.lmms_eval.PVM",
+        chat_class_path="pvm_jax.apps.lmms_eval.PVMChat",
     )
 
 
 class _Question(NamedTuple):
-    """One generation: its text, the messages, lmms-eval's generation_kwargs, and what the sample follows.
+    """One generation: its text, the messages, lmms-eval's generation_kwargs, and what the sample
+    follows.
 
     `messages` reads the document with its images and videos: a whole task's do not fit in memory.
     """
@@ -53,14 +58,16 @@ class _Question(NamedTuple):
 
 
 class PVM(lmms):
-    """The interface of tasks with one text and its images or videos ("simple"), and of those that compare likelihoods.
+    """The interface of tasks with one text and its images or videos ("simple"), and of those that
+    compare likelihoods.
 
     Args (`--model_args name=value,…`):
         checkpoint, branch, lora: as `pvm_jax.load`.
         pvm: "off" runs the same weights without the branch.
         dtype: of weights and activations; None keeps what is stored.
         batch_size: questions at a time (`--batch_size`).
-        seed: of the sampling; a question's sample depends on it, its task, its number and its repetition alone.
+        seed: of the sampling; a question's sample depends on it, its task, its number and its
+            repetition alone.
         max_new_tokens: of an answer, where the task names none.
         min_pixels, max_pixels: of an image after resizing; None keeps the checkpoint's.
         max_num_frames: of a video, spread evenly.
@@ -93,9 +100,13 @@ class PVM(lmms):
     ):
         super().__init__()
         if device is not None or max_batch_size is not None:
-            raise ValueError("pvm_jax takes no --device (JAX_PLATFORMS chooses it) and no --max_batch_size")
+            raise ValueError(
+                "pvm_jax takes no --device (JAX_PLATFORMS chooses it) and no --max_batch_size"
+            )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"pvm_jax needs --batch_size N, a number of questions, got {batch_size}")
+            raise ValueError(
+                f"pvm_jax needs --batch_size N, a number of questions, got {batch_size}"
+            )
         if pvm not in ("on", "off"):
             raise ValueError(f'pvm must be "on" or "off", got {pvm!r}')
         self.mesh = tensor_mesh(int(tensor))
@@ -106,11 +117,16 @@ class PVM(lmms):
         sizes = {name: int(size) for name, size in sizes.items() if size is not None}
         self.processor.image_settings = replace(self.processor.image_settings, **sizes)
         self.stop_tokens = read_stop_tokens(checkpoint)
-        self.batch_size, self.seed, self.max_new_tokens = int(batch_size), int(seed), int(max_new_tokens)
+        self.batch_size, self.seed, self.max_new_tokens = (
+            int(batch_size),
+            int(seed),
+            int(max_new_tokens),
+        )
         self.max_num_frames, self.system_prompt = int(max_num_frames), system_prompt
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answer to each request (context, generation_kwargs, doc_to_visual, doc_id, task, split)."""
+        """The answer to each request (context, generation_kwargs, doc_to_visual, doc_id, task,
+        split)."""
         questions = [
             _Question(context, partial(self._asked, context, doc_to_visual, *place), kwargs, seed)
             for (context, kwargs, doc_to_visual, *place), seed in _seeded(requests)
@@ -118,10 +134,11 @@ class PVM(lmms):
         return self._answers(questions)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """For each request (context, continuation, doc_to_visual, doc_id, task, split) the NEGATIVE log-probability of the
-        continuation, in nats, and whether it is the greedy one.
+        """For each request (context, continuation, doc_to_visual, doc_id, task, split) the NEGATIVE
+        log-probability of the continuation, in nats, and whether it is the greedy one.
 
-        lmms-eval 0.7.3 takes the least of these values for the best choice, whatever `lmms.loglikelihood` says.
+        lmms-eval 0.7.3 takes the least of these values for the best choice, whatever
+        `lmms.loglikelihood` says.
         """
         scores = []
         for part in tqdm(_parts(requests, self.batch_size), desc="pvm_jax"):
@@ -137,12 +154,15 @@ class PVM(lmms):
     def _document(self, doc_id: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][doc_id]
 
-    def _asked(self, context: str, doc_to_visual: Callable[[Any], Any], *place: Any) -> list[dict[str, Any]]:
+    def _asked(
+        self, context: str, doc_to_visual: Callable[[Any], Any], *place: Any
+    ) -> list[dict[str, Any]]:
         return self._messages(context, doc_to_visual(self._document(*place)))
 
     def _messages(self, text: str, visuals: Iterable[Any] | None) -> list[dict[str, Any]]:
         parts = [self._part(visual) for visual in visuals or ()]
-        # Some tasks write where their images belong; these come first, as with lmms-eval's Qwen3-VL.
+        # Some tasks write where their images belong; these come first, as with lmms-eval's
+        # Qwen3-VL.
         parts.append({"type": "text", "text": text.replace("<image>", "")})
         return self._prompted([{"role": "user", "content": parts}])
 
@@ -167,7 +187,8 @@ class PVM(lmms):
         return {"type": "video", "video": frames, "timestamps": seconds}
 
     def _answers(self, questions: Sequence[_Question]) -> list[str]:
-        """Questions that are sampled alike are answered together, those with the longest text first: a batch pads little."""
+        """Questions that are sampled alike are answered together, those with the longest text
+        first: a batch pads little."""
         alike: dict[tuple, list[int]] = {}
         for number, question in enumerate(questions):
             alike.setdefault(_sampling(question.kwargs, self.max_new_tokens), []).append(number)
@@ -184,7 +205,10 @@ class PVM(lmms):
             answerer = Answerer(self.model, self.processor, max_new_tokens, settings)
             numbers.sort(key=lambda number: -len(questions[number].text))
             for part in _parts(numbers, self.batch_size):
-                examples = [self.processor.encode(questions[n].messages(), add_generation_prompt=True) for n in part]
+                examples = [
+                    self.processor.encode(questions[n].messages(), add_generation_prompt=True)
+                    for n in part
+                ]
                 with computing_on(self.mesh):
                     texts = answerer.answers(examples, seeds=[questions[n].seed for n in part])
                 for n, (text,) in zip(part, texts, strict=True):
@@ -193,7 +217,11 @@ class PVM(lmms):
         return answers
 
     def _choice(
-        self, context: str, continuation: Any, doc_to_visual: Callable[[Any], Any] | None = None, *place: Any
+        self,
+        context: str,
+        continuation: Any,
+        doc_to_visual: Callable[[Any], Any] | None = None,
+        *place: Any,
     ) -> Example:
         """What a request of `loglikelihood` scores."""
         visuals = ()
@@ -210,25 +238,34 @@ class PVM(lmms):
         if not tokens:
             raise ValueError("loglikelihood: a continuation is empty")
         ids = np.append(prompt.input_ids, tokens)
-        return replace(prompt, input_ids=ids, loss_mask=np.arange(len(ids)) >= len(prompt.input_ids))
+        return replace(
+            prompt, input_ids=ids, loss_mask=np.arange(len(ids)) >= len(prompt.input_ids)
+        )
 
 
 class PVMChat(PVM):
-    """The interface of tasks that give whole conversations ("chat"); the one that lmms-eval takes unless --force_simple."""
+    """The interface of tasks that give whole conversations ("chat"); the one that lmms-eval takes
+    unless --force_simple."""
 
     is_simple = False
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answer to each request (context, doc_to_messages, generation_kwargs, doc_id, task, split)."""
+        """The answer to each request (context, doc_to_messages, generation_kwargs, doc_id, task,
+        split)."""
         questions = [
             _Question(context, partial(self._conversation, doc_to_messages, *place), kwargs, seed)
             for (context, doc_to_messages, kwargs, *place), seed in _seeded(requests)
         ]
         return self._answers(questions)
 
-    def _conversation(self, doc_to_messages: Callable[[Any], Any], *place: Any) -> list[dict[str, Any]]:
+    def _conversation(
+        self, doc_to_messages: Callable[[Any], Any], *place: Any
+    ) -> list[dict[str, Any]]:
         messages = doc_to_messages(self._document(*place))
-        messages = [{**message, "content": [self._content(part) for part in message["content"]]} for message in messages]
+        messages = [
+            {**message, "content": [self._content(part) for part in message["content"]]}
+            for message in messages
+        ]
         return self._prompted(messages)
 
     def _content(self, part: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +274,10 @@ class PVMChat(PVM):
             return {"type": "text", "text": part["text"]}
         clip = {key for key in ("start_time", "end_time") if part.get(key) is not None}
         if part["type"] not in ("image", "video") or clip:
-            raise ValueError(f"pvm_jax reads text, images and whole videos, got {part['type']} {' '.join(sorted(clip))}")
+            raise ValueError(
+                f"pvm_jax reads text, images and whole videos, got {part['type']}"
+                f" {' '.join(sorted(clip))}"
+            )
         return self._part(part["url"])
 
 
@@ -250,17 +290,22 @@ def _seeded(requests: Sequence[Any]) -> Iterator[tuple[tuple, int]]:
         seen[name] += 1
 
 
-def _sampling(kwargs: Mapping[str, Any], max_new_tokens: int) -> tuple[int, float, int | None, float | None]:
+def _sampling(
+    kwargs: Mapping[str, Any], max_new_tokens: int
+) -> tuple[int, float, int | None, float | None]:
     """(max_new_tokens, temperature, top_k, top_p) out of generation_kwargs.
 
-    A temperature says whether to sample, as with lmms-eval's Qwen3-VL: tasks often leave `do_sample: false` beside the one
-    that the command line sets. Without a temperature, `do_sample` says it.
+    A temperature says whether to sample, as with lmms-eval's Qwen3-VL: tasks often leave
+    `do_sample: false` beside the one that the command line sets. Without a temperature, `do_sample`
+    says it.
 
     Raises:
         ValueError: for beam search.
     """
     if (kwargs.get("num_beams") or 1) > 1:
-        raise ValueError(f"pvm_jax has no beam search: --gen_kwargs num_beams=1, got {kwargs['num_beams']}")
+        raise ValueError(
+            f"pvm_jax has no beam search: --gen_kwargs num_beams=1, got {kwargs['num_beams']}"
+        )
     temperature = kwargs.get("temperature")
     if temperature is None:
         temperature = 1.0 if kwargs.get("do_sample") else 0.0
@@ -272,7 +317,8 @@ def _sampling(kwargs: Mapping[str, Any], max_new_tokens: int) -> tuple[int, floa
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
     """The text before the first of the strings that end it."""
-    # lmms-eval puts the blank line there itself, where a task names none; an answer may have paragraphs.
+    # lmms-eval puts the blank line there itself, where a task names none; an answer may have
+    # paragraphs.
     ends = [until] if isinstance(until, str) else [end for end in until or () if end != "\n\n"]
     for end in filter(None, ends):
         text = text.split(end)[0]
@@ -284,7 +330,8 @@ def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 def read_frames(path: str, count: int) -> tuple[list[Any], list[float]]:
-    """At most `count` frames of a video file, spread evenly from the first to the last, and their seconds.
+    """At most `count` frames of a video file, spread evenly from the first to the last, and their
+    seconds.
 
     Raises:
         FileNotFoundError, ValueError: if the file is not there or holds no two frames.
@@ -304,8 +351,8 @@ def read_frames(path: str, count: int) -> tuple[list[Any], list[float]]:
 
 
 def continuation_scores(model: Qwen3VL, examples: Sequence[Example]) -> list[tuple[float, bool]]:
-    """For each example the log-probability of the tokens that its loss_mask marks, in nats, and whether each of them is the
-    likeliest; logits exist for these alone."""
+    """For each example the log-probability of the tokens that its loss_mask marks, in nats, and
+    whether each of them is the likeliest; logits exist for these alone."""
     batch = Batch.from_examples(examples, model.config)
     marked = [np.flatnonzero(np.asarray(example.loss_mask)) for example in examples]
     columns = np.zeros((len(examples), bucket_size(max(map(len, marked)))), np.int32)
@@ -321,9 +368,12 @@ def continuation_scores(model: Qwen3VL, examples: Sequence[Example]) -> list[tup
 
 @partial(jax.jit, static_argnames="graphdef")
 def _scores(graphdef, params, batch: Batch, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of the tokens at `columns` [B, K]: log-probabilities [B, K], and whether they are the likeliest."""
+    """Of the tokens at `columns` [B, K]: log-probabilities [B, K], and whether they are the
+    likeliest."""
     model: Qwen3VL = nnx.merge(graphdef, params)
-    before = jnp.take_along_axis(model.hidden(batch), jnp.maximum(columns - 1, 0)[..., None], axis=1)
+    before = jnp.take_along_axis(
+        model.hidden(batch), jnp.maximum(columns - 1, 0)[..., None], axis=1
+    )
     tokens = jnp.take_along_axis(batch.tokens, columns, axis=1)
     logits = model.logits(before)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]

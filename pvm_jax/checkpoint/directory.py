@@ -1,4 +1,5 @@
-"""A checkpoint directory's plain files: how it comes into being, config.json, the tokenizer's and processor's files."""
+"""A checkpoint directory's plain files: how it comes into being, config.json, the tokenizer's and
+processor's files."""
 
 import json
 import os
@@ -31,14 +32,17 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
-    """A directory to fill beside `path`, which takes its place when the block ends well and vanishes when it does not.
+    """A directory to fill beside `path`, which takes its place when the block ends well and
+    vanishes when it does not.
 
     Raises:
         FileExistsError: if `path` is there and not an empty directory.
     """
     target = Path(path).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty: choose another place or remove it")
+        raise FileExistsError(
+            f"{target} exists and is not empty: choose another place or remove it"
+        )
     aside, primary = aside_of(target), jax.process_index() == 0
     if primary:
         shutil.rmtree(aside, ignore_errors=True)
@@ -57,7 +61,8 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
 
 def _discard(directory: Path) -> None:
-    """Removes a directory into which Orbax's threads may write for a moment after one of them has failed."""
+    """Removes a directory into which Orbax's threads may write for a moment after one of them has
+    failed."""
     for _ in range(20):
         shutil.rmtree(directory, ignore_errors=True)
         time.sleep(0.05)
@@ -66,14 +71,16 @@ def _discard(directory: Path) -> None:
 
 
 def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file, or where it names none."""
+    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file, or
+    where it names none."""
     file = Path(checkpoint) / "generation_config.json"
     ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
 
 def copy_assets(source: str | Path, target: Path) -> None:
-    """Copies the tokenizer's, processor's and generation's files, not the weights, their index or config.json."""
+    """Copies the tokenizer's, processor's and generation's files, not the weights, their index or
+    config.json."""
     for file in sorted(Path(source).iterdir()):
         own = file.name == "config.json" or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in _ASSET_SUFFIXES and not own:
@@ -81,21 +88,31 @@ def copy_assets(source: str | Path, target: Path) -> None:
 
 
 def write_config(directory: Path, config: ModelConfig, original: Mapping[str, Any]) -> None:
-    """Writes `config` as Hugging Face's config.json, over the keys of `original` (a parsed config.json), which stay.
+    """Writes `config` as Hugging Face's config.json, over the keys of `original` (a parsed
+    config.json), which stay.
 
-    Where the original speaks of RoPE in transformers 5's way (`rope_parameters`), so does what is written.
+    Where the original speaks of RoPE in transformers 5's way (`rope_parameters`), so does what is
+    written.
     """
     ours = config.to_hf()
     merged = {**original, **ours}
     for section in ("text_config", "vision_config"):
         theirs = original.get(section) or {}
         # transformers 4 and 5 call the vision section by different names, and read either.
-        merged[section] = {**theirs, **ours[section], "model_type": theirs.get("model_type", ours[section]["model_type"])}
+        merged[section] = {
+            **theirs,
+            **ours[section],
+            "model_type": theirs.get("model_type", ours[section]["model_type"]),
+        }
     text = merged["text_config"]
     if text.get("rope_parameters"):
         rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
         text["rope_parameters"] = text["rope_parameters"] | rope
-    for key in ("pvm_layers", "pvm_hidden_size", "pvm_visibility"):  # of the original's branch, if this is without one
+    for key in (
+        "pvm_layers",
+        "pvm_hidden_size",
+        "pvm_visibility",
+    ):  # of the original's branch, if this is without one
         if key not in ours["text_config"]:
             text.pop(key, None)
     for part in (merged, merged["text_config"], merged["vision_config"]):
@@ -112,9 +129,12 @@ def compare_shapes(
     *,
     also: list[str] | None = None,
 ) -> None:
-    """Raises a CheckpointError that lists every missing, unexpected and misshaped tensor, and the lines in `also`."""
+    """Raises a CheckpointError that lists every missing, unexpected and misshaped tensor, and the
+    lines in `also`."""
     lines = [f"  missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-    lines += [f"  unexpected: {name} {shape}" for name, shape in found.items() if name not in expected]
+    lines += [
+        f"  unexpected: {name} {shape}" for name, shape in found.items() if name not in expected
+    ]
     lines += [
         f"  wrong shape: {name}: expected {shape}, found {found[name]}"
         for name, shape in expected.items()
@@ -123,7 +143,11 @@ def compare_shapes(
     lines += [f"  {line}" for line in also or ()]
     if lines:
         rest = [f"  and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
-        shown = [f"{what} does not fit its config.json ({len(lines)} problems):", *lines[:_MAX_LINES], *rest]
+        shown = [
+            f"{what} does not fit its config.json ({len(lines)} problems):",
+            *lines[:_MAX_LINES],
+            *rest,
+        ]
         raise CheckpointError("\n".join(shown))
 
 

@@ -1,4 +1,5 @@
-"""A short name of a checkpoint's values: what a branch or an adapter that is stored alone was made for."""
+"""A short name of a checkpoint's values: what a branch or an adapter that is stored alone was made
+for."""
 
 import hashlib
 import math
@@ -14,7 +15,8 @@ from pvm_jax.model.parameters import by_path, part_of
 def backbone_identity(params: Any) -> str:
     """A short hexadecimal name of all parameters outside the branch and the adapters.
 
-    It depends on their bfloat16 values alone: not on the sharding, nor on whether they are held in float32 or bfloat16.
+    It depends on their bfloat16 values alone: not on the sharding, nor on whether they are held in
+    float32 or bfloat16.
 
     Args:
         params: the parameter tree (`nnx.state(model)`, pure or not, or nested dicts).
@@ -32,14 +34,19 @@ def branch_identity(params: Any) -> str | None:
 
 
 def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
-    """The name of arrays of these paths and shapes; `checksums` has the `checksum_part` of each, from index 0."""
-    lines = [f"{path} {tuple(array.shape)} {int(checksums[path]):08x}" for path, array in sorted(arrays.items())]
+    """The name of arrays of these paths and shapes; `checksums` has the `checksum_part` of each,
+    from index 0."""
+    lines = [
+        f"{path} {tuple(array.shape)} {int(checksums[path]):08x}"
+        for path, array in sorted(arrays.items())
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @jax.jit
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """One program sums one tensor after the other: on CPUs, where a sum needs its terms in memory, it takes the largest's."""
+    """One program sums one tensor after the other: on CPUs, where a sum needs its terms in memory,
+    it takes the largest's."""
     return {path: _checksum(array) for path, array in arrays.items()}
 
 
@@ -53,7 +60,8 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
-    """The sum over `part` of its bfloat16 bits times (2 * flat index + 1), modulo 2^32; its first index is `start` (uint32).
+    """The sum over `part` of its bfloat16 bits times (2 * flat index + 1), modulo 2^32; its first
+    index is `start` (uint32).
 
     The checksums of an array's parts add up to the array's.
     """

@@ -1,8 +1,9 @@
-"""Orbax behind one door: whole models, the branch or an adapter alone. (A run's steps: train/run/checkpoints.py.)
+"""Orbax behind one door: whole models, the branch or an adapter alone. (A run's steps:
+train/run/checkpoints.py.)
 
-A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face names them, and
-`params/`, an Orbax pytree of the model's parameters (paths as in model/qwen3_vl.py). It lives on a local or mounted file
-system.
+A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face
+names them, and `params/`, an Orbax pytree of the model's parameters (paths as in
+model/qwen3_vl.py). It lives on a local or mounted file system.
 """
 
 import math
@@ -36,7 +37,8 @@ from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from pvm_jax.sharding import param_shardings
 
 PARAMS = "params"
-# Keys of config.json that say what is stored alone, and the identity of the backbone that it belongs to.
+# Keys of config.json that say what is stored alone, and the identity of the backbone that it
+# belongs to.
 _BRANCH_KEY = "pvm_branch"
 _LORA_KEY = "lora_adapter"
 _EMBEDDING = "language_model/embed_tokens/weight"
@@ -57,21 +59,27 @@ def load(
     Args:
         path: a checkpoint directory (`convert.hf_to_orbax`, `save`).
         mesh: from `make_mesh`; None puts everything on the default device.
-        dtype: float32 or bfloat16: of parameters (cast while reading) and activations. None keeps every parameter's
-            stored dtype; activations then take the embedding table's.
-        branch: another checkpoint to take the PVM branch from, a branch alone (`save_branch`) or a whole model.
+        dtype: float32 or bfloat16: of parameters (cast while reading) and activations. None keeps
+            every parameter's stored dtype; activations then take the embedding table's.
+        branch: another checkpoint to take the PVM branch from, a branch alone (`save_branch`) or a
+            whole model.
         lora: an adapter to put beside the weights (`save_lora`).
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the branch or the adapter was
-            trained on another backbone.
+        CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the
+            branch or the adapter was trained on another backbone.
         ValueError: for another dtype.
     """
     root = find(path)
-    for key, argument, what in ((_BRANCH_KEY, "branch", "a PVM branch"), (_LORA_KEY, "lora", "a LoRA adapter")):
+    for key, argument, what in (
+        (_BRANCH_KEY, "branch", "a PVM branch"),
+        (_LORA_KEY, "lora", "a LoRA adapter"),
+    ):
         if key in read_config(root):
-            raise CheckpointError(f"{root} holds {what} alone: load its backbone, with {argument}={str(path)!r}")
+            raise CheckpointError(
+                f"{root} holds {what} alone: load its backbone, with {argument}={str(path)!r}"
+            )
     config = ModelConfig.from_hf(root)
     if branch is not None:
         config = config.without_pvm()
@@ -88,8 +96,9 @@ def save(path: str | Path, model: Qwen3VL, *, assets: str | Path | None = None) 
 
     Args:
         path: absent or empty; it appears only when everything is written.
-        assets: a checkpoint or Hugging Face directory whose tokenizer, processor and generation files are carried
-            along, and whose config.json keeps its keys that this project does not know.
+        assets: a checkpoint or Hugging Face directory whose tokenizer, processor and generation
+            files are carried along, and whose config.json keeps its keys that this project does not
+            know.
 
     Raises:
         FileExistsError: if `path` holds something.
@@ -112,7 +121,8 @@ def save(path: str | Path, model: Qwen3VL, *, assets: str | Path | None = None) 
 
 
 def save_branch(path: str | Path, model: Qwen3VL) -> None:
-    """Writes the PVM branch alone (megabytes), with the identity of the backbone that it belongs to.
+    """Writes the PVM branch alone (megabytes), with the identity of the backbone that it belongs
+    to.
 
     Raises:
         FileExistsError: if `path` holds something.
@@ -129,10 +139,11 @@ def save_branch(path: str | Path, model: Qwen3VL) -> None:
 
 
 def load_branch(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = None) -> Qwen3VL:
-    """`model` with the PVM branch of another checkpoint, sharded as the model is; its own branch, if any, is replaced.
+    """`model` with the PVM branch of another checkpoint, sharded as the model is; its own branch,
+    if any, is replaced.
 
-    A branch that was saved alone fits one backbone only. A whole checkpoint's branch is taken as it is: the caller
-    decides to leave that checkpoint's backbone.
+    A branch that was saved alone fits one backbone only. A whole checkpoint's branch is taken as it
+    is: the caller decides to leave that checkpoint's backbone.
 
     Raises:
         FileNotFoundError, CheckpointError: as in `load`.
@@ -149,7 +160,8 @@ def load_branch(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = N
 
 
 def save_lora(path: str | Path, model: Qwen3VL) -> None:
-    """Writes the model's LoRA adapter alone, with its config and the identity of what it belongs to.
+    """Writes the model's LoRA adapter alone, with its config and the identity of what it belongs
+    to.
 
     Raises:
         FileExistsError: if `path` holds something.
@@ -161,14 +173,20 @@ def save_lora(path: str | Path, model: Qwen3VL) -> None:
     made_for = {"backbone": backbone_identity(params), "branch": branch_identity(params)}
     with write_aside(path) as aside:
         if jax.process_index() == 0:
-            write_config(aside, model.config, {_LORA_KEY: {**asdict(model.config.lora), "made_for": made_for}})
+            write_config(
+                aside,
+                model.config,
+                {_LORA_KEY: {**asdict(model.config.lora), "made_for": made_for}},
+            )
         _write(aside, nnx.to_pure_dict(nnx.state(model, is_adapter)))
 
 
 def load_lora(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = None) -> Qwen3VL:
-    """`model` with the adapter that `save_lora` wrote, sharded as the model is; its own adapter, if any, is replaced.
+    """`model` with the adapter that `save_lora` wrote, sharded as the model is; its own adapter, if
+    any, is replaced.
 
-    An adapter fits one backbone only, and if it was trained beside a branch that was not silent, that branch only.
+    An adapter fits one backbone only, and if it was trained beside a branch that was not silent,
+    that branch only.
 
     Raises:
         FileNotFoundError, CheckpointError: as in `load`.
@@ -179,14 +197,16 @@ def load_lora(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = Non
     check_made_for(root, "backbone", made_for["backbone"], backbone_identity(params))
     if made_for["branch"] is not None:
         check_made_for(root, "branch", made_for["branch"], branch_identity(params))
-    graphdef, adapters, _ = nnx.split(abstract_model(replace(model.config, lora=lora)), is_adapter, ...)
+    graphdef, adapters, _ = nnx.split(
+        abstract_model(replace(model.config, lora=lora)), is_adapter, ...
+    )
     stored = _restore(root, adapters, _mesh_of(params), dtype)
     return nnx.merge(graphdef, nnx.State(params), nnx.State(stored))
 
 
 def read_branch(root: Path) -> tuple[TextConfig, str | None]:
-    """The config that says a branch's layers and width, and the identity of the backbone that it was trained on (None: the
-    checkpoint is a whole model).
+    """The config that says a branch's layers and width, and the identity of the backbone that it
+    was trained on (None: the checkpoint is a whole model).
 
     Raises:
         CheckpointError: if the checkpoint at `root` has no branch.
@@ -198,7 +218,8 @@ def read_branch(root: Path) -> tuple[TextConfig, str | None]:
 
 
 def read_lora(root: Path) -> tuple[LoRAConfig, dict[str, str | None]]:
-    """An adapter's config, and the identities of the "backbone" and the "branch" (None: absent or silent) it was trained on.
+    """An adapter's config, and the identities of the "backbone" and the "branch" (None: absent or
+    silent) it was trained on.
 
     Raises:
         CheckpointError: if the checkpoint at `root` is no adapter.
@@ -206,11 +227,15 @@ def read_lora(root: Path) -> tuple[LoRAConfig, dict[str, str | None]]:
     stored = read_config(root).get(_LORA_KEY)
     if stored is None:
         raise CheckpointError(f"{root} is no LoRA adapter (config.json: no {_LORA_KEY})")
-    return LoRAConfig(**{key: value for key, value in stored.items() if key != "made_for"}), stored["made_for"]
+    return (
+        LoRAConfig(**{key: value for key, value in stored.items() if key != "made_for"}),
+        stored["made_for"],
+    )
 
 
 def check_made_for(root: Path, part: str, made_for: str | None, identity: str | None) -> None:
-    """Raises a CheckpointError unless the model's `part` has the identity that what is stored at `root` was made for."""
+    """Raises a CheckpointError unless the model's `part` has the identity that what is stored at
+    `root` was made for."""
     if identity != made_for:
         raise CheckpointError(
             f"{root} was trained on the {part} {made_for}, this model's is {identity}: "
@@ -232,18 +257,29 @@ def find(path: str | Path) -> Path:
         FileNotFoundError, CheckpointError: saying what is there instead.
     """
     root = Path(path).absolute()
-    if (root / "config.json").is_file() and (root / PARAMS).is_dir() and ocp.is_orbax_checkpoint(str(root / PARAMS)):
+    if (
+        (root / "config.json").is_file()
+        and (root / PARAMS).is_dir()
+        and ocp.is_orbax_checkpoint(str(root / PARAMS))
+    ):
         return root
     if aside_of(root).exists():
-        raise CheckpointError(f"{root} was never finished: {aside_of(root)} is what an interrupted write left. Run it again")
+        raise CheckpointError(
+            f"{root} was never finished: {aside_of(root)} is what an interrupted write left. Run it"
+            " again"
+        )
     if not root.is_dir():
         raise FileNotFoundError(f"no checkpoint directory at {root}")
     if any(root.glob("*.safetensors")):
         raise CheckpointError(
-            f"{root} is a Hugging Face checkpoint: convert it first, python -m convert.hf_to_orbax {path} DST"
+            f"{root} is a Hugging Face checkpoint: convert it first, python -m convert.hf_to_orbax"
+            f" {path} DST"
         )
     names = sorted(file.name for file in root.iterdir())
-    raise CheckpointError(f"{root} is no checkpoint: expected config.json and {PARAMS}/, found {', '.join(names) or 'nothing'}")
+    raise CheckpointError(
+        f"{root} is no checkpoint: expected config.json and {PARAMS}/, found"
+        f" {', '.join(names) or 'nothing'}"
+    )
 
 
 def stored_arrays(root: Path) -> dict[str, Any]:
@@ -251,8 +287,11 @@ def stored_arrays(root: Path) -> dict[str, Any]:
     return by_path(ocp.metadata(str(root / PARAMS)).metadata)
 
 
-def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtype: DTypeLike | None) -> dict[str, Any]:
-    """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint may hold parts that are not asked for."""
+def _restore(
+    root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtype: DTypeLike | None
+) -> dict[str, Any]:
+    """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint may hold parts that
+    are not asked for."""
     expected, stored = by_path(params), stored_arrays(root)
     width = None if dtype is None else dtype_name(dtype)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
@@ -264,12 +303,17 @@ def _restore(root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtyp
     else:
         shardings = by_path(param_shardings(params, mesh))
     abstract = {
-        path: jax.ShapeDtypeStruct(leaf.shape, width or stored[path].dtype, sharding=shardings[path])
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, width or stored[path].dtype, sharding=shardings[path]
+        )
         for path, leaf in expected.items()
     }
     context = orbax_context(partial=True)
-    # What waits in host memory on its way to the devices. Orbax counts whole chunks, and refuses a limit below one request.
-    largest = max(math.prod(leaf.shape) * stored[path].dtype.itemsize for path, leaf in expected.items())
+    # What waits in host memory on its way to the devices. Orbax counts whole chunks, and refuses a
+    # limit below one request.
+    largest = max(
+        math.prod(leaf.shape) * stored[path].dtype.itemsize for path, leaf in expected.items()
+    )
     context.memory.read_concurrent_bytes = largest + _READ_BYTES
     with context:
         return ocp.load(str(root / PARAMS), traverse_util.unflatten_dict(abstract, sep="/"))
@@ -281,7 +325,8 @@ def _write(directory: Path, params: dict[str, Any]) -> None:
             ocp.save(str(directory / PARAMS), params)
     except Exception as error:  # whatever the layers below say about a disk
         raise CheckpointError(
-            f"{directory} could not be written: {reason_of(error)}. Make room there and give the same command again"
+            f"{directory} could not be written: {reason_of(error)}. Make room there and give the"
+            " same command again"
         ) from error
 
 
@@ -294,6 +339,7 @@ def orbax_context(*, partial: bool = False) -> ocp.Context:
 
 
 def _storage_options(key: Any, value: Any) -> Any:
-    """Chunks that cut a stack of matrices between its layers first, so that one can be read without the others."""
+    """Chunks that cut a stack of matrices between its layers first, so that one can be read without
+    the others."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions
     return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if jnp.ndim(value) > 2 else ())

@@ -1,7 +1,9 @@
-"""What the model reads: `Batch`, and the host-side layout that makes it from Hugging Face's arrays or from examples.
+"""What the model reads: `Batch`, and the host-side layout that makes it from Hugging Face's arrays
+or from examples.
 
-Everything whose shape or value depends on the images' sizes (positions.py, gather indices, segments) is computed on the host,
-in NumPy, so that nothing on the device depends on values for its shape.
+Everything whose shape or value depends on the images' sizes (positions.py, gather indices,
+segments) is computed on the host, in NumPy, so that nothing on the device depends on values for its
+shape.
 """
 
 import dataclasses
@@ -38,19 +40,22 @@ Array = Any  # NumPy's where the batch is made, JAX's where the model reads it
 )
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """B rows of S token columns, P patch columns and V = P / 4 visual tokens; every leaf is batch-major.
+    """B rows of S token columns, P patch columns and V = P / 4 visual tokens; every leaf is
+    batch-major.
 
     Attributes:
         tokens: [B, S] int32.
         positions: [B, 3, S] int32, MRoPE (time, row, column).
         segment_ids: [B, S] int32: the packed example of each token, from 1; 0 is padding.
-        loss_weights: [B, S] float32: weight of the token as a target, predicted from the column before it.
-        visual_index: [B, S] int32: the visual token of the row that stands at this column, -1 for text; -2 - i for visual token
-            i where the decoder does not see it (`hide_images`).
+        loss_weights: [B, S] float32: weight of the token as a target, predicted from the column
+            before it.
+        visual_index: [B, S] int32: the visual token of the row that stands at this column, -1 for
+            text; -2 - i for visual token i where the decoder does not see it (`hide_images`).
         visual_segment_ids: [B, V] int32: the packed example of each visual token; 0 is padding.
         patches: [B, P, patch_dim] float32.
         patch_positions: [B, P, 2] int32 (row, column) in its frame.
-        patch_interp_indices, patch_interp_weights: [B, P, 4]: the four learned positions around a patch and their shares.
+        patch_interp_indices, patch_interp_weights: [B, P, 4]: the four learned positions around a
+            patch and their shares.
         patch_segment_ids: [B, P] int32: the frame of each patch, from 1 in each row; 0 is padding.
     """
 
@@ -88,18 +93,25 @@ class Batch:
         )
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Sequence[Example]], config: ModelConfig, *, length: int, patches: int) -> Self:
+    def from_rows(
+        cls, rows: Sequence[Sequence[Example]], config: ModelConfig, *, length: int, patches: int
+    ) -> Self:
         """Packs each row's examples, in order, into `length` token and `patches` patch columns.
 
         Raises:
-            ValueError: if a row does not fit (nothing is ever cut), or an example is malformed; it names the row.
+            ValueError: if a row does not fit (nothing is ever cut), or an example is malformed; it
+                names the row.
         """
         batch = cls.empty(config, rows=len(rows), length=length, patches=patches)
         for number, row in enumerate(rows):
-            used = (sum(len(example.input_ids) for example in row), sum(example.num_patches for example in row))
+            used = (
+                sum(len(example.input_ids) for example in row),
+                sum(example.num_patches for example in row),
+            )
             if used[0] > length or used[1] > patches:
                 raise ValueError(
-                    f"row {number} has {used[0]} tokens and {used[1]} patches, the batch's columns are {length} and {patches}"
+                    f"row {number} has {used[0]} tokens and {used[1]} patches, the batch's columns"
+                    f" are {length} and {patches}"
                 )
             writer = _RowWriter(batch, number, config)
             for example in row:
@@ -108,8 +120,15 @@ class Batch:
         return batch
 
     @classmethod
-    def from_examples(cls, examples: Sequence[Example], config: ModelConfig, *, among: Sequence[Example] | None = None) -> Self:
-        """One example a row, in columns of the next `bucket_size` that holds the longest of `among` (default: `examples`).
+    def from_examples(
+        cls,
+        examples: Sequence[Example],
+        config: ModelConfig,
+        *,
+        among: Sequence[Example] | None = None,
+    ) -> Self:
+        """One example a row, in columns of the next `bucket_size` that holds the longest of `among`
+        (default: `examples`).
 
         Raises:
             ValueError: as `from_rows`.
@@ -117,7 +136,9 @@ class Batch:
         among = examples if among is None else among
         length = bucket_size(max(len(example.input_ids) for example in among))
         patches = bucket_size(max(example.num_patches for example in among))
-        return cls.from_rows([[example] for example in examples], config, length=length, patches=patches)
+        return cls.from_rows(
+            [[example] for example in examples], config, length=length, patches=patches
+        )
 
     @classmethod
     def from_hf(cls, arrays: Mapping[str, Any], config: ModelConfig) -> Self:
@@ -126,15 +147,17 @@ class Batch:
         Rows and columns stay where they are; columns are added on the right up to the bucket.
 
         Args:
-            arrays: `input_ids` [B, S]; optionally `attention_mask` [B, S], `labels` [B, S] (-100: not learned),
-                `pixel_values` [P, patch_dim] and `image_grid_thw` [images, 3] of all rows in order, and the same for
-                videos (`pixel_values_videos`, `video_grid_thw`).
+            arrays: `input_ids` [B, S]; optionally `attention_mask` [B, S], `labels` [B, S] (-100:
+                not learned), `pixel_values` [P, patch_dim] and `image_grid_thw` [images, 3] of all
+                rows in order, and the same for videos (`pixel_values_videos`, `video_grid_thw`).
 
         Raises:
-            ValueError: if placeholders and images do not match, a placeholder run is cut, or a token id is outside the
-                vocabulary; it names the row.
+            ValueError: if placeholders and images do not match, a placeholder run is cut, or a
+                token id is outside the vocabulary; it names the row.
         """
-        examples, columns = _split_rows({key: np.asarray(value) for key, value in arrays.items()}, config)
+        examples, columns = _split_rows(
+            {key: np.asarray(value) for key, value in arrays.items()}, config
+        )
         batch = cls.empty(
             config,
             rows=len(examples),
@@ -147,17 +170,19 @@ class Batch:
 
 
 def hide_images(batch: Batch, rows: Sequence[bool]) -> Batch:
-    """`batch` with the images of some of its `rows` [B] hidden from the decoder, which reads bare placeholders in their place:
-    only the branch's memory holds what they show."""
+    """`batch` with the images of some of its `rows` [B] hidden from the decoder, which reads bare
+    placeholders in their place: only the branch's memory holds what they show."""
     index = np.asarray(batch.visual_index)
     hidden = np.asarray(rows)[:, None] & (index >= 0)
     return dataclasses.replace(batch, visual_index=np.where(hidden, -2 - index, index))
 
 
 def bucket_size(count: int) -> int:
-    """The padded size for `count` columns: 0, or the next of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ...
+    """The padded size for `count` columns: 0, or the next of 64, 80, 96, 112, 128, 160, 192, 224,
+    256, 320, ...
 
-    Four sizes an octave: at most a quarter is padding, and few shapes are ever compiled. All are multiples of 16.
+    Four sizes an octave: at most a quarter is padding, and few shapes are ever compiled. All are
+    multiples of 16.
     """
     if count == 0:
         return 0
@@ -184,9 +209,13 @@ class _RowWriter:
         self.segment += 1
         batch.tokens[row, columns] = example.input_ids
         batch.segment_ids[row, columns] = self.segment
-        batch.positions[row][:, columns] = mrope_positions(len(example.input_ids), images, self.config.vision)
+        batch.positions[row][:, columns] = mrope_positions(
+            len(example.input_ids), images, self.config.vision
+        )
         if example.loss_mask is not None:
-            batch.loss_weights[row, columns[1:]] = example.loss_mask[1:]  # the first token has nothing to be predicted from
+            batch.loss_weights[row, columns[1:]] = example.loss_mask[
+                1:
+            ]  # the first token has nothing to be predicted from
         for image in images:
             geometry = frame_geometry(image.rows, image.columns, self.config.vision)
             where = slice(self.patch, self.patch + len(image.pixels))
@@ -203,7 +232,9 @@ class _RowWriter:
         self.column += len(columns)
 
 
-def _split_rows(arrays: dict[str, np.ndarray], config: ModelConfig) -> tuple[list[Example], list[np.ndarray]]:
+def _split_rows(
+    arrays: dict[str, np.ndarray], config: ModelConfig
+) -> tuple[list[Example], list[np.ndarray]]:
     """One Example per row, and the columns that its tokens stand at."""
     ids = arrays["input_ids"]
     if ids.ndim != 2:
@@ -239,7 +270,8 @@ def _split_rows(arrays: dict[str, np.ndarray], config: ModelConfig) -> tuple[lis
 
 
 class _Supply:
-    """Hands the images (or videos) of all rows out, row by row, as many frames as the row has runs of placeholders."""
+    """Hands the images (or videos) of all rows out, row by row, as many frames as the row has runs
+    of placeholders."""
 
     def __init__(self, kind: str, pixels: np.ndarray | None, grids: np.ndarray | None):
         if (pixels is None) != (grids is None):
@@ -252,14 +284,17 @@ class _Supply:
         if not frames:
             return None, None
         if self.pixels is None or self.grids is None:
-            raise ValueError(f"the prompt has {self.kind} placeholders, but there are no {self.kind} pixels")
+            raise ValueError(
+                f"the prompt has {self.kind} placeholders, but there are no {self.kind} pixels"
+            )
         stop, left = self.grid, frames
         while left > 0 and stop < len(self.grids):
             left -= int(self.grids[stop, 0])
             stop += 1
         if left:
             raise ValueError(
-                f"the prompt has {frames} runs of {self.kind} placeholders, which the grids left for it do not match"
+                f"the prompt has {frames} runs of {self.kind} placeholders, which the grids left"
+                " for it do not match"
             )
         grids = self.grids[self.grid : stop]
         pixels = self.pixels[self.patch : self.patch + int(grids.prod(1).sum())]
@@ -268,6 +303,12 @@ class _Supply:
 
     def check_used(self) -> None:
         if self.grids is not None and self.grid != len(self.grids):
-            raise ValueError(f"{len(self.grids)} {self.kind}s were given, but the prompts have placeholders for {self.grid}")
+            raise ValueError(
+                f"{len(self.grids)} {self.kind}s were given, but the prompts have placeholders for"
+                f" {self.grid}"
+            )
         if self.pixels is not None and self.patch != len(self.pixels):
-            raise ValueError(f"{len(self.pixels)} {self.kind} patches were given, but the grids cover {self.patch}")
+            raise ValueError(
+                f"{len(self.pixels)} {self.kind} patches were given, but the grids cover"
+                f" {self.patch}"
+            )

@@ -1,7 +1,9 @@
-"""Conversations on disk, read at random: JSONL, Parquet, a directory saved by `datasets`, or shards of `convert.dataset`.
+"""Conversations on disk, read at random: JSONL, Parquet, a directory saved by `datasets`, or shards
+of `convert.dataset`.
 
-Every format holds records {"messages": [...], "images": [...]}: chat messages as TRL and Hugging Face have them, and the
-pictures that their {"type": "image"} parts show, in order. docs/data.md has an example of each.
+Every format holds records {"messages": [...], "images": [...]}: chat messages as TRL and Hugging
+Face have them, and the pictures that their {"type": "image"} parts show, in order. docs/data.md has
+an example of each.
 """
 
 import json
@@ -33,11 +35,13 @@ _COLUMNS = ("messages", "images", "image")
 
 
 class Conversations(Sequence[Messages]):
-    """The conversations at a path, each read when it is asked for; safe to read from several threads.
+    """The conversations at a path, each read when it is asked for; safe to read from several
+    threads.
 
     Attributes:
         path: what was opened.
-        sizes: (tokens, patches) of every conversation, [N, 2] int32, where the data bring them (None: to be measured).
+        sizes: (tokens, patches) of every conversation, [N, 2] int32, where the data bring them
+            (None: to be measured).
         measured_by: `Processor.fingerprint` of what measured them.
     """
 
@@ -47,21 +51,25 @@ class Conversations(Sequence[Messages]):
 
     @abstractmethod
     def where(self, index: int) -> str:
-        """File and place in it of conversation `index`, as `train.jsonl:17` (lines count from 1, rows and records from 0)."""
+        """File and place in it of conversation `index`, as `train.jsonl:17` (lines count from 1,
+        rows and records from 0)."""
 
     @abstractmethod
     def _record(self, index: int) -> Any:
-        """The record of conversation `index` as it is stored. Raises ValueError if it cannot be read."""
+        """The record of conversation `index` as it is stored. Raises ValueError if it cannot be
+        read."""
 
     @overload
     def __getitem__(self, index: int) -> Messages: ...
     @overload
     def __getitem__(self, index: slice) -> list[Messages]: ...
     def __getitem__(self, index: int | slice) -> Messages | list[Messages]:
-        """The messages of conversation `index` (from 0), each picture in its part, paths made absolute.
+        """The messages of conversation `index` (from 0), each picture in its part, paths made
+        absolute.
 
         Raises:
-            ValueError: naming the record, if it is not one of messages, or has not as many pictures as image parts.
+            ValueError: naming the record, if it is not one of messages, or has not as many pictures
+                as image parts.
         """
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
@@ -70,10 +78,12 @@ class Conversations(Sequence[Messages]):
             return record_messages(self._record(index), self._root)
 
     def columns(self, index: int) -> dict[str, Any]:
-        """What the record of conversation `index` holds besides messages and pictures, as a solution (of tables: where they
-        were opened with `every_column`)."""
+        """What the record of conversation `index` holds besides messages and pictures, as a
+        solution (of tables: where they were opened with `every_column`)."""
         with self.naming(index):
-            return {name: value for name, value in self._record(index).items() if name not in _COLUMNS}
+            return {
+                name: value for name, value in self._record(index).items() if name not in _COLUMNS
+            }
 
     @contextmanager
     def naming(self, index: int) -> Iterator[None]:
@@ -92,10 +102,12 @@ class Conversations(Sequence[Messages]):
 
 
 def open_conversations(path: str | Path, *, every_column: bool = False) -> Conversations:
-    """Opens a JSONL or Parquet file, several Parquet files (`data/train-*.parquet`), or a directory of another format.
+    """Opens a JSONL or Parquet file, several Parquet files (`data/train-*.parquet`), or a directory
+    of another format.
 
     Args:
-        every_column: also read what a table holds besides messages and pictures (`Conversations.columns`).
+        every_column: also read what a table holds besides messages and pictures
+            (`Conversations.columns`).
 
     Raises:
         FileNotFoundError: if nothing is there.
@@ -106,33 +118,47 @@ def open_conversations(path: str | Path, *, every_column: bool = False) -> Conve
     if has_magic(str(path)) and not path.exists():
         return ParquetFiles(path, sorted(Path(path.parent).glob(path.name)), every_column)
     if path.is_file():
-        return ParquetFiles(path, [path], every_column) if path.suffix == ".parquet" else JsonLines(path)
+        return (
+            ParquetFiles(path, [path], every_column)
+            if path.suffix == ".parquet"
+            else JsonLines(path)
+        )
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or directory of conversations")
     if (path / SHARDS_INDEX).is_file():
         return Shards(path)
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path} holds several splits: choose one, {' or '.join(str(path / split) for split in splits)}")
+        raise ValueError(
+            f"{path} holds several splits: choose one,"
+            f" {' or '.join(str(path / split) for split in splits)}"
+        )
     if (path / "state.json").is_file():
         return SavedDataset(path, every_column)
     if parquet := sorted(path.glob("*.parquet")):
         return ParquetFiles(path, parquet, every_column)
     raise ValueError(
-        f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset), no state.json "
-        "(datasets.Dataset.save_to_disk) and no *.parquet files"
+        f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset), no"
+        " state.json (datasets.Dataset.save_to_disk) and no *.parquet files"
     )
 
 
 def stored_bytes(path: str | Path) -> int:
     """Bytes of the file at `path`, or of all files in the directory."""
     path = Path(path)
-    files = [path] if path.is_file() else path.parent.glob(path.name) if has_magic(str(path)) else path.rglob("*")
+    files = (
+        [path]
+        if path.is_file()
+        else path.parent.glob(path.name)
+        if has_magic(str(path))
+        else path.rglob("*")
+    )
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def size_of(messages: Messages, count: Callable[[Messages], tuple[int, int]]) -> tuple[int, int]:
-    """(tokens, patches) by `count` (`Processor.count`). Raises ValueError for a conversation that teaches nothing."""
+    """(tokens, patches) by `count` (`Processor.count`). Raises ValueError for a conversation that
+    teaches nothing."""
     check_learnable(messages)
     return count(messages)
 
@@ -144,7 +170,8 @@ def check_learnable(messages: Messages) -> None:
 
 
 class JsonLines(Conversations):
-    """A JSONL file, whose blank lines count for nothing. Memory holds the byte offsets of its lines."""
+    """A JSONL file, whose blank lines count for nothing. Memory holds the byte offsets of its
+    lines."""
 
     def __init__(self, path: Path):
         """Scans `path` once for line ends. Raises ValueError if all lines are blank."""
@@ -176,7 +203,8 @@ class JsonLines(Conversations):
 
 
 class _Parts(Conversations):
-    """Records that lie in parts of several, each part in a file; `_ends` are the numbers of records up to each part's end."""
+    """Records that lie in parts of several, each part in a file; `_ends` are the numbers of records
+    up to each part's end."""
 
     _ends: np.ndarray
     _files: Sequence[Path]
@@ -184,7 +212,8 @@ class _Parts(Conversations):
     _first_of_file: np.ndarray
 
     def _set_parts(self, files: Sequence[Path], lengths: Sequence[Sequence[int]]) -> None:
-        """Args: lengths: records of each part of each file. Raises ValueError if there is no record."""
+        """Args: lengths: records of each part of each file. Raises ValueError if there is no
+        record."""
         self._files = files
         self._file_of_part = np.repeat(np.arange(len(files)), [len(parts) for parts in lengths])
         self._ends = np.cumsum([length for parts in lengths for length in parts], dtype=np.int64)
@@ -206,14 +235,16 @@ class _Parts(Conversations):
 
 
 class ParquetFiles(_Parts):
-    """Parquet files as Hugging Face's Hub has them. Memory holds the row groups that were read last, half a GiB of them.
+    """Parquet files as Hugging Face's Hub has them. Memory holds the row groups that were read
+    last, half a GiB of them.
 
-    A row group is the least that can be read: in random order that is quick while the data fit this memory. Larger data are
-    to be converted (`python -m convert.dataset`).
+    A row group is the least that can be read: in random order that is quick while the data fit this
+    memory. Larger data are to be converted (`python -m convert.dataset`).
     """
 
     def __init__(self, path: Path, files: Sequence[Path], every_column: bool = False):
-        """Reads the files' footers. Raises FileNotFoundError if there is no file, ValueError for another table."""
+        """Reads the files' footers. Raises FileNotFoundError if there is no file, ValueError for
+        another table."""
         if not files:
             raise FileNotFoundError(f"{path}: no such Parquet file")
         self.path, self._every_column = path, every_column
@@ -222,7 +253,10 @@ class ParquetFiles(_Parts):
         for file, opened in zip(files, self._open, strict=True):
             _check_columns(file, opened.schema_arrow.names)
         metadata = [opened.metadata for opened in self._open]
-        groups = [[one.row_group(group).num_rows for group in range(one.num_row_groups)] for one in metadata]
+        groups = [
+            [one.row_group(group).num_rows for group in range(one.num_row_groups)]
+            for one in metadata
+        ]
         self._set_parts(files, groups)
         self._group_of_part = np.concatenate([np.arange(len(lengths)) for lengths in groups])
         self._cache: OrderedDict[int, Any] = OrderedDict()
@@ -240,7 +274,10 @@ class ParquetFiles(_Parts):
                 columns = _wanted(file.schema_arrow.names, self._every_column)
                 table = file.read_row_group(int(self._group_of_part[part]), columns=columns)
             self._cache[part] = table
-            while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > ROW_GROUP_CACHE_BYTES:
+            while (
+                len(self._cache) > 1
+                and sum(kept.nbytes for kept in self._cache.values()) > ROW_GROUP_CACHE_BYTES
+            ):
                 self._cache.popitem(last=False)
             return table
 
@@ -249,17 +286,27 @@ class SavedDataset(_Parts):
     """A directory that `datasets.Dataset.save_to_disk` wrote: Arrow files, mapped into memory."""
 
     def __init__(self, path: Path, every_column: bool = False):
-        """Reads the files' record batches' headers. Raises ValueError if a file is missing, broken or another table."""
+        """Reads the files' record batches' headers. Raises ValueError if a file is missing, broken
+        or another table."""
         self.path = path
-        names = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+        names = [
+            entry["filename"]
+            for entry in json.loads((path / "state.json").read_text())["_data_files"]
+        ]
         files = [path / name for name in names]
         if missing := [str(file) for file in files if not file.is_file()]:
-            raise ValueError(f"{path}: state.json names files that are missing: {', '.join(missing)}")
+            raise ValueError(
+                f"{path}: state.json names files that are missing: {', '.join(missing)}"
+            )
         tables = [_checked(file, _mapped_batches) for file in files]
         for file, batches in zip(files, tables, strict=True):
             if batches:
                 _check_columns(file, batches[0].schema.names)
-        self._batches = [batch.select(_wanted(batch.schema.names, every_column)) for one in tables for batch in one]
+        self._batches = [
+            batch.select(_wanted(batch.schema.names, every_column))
+            for one in tables
+            for batch in one
+        ]
         self._set_parts(files, [[batch.num_rows for batch in batches] for batches in tables])
 
     def _record(self, index: int) -> Any:
@@ -271,18 +318,24 @@ class Shards(_Parts):
     """A directory that `convert.dataset` wrote: ArrayRecord files with the images in them."""
 
     def __init__(self, path: Path):
-        """Reads the index. Raises ValueError if a shard is missing or holds another number of records than the index says."""
+        """Reads the index. Raises ValueError if a shard is missing or holds another number of
+        records than the index says."""
         self.path = path
         index = json.loads((path / SHARDS_INDEX).read_text())
         files = [path / shard["file"] for shard in index["shards"]]
         if missing := [str(file) for file in files if not file.is_file()]:
-            raise ValueError(f"{path}: {SHARDS_INDEX} names shards that are missing: {', '.join(missing)}")
+            raise ValueError(
+                f"{path}: {SHARDS_INDEX} names shards that are missing: {', '.join(missing)}"
+            )
         self._set_parts(files, [[shard["examples"]] for shard in index["shards"]])
         from grain.sources import ArrayRecordDataSource  # import pvm_jax need not wait for it
 
         self._source: Any = ArrayRecordDataSource([str(file) for file in files])
         if len(self._source) != len(self):
-            raise ValueError(f"{path}: the shards hold {len(self._source)} records, {SHARDS_INDEX} says {len(self)}")
+            raise ValueError(
+                f"{path}: the shards hold {len(self._source)} records, {SHARDS_INDEX} says"
+                f" {len(self)}"
+            )
         self.measured_by = index["measured_by"]
         if self.measured_by is not None:
             self.sizes = np.load(path / SHARDS_SIZES)
@@ -292,7 +345,8 @@ class Shards(_Parts):
 
 
 def pack_record(messages: Messages) -> bytes:
-    """One record of a shard: the messages as MessagePack, images as {"bytes": …, "path": …} in their parts."""
+    """One record of a shard: the messages as MessagePack, images as {"bytes": …, "path": …} in
+    their parts."""
     record = msgpack.packb({"messages": messages})
     assert record is not None
     return record
@@ -306,8 +360,9 @@ def unpack_record(record: bytes) -> dict[str, Any]:
 def record_messages(record: Any, root: Path) -> Messages:
     """The messages of a record with each picture in its part, relative paths starting from `root`.
 
-    An {"type": "image"} part without a picture of its own shows the next one of the record's `images` (or `image`) column.
-    Where no message has image parts, the pictures stand at the beginning of the first user turn, as TRL has it.
+    An {"type": "image"} part without a picture of its own shows the next one of the record's
+    `images` (or `image`) column. Where no message has image parts, the pictures stand at the
+    beginning of the first user turn, as TRL has it.
 
     Raises:
         ValueError: if it is not a record of messages, or image parts and pictures differ in number.
@@ -315,9 +370,13 @@ def record_messages(record: Any, root: Path) -> Messages:
     if not isinstance(record, Mapping) or "messages" not in record:
         raise ValueError('not an object {"messages": [{"role": …, "content": …}, …]}')
     messages = record["messages"]
-    if isinstance(messages, str):  # tables whose contents are now strings, now lists, hold them as JSON
+    if isinstance(
+        messages, str
+    ):  # tables whose contents are now strings, now lists, hold them as JSON
         messages = json.loads(messages)
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(message, Mapping) for message in messages
+    ):
         raise ValueError("messages must be a list of {'role': …, 'content': …}")
     pictures = _pictures(record)
     parts = [part for message in messages for part in _content_parts(message)]
@@ -326,7 +385,9 @@ def record_messages(record: Any, root: Path) -> Messages:
         parts = [part for message in messages for part in _content_parts(message)]
     shown = sum(_is_placeholder(part) for part in parts)
     if shown != len(pictures):
-        raise ValueError(f"the messages have {shown} image parts for the {len(pictures)} pictures of the record")
+        raise ValueError(
+            f"the messages have {shown} image parts for the {len(pictures)} pictures of the record"
+        )
     supply = iter(pictures)
     return [_with_pictures(message, supply, root) for message in messages]
 
@@ -335,7 +396,9 @@ def _pictures(record: Mapping[str, Any]) -> list[Any]:
     """The pictures beside the messages, in order."""
     images, image = record.get("images"), record.get("image")
     if images and image is not None:
-        raise ValueError("the record has both an 'images' and an 'image' column: leave one of them out")
+        raise ValueError(
+            "the record has both an 'images' and an 'image' column: leave one of them out"
+        )
     if images is not None and not isinstance(images, list):
         raise ValueError(f"'images' must be a list, got {type(images).__name__}")
     return list(images or ([] if image is None else [image]))
@@ -343,7 +406,9 @@ def _pictures(record: Mapping[str, Any]) -> list[Any]:
 
 def _content_parts(message: Mapping[str, Any]) -> list[Any]:
     content = message.get("content")
-    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return (
+        [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    )
 
 
 _IMAGE_KEYS = ("image", "url", "path")
@@ -355,19 +420,31 @@ def _is_placeholder(part: Mapping[str, Any]) -> bool:
 
 def _with_leading_images(messages: list[Any], count: int) -> list[Any]:
     """Image parts before what the first user turn says."""
-    first = next((number for number, message in enumerate(messages) if message.get("role") == "user"), None)
+    first = next(
+        (number for number, message in enumerate(messages) if message.get("role") == "user"), None
+    )
     if first is None:
         raise ValueError(f"no turn shows the record's {count} pictures: there is no user turn")
     content = messages[first].get("content")
-    text = content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+    text = (
+        content
+        if isinstance(content, list)
+        else [{"type": "text", "text": content}]
+        if content
+        else []
+    )
     shown = dict(messages[first]) | {"content": [{"type": "image"} for _ in range(count)] + text}
     return [*messages[:first], shown, *messages[first + 1 :]]
 
 
-def _with_pictures(message: Mapping[str, Any], supply: Iterator[Any], root: Path) -> Mapping[str, Any]:
+def _with_pictures(
+    message: Mapping[str, Any], supply: Iterator[Any], root: Path
+) -> Mapping[str, Any]:
     if not isinstance(message.get("content"), list):
         return message
-    return dict(message) | {"content": [_with_picture(part, supply, root) for part in message["content"]]}
+    return dict(message) | {
+        "content": [_with_picture(part, supply, root) for part in message["content"]]
+    }
 
 
 def _with_picture(part: Any, supply: Iterator[Any], root: Path) -> Any:
@@ -376,7 +453,9 @@ def _with_picture(part: Any, supply: Iterator[Any], root: Path) -> Any:
     if _is_placeholder(part):
         return dict(part) | {"image": _absolute(next(supply), root)}
     if part.get("type") == "image":
-        return dict(part) | {key: _absolute(part[key], root) for key in _IMAGE_KEYS if part.get(key) is not None}
+        return dict(part) | {
+            key: _absolute(part[key], root) for key in _IMAGE_KEYS if part.get(key) is not None
+        }
     if isinstance(part.get("video"), list):
         return dict(part) | {"video": [_absolute(frame, root) for frame in part["video"]]}
     return part
@@ -386,7 +465,11 @@ def _absolute(image: Any, root: Path) -> Any:
     """`image` with its path, if it is one, made absolute."""
     if isinstance(image, str):
         return image if image.startswith("data:") or "://" in image else str(root / image)
-    if isinstance(image, Mapping) and image.get("bytes") is None and isinstance(image.get("path"), str):
+    if (
+        isinstance(image, Mapping)
+        and image.get("bytes") is None
+        and isinstance(image.get("path"), str)
+    ):
         return dict(image) | {"path": _absolute(image["path"], root)}
     return image
 
@@ -396,7 +479,9 @@ def _pyarrow(part: str) -> ModuleType:
     try:
         return import_module(f"pyarrow.{part}")
     except ImportError as error:
-        raise ImportError("Parquet and Arrow files are read by pyarrow: pip install 'pvm-jax[data]'") from error
+        raise ImportError(
+            "Parquet and Arrow files are read by pyarrow: pip install 'pvm-jax[data]'"
+        ) from error
 
 
 def _checked(file: Path, read: Callable[[Path], Any]) -> Any:
@@ -419,4 +504,6 @@ def _wanted(names: Sequence[str], every_column: bool) -> list[str]:
 
 def _check_columns(file: Path, names: Sequence[str]) -> None:
     if "messages" not in names:
-        raise ValueError(f"{file} has no column 'messages' (and 'images' or 'image'), only {', '.join(names)}")
+        raise ValueError(
+            f"{file} has no column 'messages' (and 'images' or 'image'), only {', '.join(names)}"
+        )

@@ -14,7 +14,8 @@ class Example:
 
     Attributes:
         input_ids: [S] with one placeholder per visual token.
-        pixel_values: [P, patch_dim], the images' patches in prompt order, each image in 2x2-block order; None without images.
+        pixel_values: [P, patch_dim], the images' patches in prompt order, each image in 2x2-block
+            order; None without images.
         image_grid_thw: [images, 3], patches of each image (1, rows, columns).
         pixel_values_videos, video_grid_thw: the same for videos (frame pairs, rows, columns).
         loss_mask: [S] bool, True on the tokens that are learned; None: none are.
@@ -29,7 +30,11 @@ class Example:
 
     @property
     def num_patches(self) -> int:
-        return sum(len(pixels) for pixels in (self.pixel_values, self.pixel_values_videos) if pixels is not None)
+        return sum(
+            len(pixels)
+            for pixels in (self.pixel_values, self.pixel_values_videos)
+            if pixels is not None
+        )
 
 
 class Frame(NamedTuple):
@@ -48,7 +53,9 @@ def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
         raise ValueError(f"input_ids must be one-dimensional, got shape {ids.shape}")
     outside = ids[(ids < 0) | (ids >= config.text.vocab_size)]
     if outside.size:
-        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.text.vocab_size}")
+        raise ValueError(
+            f"token id {outside[0]} is outside the vocabulary of {config.text.vocab_size}"
+        )
     frames = []
     for kind, token, pixels, grids in (
         ("image", config.image_token_id, example.pixel_values, example.image_grid_thw),
@@ -58,7 +65,8 @@ def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
         starts, lengths = runs_of(ids, token)
         if len(starts) != len(sizes):
             raise ValueError(
-                f"the prompt has {len(starts)} runs of {kind} placeholders, but there are {len(sizes)} {kind} frames"
+                f"the prompt has {len(starts)} runs of {kind} placeholders, but there are"
+                f" {len(sizes)} {kind} frames"
             )
         offset = 0
         for start, length, (rows, columns) in zip(starts, lengths, sizes, strict=True):
@@ -66,15 +74,20 @@ def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
             expected = rows * columns // vision.merge_factor
             if length != expected:
                 raise ValueError(
-                    f"the {kind} placeholders at token {start} are {length}, but its {rows} x {columns} patches make "
-                    f"{expected} visual tokens (was the prompt truncated inside the image?)"
+                    f"the {kind} placeholders at token {start} are {length}, but its {rows} x"
+                    f" {columns} patches make {expected} visual tokens (was the prompt truncated"
+                    " inside the image?)"
                 )
-            frames.append(Frame(int(start), rows, columns, pixels[offset : offset + rows * columns]))
+            frames.append(
+                Frame(int(start), rows, columns, pixels[offset : offset + rows * columns])
+            )
             offset += rows * columns
     return sorted(frames, key=lambda frame: frame.start)
 
 
-def _frame_sizes(kind: str, pixels: np.ndarray | None, grids: np.ndarray | None, vision: VisionConfig) -> list[tuple[int, int]]:
+def _frame_sizes(
+    kind: str, pixels: np.ndarray | None, grids: np.ndarray | None, vision: VisionConfig
+) -> list[tuple[int, int]]:
     """(rows, columns) of every frame of all grids."""
     if (pixels is None) != (grids is None):
         raise ValueError(f"{kind} pixels and {kind}_grid_thw must come together")
@@ -84,10 +97,15 @@ def _frame_sizes(kind: str, pixels: np.ndarray | None, grids: np.ndarray | None,
     if grids.ndim != 2 or grids.shape[1] != 3:
         raise ValueError(f"{kind}_grid_thw must be [n, 3], got {grids.shape}")
     if (grids <= 0).any() or (grids[:, 1:] % merge).any():
-        raise ValueError(f"{kind}_grid_thw needs positive sizes, rows and columns multiples of {merge}; got {grids.tolist()}")
+        raise ValueError(
+            f"{kind}_grid_thw needs positive sizes, rows and columns multiples of {merge}; got"
+            f" {grids.tolist()}"
+        )
     expected = (int(grids.prod(1).sum()), vision.patch_dim)
     if pixels.shape != expected:
-        raise ValueError(f"{kind} pixels must be {expected} for grids {grids.tolist()}, got {pixels.shape}")
+        raise ValueError(
+            f"{kind} pixels must be {expected} for grids {grids.tolist()}, got {pixels.shape}"
+        )
     return [(int(rows), int(columns)) for time, rows, columns in grids for _ in range(time)]
 
 

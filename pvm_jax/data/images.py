@@ -1,7 +1,7 @@
 """Pixels: pictures and frames -> flattened patches, in NumPy and PIL.
 
-Bit-equal to transformers' `Qwen2VLImageProcessorPil` (which needs neither torch nor torchvision); videos follow its
-`Qwen3VLVideoProcessor`, with PIL's bicubic filter in place of torchvision's.
+Bit-equal to transformers' `Qwen2VLImageProcessorPil` (which needs neither torch nor torchvision);
+videos follow its `Qwen3VLVideoProcessor`, with PIL's bicubic filter in place of torchvision's.
 """
 
 import base64
@@ -24,7 +24,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 MAX_ASPECT_RATIO = 200
 CACHED_PATCHES = 256
-"""Patches normalized at a time: what they need fits a processor core's cache (half the time of all at once)."""
+"""Patches normalized at a time: what they need fits a processor core's cache (half the time of all
+at once)."""
 
 Source = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any]
 Grid = tuple[int, int, int]
@@ -32,10 +33,12 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """What a checkpoint's preprocessor config says; `ImageSettings` and `VideoSettings` say what follows from it.
+    """What a checkpoint's preprocessor config says; `ImageSettings` and `VideoSettings` say what
+    follows from it.
 
     Attributes:
-        min_pixels, max_pixels: bounds of rows * columns after resizing (for a video: of all its frames together).
+        min_pixels, max_pixels: bounds of rows * columns after resizing (for a video: of all its
+            frames together).
         patch_size: side of a patch in pixels.
         merge_size: side, in patches, of the square that becomes one visual token.
         temporal_patch_size: frames in one patch.
@@ -63,7 +66,9 @@ class PixelSettings:
 
     def __post_init__(self):
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}")
+            raise ValueError(
+                f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
+            )
         if self.patch_size % 2:
             raise ValueError(f"patch_size must be even, got {self.patch_size}")
 
@@ -76,33 +81,50 @@ class PixelSettings:
     def from_config(cls, config: Mapping[str, Any], file: str) -> Self:
         """Reads Hugging Face's preprocessor config; `file` is its name in errors.
 
-        Where `size` is absent, Hugging Face's default for the class counts. Keys that do not bear on pixels are skipped.
+        Where `size` is absent, Hugging Face's default for the class counts. Keys that do not bear
+        on pixels are skipped.
 
         Raises:
-            ValueError: for a setting that is not computed here, or a missing one whose default is another model's.
+            ValueError: for a setting that is not computed here, or a missing one whose default is
+                another model's.
         """
         values: dict[str, Any] = {key: value for key, value in config.items() if value is not None}
         for key, computed in cls.computes.items():
             if values.get(key, computed[0]) not in computed:
-                raise ValueError(f"{file}: {key} = {values[key]!r} is not supported, only {' or '.join(map(repr, computed))}")
+                raise ValueError(
+                    f"{file}: {key} = {values[key]!r} is not supported, only"
+                    f" {' or '.join(map(repr, computed))}"
+                )
         for key in cls.refuses:
             if key in values:
                 raise ValueError(f"{file}: {key} is not read by Hugging Face for videos; use size")
         size = values.get("size", cls.default_size)
         if not isinstance(size, Mapping):
             raise ValueError(f"{file}: size must have shortest_edge and longest_edge, got {size}")
-        values = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | values
+        values = {
+            "min_pixels": size.get("shortest_edge"),
+            "max_pixels": size.get("longest_edge"),
+        } | values
         for key in ("min_pixels", "max_pixels", "patch_size", "image_mean", "image_std"):
             if values.get(key) is None:
-                raise ValueError(f"{file}: {key} is missing (size.shortest_edge and .longest_edge are the pixel limits)")
+                raise ValueError(
+                    f"{file}: {key} is missing (size.shortest_edge and .longest_edge are the pixel"
+                    " limits)"
+                )
         try:
-            values["mean"], values["std"] = _per_channel(values["image_mean"]), _per_channel(values["image_std"])
-            return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+            values["mean"], values["std"] = (
+                _per_channel(values["image_mean"]),
+                _per_channel(values["image_std"]),
+            )
+            return cls(
+                **{field.name: values[field.name] for field in fields(cls) if field.name in values}
+            )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
 
     def grid(self, frames: int, height: int, width: int) -> Grid:
-        """(frame groups, rows, columns) of patches. Raises ValueError where Hugging Face refuses the size."""
+        """(frame groups, rows, columns) of patches. Raises ValueError where Hugging Face refuses
+        the size."""
         if min(height, width) < 1:
             raise ValueError(f"an image of {width} x {height} pixels is empty")
         rows, columns = (side // self.patch_size for side in self.resized(frames, height, width))
@@ -121,9 +143,16 @@ class ImageSettings(PixelSettings):
     """Settings of `Qwen2VLImageProcessorPil`."""
 
     computes = PixelSettings.computes | {
-        "image_processor_type": ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+        "image_processor_type": (
+            "Qwen2VLImageProcessor",
+            "Qwen2VLImageProcessorFast",
+            "Qwen2VLImageProcessorPil",
+        )
     }
-    default_size: ClassVar[dict[str, int]] = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+    default_size: ClassVar[dict[str, int]] = {
+        "shortest_edge": 56 * 56,
+        "longest_edge": 28 * 28 * 1280,
+    }
 
     def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
@@ -135,18 +164,24 @@ class ImageSettings(PixelSettings):
 
 @dataclass(frozen=True)
 class VideoSettings(PixelSettings):
-    """Settings of `Qwen3VLVideoProcessor`. What it says of sampling frames is not read: a video comes as its frames."""
+    """Settings of `Qwen3VLVideoProcessor`. What it says of sampling frames is not read: a video
+    comes as its frames."""
 
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 768
 
     computes = PixelSettings.computes | {"video_processor_type": ("Qwen3VLVideoProcessor",)}
     refuses = ("min_pixels", "max_pixels")
-    default_size: ClassVar[dict[str, int]] = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}
+    default_size: ClassVar[dict[str, int]] = {
+        "shortest_edge": 128 * 32 * 32,
+        "longest_edge": 768 * 32 * 32,
+    }
 
     def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
         if frames < self.temporal_patch_size:
-            raise ValueError(f"a video needs {self.temporal_patch_size} frames or more, got {frames}")
+            raise ValueError(
+                f"a video needs {self.temporal_patch_size} frames or more, got {frames}"
+            )
         factor = self.factor
         if height < factor or width < factor:
             scale = max(factor / height, factor / width)
@@ -154,11 +189,15 @@ class VideoSettings(PixelSettings):
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise ValueError(f"absolute aspect ratio must be smaller than {MAX_ASPECT_RATIO}")
         bounds = round(height / factor) * factor, round(width / factor) * factor
-        total = round(frames / self.temporal_patch_size) * self.temporal_patch_size * math.prod(bounds)
+        total = (
+            round(frames / self.temporal_patch_size) * self.temporal_patch_size * math.prod(bounds)
+        )
         limit = self._max_pixels(frames)
         if total > limit:
             beta = math.sqrt(frames * height * width / limit)
-            rows, columns = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+            rows, columns = (
+                max(factor, math.floor(side / beta / factor) * factor) for side in (height, width)
+            )
             return rows, columns
         if total < self.min_pixels:
             beta = math.sqrt(self.min_pixels / (frames * height * width))
@@ -173,13 +212,17 @@ class VideoSettings(PixelSettings):
         return max(share, int(self.min_pixels * 1.05)) * frames
 
     def normalized(self) -> np.ndarray:
-        # torchvision folds the rescaling into mean and std, which rounds differently from the image processor.
+        # torchvision folds the rescaling into mean and std, which rounds differently from the image
+        # processor.
         unscale = np.float32(1 / self.rescale_factor)
-        return (np.arange(256, dtype=np.float32) - _column(self.mean) * unscale) / (_column(self.std) * unscale)
+        return (np.arange(256, dtype=np.float32) - _column(self.mean) * unscale) / (
+            _column(self.std) * unscale
+        )
 
 
 def image_size(source: Source) -> tuple[int, int]:
-    """Height and width of an image from its header (a quarter turn in its EXIF data is not followed).
+    """Height and width of an image from its header (a quarter turn in its EXIF data is not
+    followed).
 
     Raises:
         FileNotFoundError, ValueError: as `read_image`, as far as the header tells.
@@ -194,23 +237,28 @@ def image_size(source: Source) -> tuple[int, int]:
 def read_image(source: Source) -> Image.Image:
     """An RGB image.
 
-    As Hugging Face has it: a file is turned upright by its EXIF data and its alpha channel is dropped; a PIL image is
-    taken as it stands and its transparency laid on white.
+    As Hugging Face has it: a file is turned upright by its EXIF data and its alpha channel is
+    dropped; a PIL image is taken as it stands and its transparency laid on white.
 
     Args:
-        source: a path, a `file://` or `data:` URL, encoded bytes, {"bytes": …, "path": …} with one of them possibly
-            None, a PIL image, or a uint8 array [H, W, 3].
+        source: a path, a `file://` or `data:` URL, encoded bytes, {"bytes": …, "path": …} with one
+            of them possibly None, a PIL image, or a uint8 array [H, W, 3].
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if it cannot be decoded, holds several frames, exceeds PIL's limit or lies across the network.
+        ValueError: if it cannot be decoded, holds several frames, exceeds PIL's limit or lies
+            across the network.
     """
     image, name = _open(source)
     try:
         if image is not source:
             return load_image(image)
         opaque = image.mode == "RGB" and image.info.get("transparency") is None
-        return image if opaque else Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+        return (
+            image
+            if opaque
+            else Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+        )
     except Exception as error:  # PIL's decoders raise whatever they meet in a broken file
         raise ValueError(f"{name} cannot be decoded: {error}") from error
     finally:
@@ -233,17 +281,21 @@ def encoded_bytes(source: str | Path | bytes | Mapping[str, Any]) -> bytes:
 
 
 def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.ndarray, Grid]:
-    """The flattened patches of one image (one frame) or one video (all frames of one size), and their grid.
+    """The flattened patches of one image (one frame) or one video (all frames of one size), and
+    their grid.
 
     Returns:
-        [groups * rows * columns, 3 * temporal_patch_size * patch_size**2] float32, the patches of a visual token
-        together; and (groups, rows, columns). The last frame is repeated where a group is not full.
+        [groups * rows * columns, 3 * temporal_patch_size * patch_size**2] float32, the patches of a
+        visual token together; and (groups, rows, columns). The last frame is repeated where a group
+        is not full.
 
     Raises:
         ValueError: if Hugging Face refuses the size, or the frames differ in size.
     """
     if len(sizes := {frame.size for frame in frames}) > 1:
-        raise ValueError(f"the frames of a video must have one size (width, height), got {sorted(sizes)}")
+        raise ValueError(
+            f"the frames of a video must have one size (width, height), got {sorted(sizes)}"
+        )
     width, height = frames[0].size
     grid = groups, rows, columns = settings.grid(len(frames), height, width)
     size = columns * settings.patch_size, rows * settings.patch_size
@@ -251,15 +303,20 @@ def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.
     if len(frames) > 1:
         resized += resized[-1:] * (groups * settings.temporal_patch_size - len(frames))
     square, side = settings.merge_size, settings.patch_size
-    pixels = np.stack(resized).reshape(groups, -1, rows // square, square, side, columns // square, square, side, 3)
+    pixels = np.stack(resized).reshape(
+        groups, -1, rows // square, square, side, columns // square, square, side, 3
+    )
     pixels = np.ascontiguousarray(pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
     return _normalize(pixels.reshape(math.prod(grid), 3, -1, side * side), settings), grid
 
 
 def _normalize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
-    """[patches, 3, frames, numbers] uint8 -> [patches, 3 * temporal_patch_size * numbers] float32; one frame serves for all."""
+    """[patches, 3, frames, numbers] uint8 -> [patches, 3 * temporal_patch_size * numbers] float32;
+    one frame serves for all."""
     pairs = pixels.view(np.uint16)
-    values = np.empty((*pairs.shape[:2], settings.temporal_patch_size, pairs.shape[3]), np.complex64)
+    values = np.empty(
+        (*pairs.shape[:2], settings.temporal_patch_size, pairs.shape[3]), np.complex64
+    )
     tables = _pair_tables(settings)
     for start in range(0, len(pairs), CACHED_PATCHES):
         block = slice(start, start + CACHED_PATCHES)
@@ -270,7 +327,8 @@ def _normalize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _pair_tables(settings: PixelSettings) -> np.ndarray:
-    """[3, 65536]: two float32 (as one complex64) for each pair of bytes, which halves the look-ups of `_normalize`."""
+    """[3, 65536]: two float32 (as one complex64) for each pair of bytes, which halves the look-ups
+    of `_normalize`."""
     pairs = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
     return np.ascontiguousarray(settings.normalized()[:, pairs]).view(np.complex64)[..., 0]
 
@@ -303,7 +361,9 @@ def _close(image: Image.Image, source: Source) -> None:
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"an image array must be [H, W, 3] of uint8, got {list(array.shape)} of {array.dtype}")
+        raise ValueError(
+            f"an image array must be [H, W, 3] of uint8, got {list(array.shape)} of {array.dtype}"
+        )
     return Image.fromarray(array)
 
 
@@ -312,7 +372,10 @@ def _file(source: Any) -> tuple[Path | BytesIO, str]:
     if isinstance(source, Mapping):
         if (encoded := source.get("bytes")) is not None:
             if not isinstance(encoded, bytes | bytearray | memoryview):
-                raise ValueError(f"an image's 'bytes' must be bytes, got {type(encoded).__name__} (for JSON: a data: URL)")
+                raise ValueError(
+                    f"an image's 'bytes' must be bytes, got {type(encoded).__name__} (for JSON: a"
+                    " data: URL)"
+                )
             return BytesIO(encoded), str(source.get("path") or "the image in 'bytes'")
         source = source.get("path")
     if isinstance(source, bytes):
@@ -321,8 +384,8 @@ def _file(source: Any) -> tuple[Path | BytesIO, str]:
         return source, str(source)
     if not isinstance(source, str):
         raise ValueError(
-            "an image must be a path, a file:// or data: URL, encoded bytes, a PIL image, a uint8 array or "
-            f"a mapping with 'bytes' or 'path', got {type(source).__name__}"
+            "an image must be a path, a file:// or data: URL, encoded bytes, a PIL image, a uint8"
+            f" array or a mapping with 'bytes' or 'path', got {type(source).__name__}"
         )
     if source.startswith("data:"):
         header, _, payload = source.partition(",")
@@ -333,7 +396,10 @@ def _file(source: Any) -> tuple[Path | BytesIO, str]:
     if source.startswith("file://"):
         source = url2pathname(unquote(urlparse(source).path))
     elif "://" in source:
-        raise ValueError(f"{source}: images are not fetched over the network; download it and give the file's path")
+        raise ValueError(
+            f"{source}: images are not fetched over the network; download it and give the file's"
+            " path"
+        )
     return Path(source), source
 
 

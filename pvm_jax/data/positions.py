@@ -1,4 +1,5 @@
-"""Positions that depend on the images' sizes, on the host: MRoPE's of the text, and those of a frame's patches."""
+"""Positions that depend on the images' sizes, on the host: MRoPE's of the text, and those of a
+frame's patches."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,15 +12,20 @@ from pvm_jax.data.example import Frame
 
 
 def mrope_positions(length: int, frames: Sequence[Frame], vision: VisionConfig) -> np.ndarray:
-    """[3, length] (`Qwen3VLModel.get_rope_index`): text counts on in all three, a frame spans its grid, and the text after it
-    goes on from the largest position so far plus one. A video's frame counts as one step of time."""
+    """[3, length] (`Qwen3VLModel.get_rope_index`): text counts on in all three, a frame spans its
+    grid, and the text after it goes on from the largest position so far plus one. A video's frame
+    counts as one step of time."""
     positions = np.empty((3, length), np.int32)
     column = value = 0
     for frame in frames:
         text = frame.start - column
         positions[:, column : frame.start] = value + np.arange(text)
         value += text
-        grid = (1, frame.rows // vision.spatial_merge_size, frame.columns // vision.spatial_merge_size)
+        grid = (
+            1,
+            frame.rows // vision.spatial_merge_size,
+            frame.columns // vision.spatial_merge_size,
+        )
         column = frame.start + grid[1] * grid[2]
         positions[:, frame.start : column] = value + np.indices(grid).reshape(3, -1)
         value += max(grid)
@@ -28,7 +34,8 @@ def mrope_positions(length: int, frames: Sequence[Frame], vision: VisionConfig) 
 
 
 class Geometry(NamedTuple):
-    """Of the P patches of a frame, in 2x2-block order: positions [P, 2], indices and weights of learned positions [P, 4]."""
+    """Of the P patches of a frame, in 2x2-block order: positions [P, 2], indices and weights of
+    learned positions [P, 4]."""
 
     positions: np.ndarray
     interp_indices: np.ndarray
@@ -37,8 +44,8 @@ class Geometry(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def frame_geometry(rows: int, columns: int, vision: VisionConfig) -> Geometry:
-    """Where the patches of a frame lie, and the four learned positions that each of them is interpolated from
-    (`Qwen3VLVisionModel.fast_pos_embed_interpolate`)."""
+    """Where the patches of a frame lie, and the four learned positions that each of them is
+    interpolated from (`Qwen3VLVisionModel.fast_pos_embed_interpolate`)."""
     side, merge = vision.position_grid_size, vision.spatial_merge_size
     low, high, share = [], [], []
     for size in (rows, columns):

@@ -1,4 +1,5 @@
-"""Chat messages with images and videos -> the arrays that Hugging Face's Qwen3VLProcessor gives, without torch.
+"""Chat messages with images and videos -> the arrays that Hugging Face's Qwen3VLProcessor gives,
+without torch.
 
 The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.data.images` the pixels.
 """
@@ -40,10 +41,11 @@ Segment = tuple[str, bool]
 class Processor:
     """Turns conversations into model inputs.
 
-    A conversation is a list of messages {"role": …, "content": …}. Content is a string or a list of parts:
-    {"type": "text", "text": …}, {"type": "image", "image": …} (also under "url" or "path") and
-    {"type": "video", "video": [frame, …]} with the "fps" of these frames, or "timestamps" in seconds, beside it.
-    Images and frames are whatever `images.read_image` takes; all frames of a video are used.
+    A conversation is a list of messages {"role": …, "content": …}. Content is a string or a list of
+    parts: {"type": "text", "text": …}, {"type": "image", "image": …} (also under "url" or "path")
+    and {"type": "video", "video": [frame, …]} with the "fps" of these frames, or "timestamps" in
+    seconds, beside it. Images and frames are whatever `images.read_image` takes; all frames of a
+    video are used.
 
     Attributes:
         tokenizer: the checkpoint's tokenizer.
@@ -72,18 +74,21 @@ class Processor:
         self._visual_ids = tokenizer.convert_tokens_to_ids(visual[:2])
         specials = [token for token in added if added[token].special and token in chat_template]
         self._structure = tuple(dict.fromkeys([*visual, *specials]))
-        # The template writes one run around a video, in whose place each group of frames gets its own: so does the processor
-        # that the model was published with (transformers 4.57); from 5.10 on transformers leaves the outer run around them.
+        # The template writes one run around a video, in whose place each group of frames gets its
+        # own: so does the processor that the model was published with (transformers 4.57); from
+        # 5.10 on transformers leaves the outer run around them.
         run = re.escape(self._start + self._video + self._end)
         self._placeholder = re.compile(f"{run}|{re.escape(self._video)}|{re.escape(self._image)}")
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
-        """Reads tokenizer, chat template and preprocessor config from a Hugging Face or converted checkpoint directory.
+        """Reads tokenizer, chat template and preprocessor config from a Hugging Face or converted
+        checkpoint directory.
 
         Raises:
             FileNotFoundError: if the directory or one of the files is not there.
-            ValueError: for a preprocessor setting that is not computed here, or a tokenizer without visual tokens.
+            ValueError: for a preprocessor setting that is not computed here, or a tokenizer without
+                visual tokens.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -94,32 +99,46 @@ class Processor:
         return cls(tokenizer, _chat_template(folder, tokenizer), *_pixel_settings(folder))
 
     def encode(self, messages: Messages, *, add_generation_prompt: bool = False) -> Example:
-        """One conversation; `loss_mask` is true on the content of every assistant turn and the token that ends it.
+        """One conversation; `loss_mask` is true on the content of every assistant turn and the
+        token that ends it.
 
         Raises:
-            FileNotFoundError, ValueError: for messages or images that cannot be taken, naming them; and where the chat
-                template or the tokenizer gives an assistant turn no exact place in the text.
+            FileNotFoundError, ValueError: for messages or images that cannot be taken, naming them;
+                and where the chat template or the tokenizer gives an assistant turn no exact place
+                in the text.
         """
         conversation = parse(messages, self._structure)
-        return self._example(conversation, self._supervised(conversation.messages, add_generation_prompt))
+        return self._example(
+            conversation, self._supervised(conversation.messages, add_generation_prompt)
+        )
 
     def encode_next(self, messages: Messages) -> Example:
-        """What a model that wrote the last assistant turn reads next: the end of that turn, the messages after it with
-        their images, and the prompt for the answer. Without an assistant turn: all messages.
+        """What a model that wrote the last assistant turn reads next: the end of that turn, the
+        messages after it with their images, and the prompt for the answer. Without an assistant
+        turn: all messages.
 
         Raises:
-            FileNotFoundError, ValueError: as `encode`, and where the chat template does not write an assistant turn as given.
+            FileNotFoundError, ValueError: as `encode`, and where the chat template does not write
+                an assistant turn as given.
         """
-        turns = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+        turns = [
+            number for number, message in enumerate(messages) if message.get("role") == "assistant"
+        ]
         if not turns:
             return self.encode(messages, add_generation_prompt=True)
         known = parse(messages[: turns[-1]], self._structure).messages
         following = parse(messages[turns[-1] + 1 :], self._structure)
-        # The turn itself is left out: tokenizing its text anew need not give the tokens that were written.
+        # The turn itself is left out: tokenizing its text anew need not give the tokens that were
+        # written.
         written = {"role": "assistant", "content": _WRITTEN}
-        _, found, text = self._render([*known, written, *following.messages], True).rpartition(_WRITTEN)
+        _, found, text = self._render([*known, written, *following.messages], True).rpartition(
+            _WRITTEN
+        )
         if not found:
-            raise ValueError("the chat template does not write an assistant turn as it is given: chat with another template")
+            raise ValueError(
+                "the chat template does not write an assistant turn as it is given: chat with"
+                " another template"
+            )
         return self._example(following, [(text, False)])
 
     def __call__(
@@ -132,8 +151,9 @@ class Processor:
         """A padded batch with the keys of Hugging Face's processor.
 
         Returns:
-            input_ids, attention_mask [B, S] int64; where there are images, pixel_values [P, patch_dim] float32 and
-            image_grid_thw [images, 3] int64; where there are videos, pixel_values_videos and video_grid_thw.
+            input_ids, attention_mask [B, S] int64; where there are images, pixel_values [P,
+            patch_dim] float32 and image_grid_thw [images, 3] int64; where there are videos,
+            pixel_values_videos and video_grid_thw.
 
         Raises:
             FileNotFoundError, ValueError: for messages or images that cannot be taken, naming them.
@@ -168,16 +188,24 @@ class Processor:
                 image_grids.append(self.image_settings.grid(1, *image_size(source)))
         for where, video in conversation.videos:
             with naming(where):
-                video_grids.append(self.video_settings.grid(len(video.frames), *image_size(video.frames[0])))
+                video_grids.append(
+                    self.video_settings.grid(len(video.frames), *image_size(video.frames[0]))
+                )
         segments = self._supervised(conversation.messages, add_generation_prompt)
         ids, _ = self._tokens(segments, conversation, image_grids, video_grids)
         return len(ids), sum(math.prod(grid) for grid in image_grids + video_grids)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Differs between two processors that could give a conversation different numbers of tokens or patches."""
+        """Differs between two processors that could give a conversation different numbers of tokens
+        or patches."""
         tokenizer: Any = self.tokenizer  # a fast one: transformers 5 has no others for this model
-        parts = tokenizer.backend_tokenizer.to_str(), self.chat_template, repr(self.image_settings), repr(self.video_settings)
+        parts = (
+            tokenizer.backend_tokenizer.to_str(),
+            self.chat_template,
+            repr(self.image_settings),
+            repr(self.video_settings),
+        )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
@@ -185,7 +213,8 @@ class Processor:
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def decoder(self) -> Callable[[int], str]:
-        """Token id -> the text that it adds to what came before; nothing while a character's last bytes are to come."""
+        """Token id -> the text that it adds to what came before; nothing while a character's last
+        bytes are to come."""
         stream = DecodeStream(skip_special_tokens=True)
         tokenizer = cast(Tokenizer, self.tokenizer.backend_tokenizer)
         return lambda token: stream.step(tokenizer, token) or ""
@@ -199,7 +228,9 @@ class Processor:
             image_grids.append(grid)
         for where, video in conversation.videos:
             with naming(where):
-                pixels, grid = patches([read_image(frame) for frame in video.frames], self.video_settings)
+                pixels, grid = patches(
+                    [read_image(frame) for frame in video.frames], self.video_settings
+                )
             video_pixels.append(pixels)
             video_grids.append(grid)
         ids, mask = self._tokens(segments, conversation, image_grids, video_grids)
@@ -215,16 +246,24 @@ class Processor:
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses the first {len(messages)} messages: {error}") from error
+            raise ValueError(
+                f"the chat template refuses the first {len(messages)} messages: {error}"
+            ) from error
         return str(text)
 
-    def _supervised(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> list[Segment]:
+    def _supervised(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool
+    ) -> list[Segment]:
         """The rendered conversation, cut at both ends of each assistant turn.
 
-        A turn begins where the template, given what came before, would prompt for it, and ends in its last token.
+        A turn begins where the template, given what came before, would prompt for it, and ends in
+        its last token.
         """
         whole = self._render(messages, add_generation_prompt)
         segments, end = [], 0
@@ -232,32 +271,46 @@ class Processor:
             if message["role"] != "assistant":
                 continue
             if number == 0:
-                raise ValueError("messages[0]: a conversation to learn from cannot begin with the assistant")
+                raise ValueError(
+                    "messages[0]: a conversation to learn from cannot begin with the assistant"
+                )
             before = self._render(messages[:number], False)
             prompt = self._render(messages[:number], True)
             through = self._render(messages[: number + 1], False).rstrip()
             chain = (before, prompt, through, whole)
-            grows = all(longer.startswith(shorter) for shorter, longer in pairwise(chain)) and before != prompt
+            grows = (
+                all(longer.startswith(shorter) for shorter, longer in pairwise(chain))
+                and before != prompt
+            )
             if not grows or not through.endswith(self._structure):
                 raise ValueError(
-                    f"messages[{number}]: what is learned has no exact place, since the chat template writes no prompt for "
-                    "an assistant turn, no token at its end, or a turn differently once others follow: use another "
-                    "template, or one assistant turn a conversation"
+                    f"messages[{number}]: what is learned has no exact place, since the chat"
+                    " template writes no prompt for an assistant turn, no token at its end, or a"
+                    " turn differently once others follow: use another template, or one assistant"
+                    " turn a conversation"
                 )
             segments += [(whole[end : len(prompt)], False), (through[len(prompt) :], True)]
             end = len(through)
         return [*segments, (whole[end:], False)]
 
     def _tokens(
-        self, segments: list[Segment], conversation: Conversation, image_grids: list[Grid], video_grids: list[Grid]
+        self,
+        segments: list[Segment],
+        conversation: Conversation,
+        image_grids: list[Grid],
+        video_grids: list[Grid],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [S] int64 with one placeholder per visual token, and which are learned [S] bool."""
+        """Token ids [S] int64 with one placeholder per visual token, and which are learned [S]
+        bool."""
         text = "".join(text for text, _ in segments)
-        for kind, token, grids in (("image", self._image, image_grids), ("video", self._video, video_grids)):
+        for kind, token, grids in (
+            ("image", self._image, image_grids),
+            ("video", self._video, video_grids),
+        ):
             if text.count(token) != len(grids):
                 raise ValueError(
-                    f"the chat template wrote {text.count(token)} placeholders for {len(grids)} {kind}s: "
-                    f"does it show the {kind}s of every role?"
+                    f"the chat template wrote {text.count(token)} placeholders for {len(grids)}"
+                    f" {kind}s: does it show the {kind}s of every role?"
                 )
         images, videos = iter(image_grids), zip(video_grids, conversation.videos, strict=True)
         lengths: list[int] = []
@@ -269,24 +322,33 @@ class Processor:
             (groups, rows, columns), (_, video) = next(videos)
             lengths.extend([rows * columns // self.video_settings.merge_size**2] * groups)
             moments = video.moments(self.video_settings.temporal_patch_size)
-            return "".join(f"<{moment:.1f} seconds>{self._start}{self._video}{self._end}" for moment in moments)
+            return "".join(
+                f"<{moment:.1f} seconds>{self._start}{self._video}{self._end}" for moment in moments
+            )
 
-        ids, learned = self._tokenize([(self._placeholder.sub(expand, text), learned) for text, learned in segments])
-        # A placeholder is a token on its own, so that repeating one is what tokenizing a run of them would give.
+        ids, learned = self._tokenize(
+            [(self._placeholder.sub(expand, text), learned) for text, learned in segments]
+        )
+        # A placeholder is a token on its own, so that repeating one is what tokenizing a run of
+        # them would give.
         repeats = np.ones(len(ids), np.int64)
         repeats[np.isin(ids, self._visual_ids)] = lengths
         return np.repeat(ids, repeats), np.repeat(learned, repeats)
 
     def _tokenize(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the joined text, which must be those of its segments, and which are learned."""
-        pieces = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in segments]
-        whole = self.tokenizer("".join(text for text, _ in segments), add_special_tokens=False)["input_ids"]
+        pieces = [
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in segments
+        ]
+        whole = self.tokenizer("".join(text for text, _ in segments), add_special_tokens=False)[
+            "input_ids"
+        ]
         learned: list[bool] = []
         for (text, mark), piece in zip(segments, pieces, strict=True):
             if whole[len(learned) : len(learned) + len(piece)] != piece:
                 raise ValueError(
-                    f"the tokenizer merges characters across the border of an assistant turn, near {text[:40]!r}: "
-                    "strip white space from the turn's beginning"
+                    "the tokenizer merges characters across the border of an assistant turn, near"
+                    f" {text[:40]!r}: strip white space from the turn's beginning"
                 )
             learned += [mark] * len(piece)
         return np.array(whole, np.int64), np.array(learned, bool)
@@ -306,7 +368,8 @@ class Processor:
 
 
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's template where it has one of its own, else the tokenizer's (chat_template.jinja among them)."""
+    """The processor's template where it has one of its own, else the tokenizer's
+    (chat_template.jinja among them)."""
     for file in ("processor_config.json", "chat_template.json"):
         if template := _read_json(folder / file).get("chat_template"):
             return template
@@ -317,16 +380,20 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
-    """From processor_config.json, as transformers 5 saves it, or from the files that came before it."""
+    """From processor_config.json, as transformers 5 saves it, or from the files that came before
+    it."""
     nested = _read_json(folder / "processor_config.json")
     file = "processor_config.json" if "image_processor" in nested else "preprocessor_config.json"
     image = nested.get("image_processor") or _read_json(folder / file)
     if not image:
-        raise FileNotFoundError(f"{folder}: no preprocessor_config.json (nor image_processor in processor_config.json)")
+        raise FileNotFoundError(
+            f"{folder}: no preprocessor_config.json (nor image_processor in processor_config.json)"
+        )
     image_settings = ImageSettings.from_config(image, str(folder / file))
     video = nested.get("video_processor") or _read_json(folder / "video_preprocessor_config.json")
     if not video:
-        # Hugging Face then reads the images' file, whose min_pixels and max_pixels mean nothing to videos.
+        # Hugging Face then reads the images' file, whose min_pixels and max_pixels mean nothing to
+        # videos.
         video = {key: value for key, value in image.items() if key not in VideoSettings.refuses}
     return image_settings, VideoSettings.from_config(video, f"{folder}: video preprocessor")
 

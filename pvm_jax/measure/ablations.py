@@ -1,4 +1,5 @@
-"""The same weights with one thing taken away: the branch, one of its layers, its image, or the image altogether."""
+"""The same weights with one thing taken away: the branch, one of its layers, its image, or the
+image altogether."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,12 +25,15 @@ IMAGE_SWAPPED = "another image"
 IMAGE_BLANK = "blank image"
 
 
-def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256) -> dict[str, TeacherForced]:
+def ablations(
+    model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256
+) -> dict[str, TeacherForced]:
     """Teacher-forced accuracy and loss of `examples` under each ablation, by its name.
 
-    Of every model: as it is; the image swapped for another conversation's (chance); the image blank. With a branch also: the
-    branch off; each of its layers off; the branch, and nothing else, shown that other conversation's image; the image hidden
-    from the decoder, so that only the branch sees it. The other conversation is the partner (`pictures.partners`).
+    Of every model: as it is; the image swapped for another conversation's (chance); the image
+    blank. With a branch also: the branch off; each of its layers off; the branch, and nothing else,
+    shown that other conversation's image; the image hidden from the decoder, so that only the
+    branch sees it. The other conversation is the partner (`pictures.partners`).
 
     Raises:
         ValueError: for a conversation without answer, image or partner.
@@ -40,41 +44,68 @@ def ablations(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chu
         models[BRANCH_OFF] = silence(model, layers)
         if len(layers) > 1:
             models |= {f"branch of layer {layer} off": silence(model, [layer]) for layer in layers}
-    shown = {IMAGE_SWAPPED: exchanged(examples, model.config.vision), IMAGE_BLANK: blanked(examples)}
-    by_model = {name: teacher_forced(one, examples, rows=rows, chunk=chunk) for name, one in models.items()}
+    shown = {
+        IMAGE_SWAPPED: exchanged(examples, model.config.vision),
+        IMAGE_BLANK: blanked(examples),
+    }
+    by_model = {
+        name: teacher_forced(one, examples, rows=rows, chunk=chunk) for name, one in models.items()
+    }
     if layers:
         by_model[BRANCH_MISLED] = _misled(model, examples, rows, chunk)
         by_model[BRANCH_ALONE] = teacher_forced(model, examples, rows=rows, chunk=chunk, hide=True)
-    return by_model | {name: teacher_forced(model, others, rows=rows, chunk=chunk) for name, others in shown.items()}
+    return by_model | {
+        name: teacher_forced(model, others, rows=rows, chunk=chunk)
+        for name, others in shown.items()
+    }
 
 
 def by_filler(
-    models: Mapping[str, Qwen3VL], examples: Mapping[int, Sequence[Example]], *, rows: int = 4, chunk: int = 256
+    models: Mapping[str, Qwen3VL],
+    examples: Mapping[int, Sequence[Example]],
+    *,
+    rows: int = 4,
+    chunk: int = 256,
 ) -> dict[str, dict[int, TeacherForced]]:
-    """Teacher-forced accuracy and loss, by model and by tokens of filler between image and question (`with_filler`).
+    """Teacher-forced accuracy and loss, by model and by tokens of filler between image and question
+    (`with_filler`).
 
-    Also of the first model with the images exchanged, which is what guessing gives, under the name IMAGE_SWAPPED.
+    Also of the first model with the images exchanged, which is what guessing gives, under the name
+    IMAGE_SWAPPED.
     """
     first, config = next(iter(models.values())), next(iter(models.values())).config.vision
     found = {
-        name: {n: teacher_forced(model, those, rows=rows, chunk=chunk) for n, those in examples.items()}
+        name: {
+            n: teacher_forced(model, those, rows=rows, chunk=chunk) for n, those in examples.items()
+        }
         for name, model in models.items()
     }
-    swapped = {n: teacher_forced(first, exchanged(those, config), rows=rows, chunk=chunk) for n, those in examples.items()}
+    swapped = {
+        n: teacher_forced(first, exchanged(those, config), rows=rows, chunk=chunk)
+        for n, those in examples.items()
+    }
     return found | {IMAGE_SWAPPED: swapped}
 
 
 def silence(model: Qwen3VL, layers: Sequence[int]) -> Qwen3VL:
-    """`model` with the gates of these layers' branches at 0: their update is exactly 0. No new program needs compiling.
+    """`model` with the gates of these layers' branches at 0: their update is exactly 0. No new
+    program needs compiling.
 
     Raises:
         ValueError: for a layer without a branch.
     """
     if unknown := [layer for layer in layers if str(layer) not in model.pvm]:
-        raise ValueError(f"no branch at layers {unknown}: there is one at {sorted(map(int, model.pvm))}")
+        raise ValueError(
+            f"no branch at layers {unknown}: there is one at {sorted(map(int, model.pvm))}"
+        )
     paths = {("pvm", str(layer), "gate_alpha") for layer in layers}
     graphdef, params = nnx.split(model)
-    return nnx.merge(graphdef, nnx.map_state(lambda path, leaf: jnp.zeros_like(leaf) if _key(path) in paths else leaf, params))
+    return nnx.merge(
+        graphdef,
+        nnx.map_state(
+            lambda path, leaf: jnp.zeros_like(leaf) if _key(path) in paths else leaf, params
+        ),
+    )
 
 
 def _key(path: tuple) -> tuple[str, ...]:
@@ -82,7 +113,8 @@ def _key(path: tuple) -> tuple[str, ...]:
 
 
 class Misled(Qwen3VL):
-    """The model with one thing wrong: each row's branch reads the memory of the row before. The decoder sees its own image."""
+    """The model with one thing wrong: each row's branch reads the memory of the row before. The
+    decoder sees its own image."""
 
     def memorize(self, visual: Visual | None, batch: Batch) -> dict[str, Memory]:
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), super().memorize(visual, batch))
@@ -94,7 +126,8 @@ def mislead(model: Qwen3VL) -> Qwen3VL:
 
 
 def _misled(model: Qwen3VL, examples: Sequence[Example], rows: int, chunk: int) -> TeacherForced:
-    """`teacher_forced` of `mislead`, each conversation in the row after its partner: an even number of rows parts no pair."""
+    """`teacher_forced` of `mislead`, each conversation in the row after its partner: an even number
+    of rows parts no pair."""
     pairs = zip([examples[number] for number in partners(examples)], examples, strict=True)
     in_turn = [example for pair in pairs for example in pair]
     found = teacher_forced(mislead(model), in_turn, rows=max(rows // 2 * 2, 2), chunk=chunk)
@@ -102,13 +135,17 @@ def _misled(model: Qwen3VL, examples: Sequence[Example], rows: int, chunk: int) 
 
 
 FILLER = """\
-The road ran beside the river for most of the way. It had rained in the night and the fields were still wet. A man was mending \
-a fence and did not look up. Further on there was a mill that no longer worked, and behind it a row of poplars. Nobody spoke. \
-After an hour they came to a village where it was market day, and stopped to let the horses drink. """
+The road ran beside the river for most of the way. It had rained in the night and the fields were \
+still wet. A man was mending a fence and did not look up. Further on there was a mill that no \
+longer worked, and behind it a row of poplars. Nobody spoke. After an hour they came to a village \
+where it was market day, and stopped to let the horses drink. """
 
 
-def with_filler(messages: Messages, tokens: int, processor: Processor, text: str = FILLER) -> Messages:
-    """The conversation with about `tokens` tokens of `text`, repeated, between its first turn's images and what follows them.
+def with_filler(
+    messages: Messages, tokens: int, processor: Processor, text: str = FILLER
+) -> Messages:
+    """The conversation with about `tokens` tokens of `text`, repeated, between its first turn's
+    images and what follows them.
 
     Whole words are put in until their tokens are as many; a line break ends them.
 
@@ -119,8 +156,12 @@ def with_filler(messages: Messages, tokens: int, processor: Processor, text: str
         return messages
     for number, message in enumerate(messages):
         content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
-        visual = [place for place, part in enumerate(parts) if part.get("type") in ("image", "video")]
+        parts = (
+            [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+        )
+        visual = [
+            place for place, part in enumerate(parts) if part.get("type") in ("image", "video")
+        ]
         if message.get("role") == "user" and visual:
             parts.insert(visual[-1] + 1, {"type": "text", "text": _words(tokens, processor, text)})
             return [*messages[:number], dict(message) | {"content": parts}, *messages[number + 1 :]]
@@ -132,7 +173,9 @@ def _words(tokens: int, processor: Processor, text: str) -> str:
     taken = [words[i % len(words)] for i in range(tokens)]  # a word is at least one token
 
     def count(words: Sequence[str]) -> int:
-        return len(processor.tokenizer(" ".join(words) + "\n", add_special_tokens=False)["input_ids"])
+        return len(
+            processor.tokenizer(" ".join(words) + "\n", add_special_tokens=False)["input_ids"]
+        )
 
     low, high = 1, len(taken)
     while low < high:

@@ -11,16 +11,25 @@ import numpy as np
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
 from pvm_jax.generation import generate
-from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, only_if, predicts_an_answer, read
+from pvm_jax.measure.reading import (
+    at_predicting,
+    columns_of,
+    find_answers,
+    only_if,
+    predicts_an_answer,
+    read,
+)
 from pvm_jax.model.decoder import Inner
 from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 Scorer = Callable[[int, np.ndarray], np.ndarray]
-"""(number of the conversation, written token ids [T]) -> a score in [0, 1] for each position [T'], NaN where none is due."""
+"""(number of the conversation, written token ids [T]) -> a score in [0, 1] for each position [T'],
+NaN where none is due."""
 
 
 class TeacherForced(NamedTuple):
-    """By answer token, of N conversations with A tokens at most (NaN beyond an answer's end), all before it being the truth.
+    """By answer token, of N conversations with A tokens at most (NaN beyond an answer's end), all
+    before it being the truth.
 
     Attributes:
         correct: [N, A], 1 where the likeliest token is the true one, else 0.
@@ -32,7 +41,12 @@ class TeacherForced(NamedTuple):
 
 
 def teacher_forced(
-    model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256, hide: bool = False
+    model: Qwen3VL,
+    examples: Sequence[Example],
+    *,
+    rows: int = 4,
+    chunk: int = 256,
+    hide: bool = False,
 ) -> TeacherForced:
     """Measures `examples`, encoded conversations; see `reading.read`.
 
@@ -40,7 +54,9 @@ def teacher_forced(
         ValueError: for a conversation without answer or image.
     """
     answers = find_answers(examples)
-    found = read(model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk, hide=hide)
+    found = read(
+        model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk, hide=hide
+    )
     return TeacherForced(*(answers.where_real(values) for values in found))
 
 
@@ -88,8 +104,9 @@ def write(
     """Lets the model write each conversation's last answer.
 
     Args:
-        grade: scores what was written; None: a position scores 1 while all tokens up to it are the reference's, up to the
-            reference's end or `max_new_tokens`, so that the mean over conversations is the share still exact.
+        grade: scores what was written; None: a position scores 1 while all tokens up to it are the
+            reference's, up to the reference's end or `max_new_tokens`, so that the mean over
+            conversations is the share still exact.
 
     Raises:
         ValueError: for a conversation without answer or image.
@@ -102,12 +119,22 @@ def write(
     for start in range(0, len(prompts), rows):
         members = [prompts[i % len(prompts)] for i in range(start, start + rows)]
         batch = Batch.from_examples(members, model.config, among=prompts)
-        got = generate(model, batch, max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=tuple(stop_tokens))
+        got = generate(
+            model,
+            batch,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            stop_tokens=tuple(stop_tokens),
+        )
         ids, lengths = np.asarray(got.tokens), np.asarray(got.lengths)
         tokens += [row[:length] for row, length in zip(ids, lengths, strict=True)]
     tokens = tokens[: len(prompts)]
-    grade = grade or (lambda number, written: exact_so_far(written, references[number][:max_new_tokens]))
-    scores = [np.asarray(grade(number, written), np.float32) for number, written in enumerate(tokens)]
+    grade = grade or (
+        lambda number, written: exact_so_far(written, references[number][:max_new_tokens])
+    )
+    scores = [
+        np.asarray(grade(number, written), np.float32) for number, written in enumerate(tokens)
+    ]
     longest = max(map(len, scores))
     padded = [np.pad(score, (0, longest - len(score)), constant_values=np.nan) for score in scores]
     return WrittenAnswers(np.stack(padded), np.array([len(written) for written in tokens]), tokens)
@@ -125,4 +152,6 @@ def prompt_of(example: Example) -> tuple[Example, np.ndarray]:
     """The conversation up to its last answer, and that answer's tokens."""
     learned = find_answers([example]).columns[0]
     start = learned[np.flatnonzero(np.diff(learned, prepend=-2) > 1)[-1]]
-    return replace(example, input_ids=example.input_ids[:start], loss_mask=None), example.input_ids[learned[learned >= start]]
+    return replace(example, input_ids=example.input_ids[:start], loss_mask=None), example.input_ids[
+        learned[learned >= start]
+    ]

@@ -1,4 +1,5 @@
-"""What the branch costs: time to read a prompt, time of a generated token, and bytes that are held."""
+"""What the branch costs: time to read a prompt, time of a generated token, and bytes that are
+held."""
 
 import time
 from collections.abc import Mapping
@@ -39,8 +40,11 @@ class Cost(NamedTuple):
     new_tokens: int
 
 
-def cost(models: Mapping[str, Qwen3VL], prompt: Example, *, new_tokens: int = 128, rounds: int = 10) -> dict[str, Cost]:
-    """Measures `models` in turn, round by round, so that a busy machine is busy for all of them: compare within one call alone.
+def cost(
+    models: Mapping[str, Qwen3VL], prompt: Example, *, new_tokens: int = 128, rounds: int = 10
+) -> dict[str, Cost]:
+    """Measures `models` in turn, round by round, so that a busy machine is busy for all of them:
+    compare within one call alone.
 
     Args:
         prompt: one encoded conversation that ends where an answer is to begin.
@@ -48,7 +52,9 @@ def cost(models: Mapping[str, Qwen3VL], prompt: Example, *, new_tokens: int = 12
         rounds: after one that compiles and is not counted.
     """
     if new_tokens < 2 or rounds < 1:
-        raise ValueError(f"new_tokens must be at least 2 and rounds at least 1, got {new_tokens} and {rounds}")
+        raise ValueError(
+            f"new_tokens must be at least 2 and rounds at least 1, got {new_tokens} and {rounds}"
+        )
     batches = {name: Batch.from_examples([prompt], model.config) for name, model in models.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for _ in range(rounds + 1):
@@ -81,4 +87,8 @@ def _bytes(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[int, int, int
     def total(tree) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    return total(nnx.as_pure(nnx.state(model))), total((cache.prompts, samples)), total(cache.memories)
+    return (
+        total(nnx.as_pure(nnx.state(model))),
+        total((cache.prompts, samples)),
+        total(cache.memories),
+    )

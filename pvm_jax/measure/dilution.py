@@ -1,4 +1,5 @@
-"""How much of the decoder's attention is left for the image as the answer grows, and whether the branch keeps its voice."""
+"""How much of the decoder's attention is left for the image as the answer grows, and whether the
+branch keeps its voice."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,12 +18,16 @@ from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 
 class Dilution(NamedTuple):
-    """By answer token, of N conversations with A tokens at most (NaN beyond an answer's end), where the token is predicted.
+    """By answer token, of N conversations with A tokens at most (NaN beyond an answer's end), where
+    the token is predicted.
 
     Attributes:
-        mass: [N, L, A], each layer's attention on visual tokens, the mean over its heads, in [0, 1].
-        uniform: [N, A], what it would be if all tokens so far had the same share: visual tokens so far over tokens so far.
-        ffn: [N, P, A], the norm of the FFN's output in each layer with a branch, in ascending order.
+        mass: [N, L, A], each layer's attention on visual tokens, the mean over its heads, in [0,
+            1].
+        uniform: [N, A], what it would be if all tokens so far had the same share: visual tokens so
+            far over tokens so far.
+        ffn: [N, P, A], the norm of the FFN's output in each layer with a branch, in ascending
+            order.
         update: [N, P, A], the norm of the branch's update beside it.
     """
 
@@ -32,8 +37,11 @@ class Dilution(NamedTuple):
     update: np.ndarray
 
 
-def dilution(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256) -> Dilution:
-    """Measures `examples`, encoded conversations, with their own answers read (teacher-forced); see `reading.read`.
+def dilution(
+    model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 256
+) -> Dilution:
+    """Measures `examples`, encoded conversations, with their own answers read (teacher-forced); see
+    `reading.read`.
 
     Raises:
         ValueError: for a conversation without answer or image.
@@ -48,14 +56,25 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> tu
 
     def look(piece: Piece, inner: Inner) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         slots = jnp.pad(is_visual, ((0, 0), (0, piece.mask.shape[-1] - is_visual.shape[1])))
-        weights = attention_weights(inner.q, jnp.moveaxis(inner.cache.keys[inner.index], 1, 2), piece.mask)
+        weights = attention_weights(
+            inner.q, jnp.moveaxis(inner.cache.keys[inner.index], 1, 2), piece.mask
+        )
         mass = jnp.where(slots[:, None, None], weights, 0).sum(-1).mean(1)
-        return (mass, None, None) if inner.update is None else (mass, l2_norm(inner.ffn), l2_norm(inner.update))
+        return (
+            (mass, None, None)
+            if inner.update is None
+            else (mass, l2_norm(inner.ffn), l2_norm(inner.update))
+        )
 
     def conclude(piece: Piece, hidden: jax.Array, layers: list) -> list[jax.Array]:
         nothing = jnp.zeros((0, *hidden.shape[:2]))
-        return [jnp.stack(kept) if (kept := [x for x in by if x is not None]) else nothing for by in zip(*layers, strict=True)]
+        return [
+            jnp.stack(kept) if (kept := [x for x in by if x is not None]) else nothing
+            for by in zip(*layers, strict=True)
+        ]
 
-    mass, ffn, update = (at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk))
+    mass, ffn, update = (
+        at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk)
+    )
     before = jnp.take_along_axis(jnp.cumsum(is_visual, 1), columns - 1, axis=1)
     return mass, before / columns, ffn, update

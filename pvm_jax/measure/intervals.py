@@ -9,7 +9,8 @@ RESAMPLES = 1000
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95% interval; NaN where nothing was measured, an interval of NaN for a single conversation."""
+    """A mean and its 95% interval; NaN where nothing was measured, an interval of NaN for a single
+    conversation."""
 
     mean: float
     low: float
@@ -58,7 +59,8 @@ class PositionBucket(NamedTuple):
 
 
 def doubling_buckets(longest: int, first: int = 8) -> list[PositionBucket]:
-    """1 to `first`, then ranges that end at twice the last's end, up to `longest`; a short last one joins the one before."""
+    """1 to `first`, then ranges that end at twice the last's end, up to `longest`; a short last one
+    joins the one before."""
     ends = [min(first, longest)]
     while ends[-1] < longest:
         ends.append(min(2 * ends[-1], longest))
@@ -72,7 +74,12 @@ def by_position(values: np.ndarray, buckets: Sequence[PositionBucket]) -> list[E
     return [estimate(bucket.of(values)) for bucket in buckets]
 
 
-def by_length(values: np.ndarray, lengths: np.ndarray, buckets: Sequence[PositionBucket]) -> list[Estimate]:
+def by_length(
+    values: np.ndarray, lengths: np.ndarray, buckets: Sequence[PositionBucket]
+) -> list[Estimate]:
     """Of `values` [N, A], an Estimate for each bucket of the answers' `lengths` [N]."""
     chosen = [(lengths >= bucket.first) & (lengths <= bucket.last) for bucket in buckets]
-    return [estimate(values[which]) if which.any() else Estimate(np.nan, np.nan, np.nan) for which in chosen]
+    return [
+        estimate(values[which]) if which.any() else Estimate(np.nan, np.nan, np.nan)
+        for which in chosen
+    ]

@@ -1,4 +1,5 @@
-"""When the prediction is made: every layer's stream through the final norm and the head (the logit lens)."""
+"""When the prediction is made: every layer's stream through the final norm and the head (the logit
+lens)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,13 +10,21 @@ import numpy as np
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
-from pvm_jax.measure.reading import at_predicting, columns_of, find_answers, only_if, predicts_an_answer, read
+from pvm_jax.measure.reading import (
+    at_predicting,
+    columns_of,
+    find_answers,
+    only_if,
+    predicts_an_answer,
+    read,
+)
 from pvm_jax.model.decoder import Inner
 from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 
 class Lens(NamedTuple):
-    """By layer and answer token, of N conversations with A tokens at most (NaN beyond an answer's end).
+    """By layer and answer token, of N conversations with A tokens at most (NaN beyond an answer's
+    end).
 
     "The final token" is the one that the model itself finds likeliest in the end, right or not.
 
@@ -33,16 +42,20 @@ class Lens(NamedTuple):
 
 
 def lens(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: int = 128) -> Lens:
-    """Measures `examples`, encoded conversations, with their own answers read (teacher-forced); see `reading.read`.
+    """Measures `examples`, encoded conversations, with their own answers read (teacher-forced); see
+    `reading.read`.
 
     Args:
-        chunk: at most this many columns of a batch meet the vocabulary at a time, in one layer at a time.
+        chunk: at most this many columns of a batch meet the vocabulary at a time, in one layer at a
+            time.
 
     Raises:
         ValueError: for a conversation without answer or image.
     """
     answers = find_answers(examples)
-    probability, rank, kl = read(model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk)
+    probability, rank, kl = read(
+        model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk
+    )
     stays = np.logical_and.accumulate(rank[:, ::-1] == 0, axis=1)
     settled = rank.shape[1] - stays.sum(1)
     return Lens(*(answers.where_real(values) for values in (probability, rank, kl, settled)))
@@ -54,7 +67,9 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> li
     def look(piece: Piece, inner: Inner) -> jax.Array:
         return inner.stream
 
-    def conclude(piece: Piece, hidden: jax.Array, streams: list[jax.Array]) -> tuple[jax.Array, ...]:
+    def conclude(
+        piece: Piece, hidden: jax.Array, streams: list[jax.Array]
+    ) -> tuple[jax.Array, ...]:
         def compare() -> tuple[jax.Array, ...]:
             final = jax.nn.log_softmax(model.logits(hidden))
             token = jnp.argmax(final, -1)[..., None]

@@ -1,4 +1,5 @@
-"""Where the model looks for a token: the branch's attention over the image, and the decoder's own."""
+"""Where the model looks for a token: the branch's attention over the image, and the decoder's
+own."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,11 +19,12 @@ from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 class Looked(NamedTuple):
     """Attention on V visual tokens, where T tokens of each of N conversations are predicted.
 
-    The visual tokens stand in the order of the patches (`visual_runs`), frame by frame, rows before columns; what a
-    conversation has fewer than V is 0.
+    The visual tokens stand in the order of the patches (`visual_runs`), frame by frame, rows before
+    columns; what a conversation has fewer than V is 0.
 
     Attributes:
-        branch: [N, P, heads, T, V], of every layer with a branch, in ascending order; a head's sum is 1.
+        branch: [N, P, heads, T, V], of every layer with a branch, in ascending order; a head's sum
+            is 1.
         decoder: [N, L, T, V], of every layer, the mean over its heads; the sum is `Dilution.mass`.
     """
 
@@ -30,8 +32,16 @@ class Looked(NamedTuple):
     decoder: np.ndarray
 
 
-def looked(model: Qwen3VL, examples: Sequence[Example], columns: np.ndarray, *, rows: int = 4, chunk: int = 256) -> Looked:
-    """Args: columns: [N, T], the tokens in question, each predicted from the column before it. See `reading.read`."""
+def looked(
+    model: Qwen3VL,
+    examples: Sequence[Example],
+    columns: np.ndarray,
+    *,
+    rows: int = 4,
+    chunk: int = 256,
+) -> Looked:
+    """Args: columns: [N, T], the tokens in question, each predicted from the column before it. See
+    `reading.read`."""
     return Looked(*read(model, examples, _program, columns=columns, rows=rows, chunk=chunk))
 
 
@@ -44,14 +54,18 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> li
 
     def look(piece: Piece, inner: Inner) -> tuple[jax.Array, jax.Array | None]:
         here, take = _chosen(columns - 1, piece)
-        weights = attention_weights(take(inner.q), jnp.moveaxis(inner.cache.keys[inner.index], 1, 2), take(piece.mask)).mean(1)
+        weights = attention_weights(
+            take(inner.q), jnp.moveaxis(inner.cache.keys[inner.index], 1, 2), take(piece.mask)
+        ).mean(1)
         on_visual = jnp.take_along_axis(weights, places[:, None], axis=2)
         decoder = jnp.where(here[..., None] & real[:, None], on_visual, 0)
         if inner.branch is None:
             return decoder, None
         limits = None if piece.limits is None else take(piece.limits)
         key = str(inner.branch)
-        shares = model.pvm[key].looks(take(inner.middle), piece.memories[key], take(piece.segment_ids), limits)
+        shares = model.pvm[key].looks(
+            take(inner.middle), piece.memories[key], take(piece.segment_ids), limits
+        )
         return decoder, jnp.where(here[:, None, :, None], shares, 0)
 
     def conclude(piece: Piece, hidden: jax.Array, layers: list) -> tuple[jax.Array, jax.Array]:
@@ -59,11 +73,14 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> li
         nothing = jnp.zeros((hidden.shape[0], 0, 0, columns.shape[1], real.shape[1]))
         return jnp.stack(branch, 1) if branch else nothing, jnp.stack(decoder, 1)
 
-    return [x.sum(0) for x in model.inspect(batch, look, conclude, chunk=chunk)]  # each token is in one piece
+    return [
+        x.sum(0) for x in model.inspect(batch, look, conclude, chunk=chunk)
+    ]  # each token is in one piece
 
 
 def _chosen(columns: jax.Array, piece: Piece):
-    """Which of `columns` [B, T] are in the piece, and a function that takes them out of what its columns have: [B, W, ...]."""
+    """Which of `columns` [B, T] are in the piece, and a function that takes them out of what its
+    columns have: [B, W, ...]."""
     width = piece.segment_ids.shape[1]
     here = (columns >= piece.start) & (columns < piece.start + width)
     places = jnp.clip(columns - piece.start, 0, width - 1)

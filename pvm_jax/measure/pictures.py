@@ -1,6 +1,8 @@
-"""The pictures of an encoded conversation, as the model gets them: out of its patches, and back into them.
+"""The pictures of an encoded conversation, as the model gets them: out of its patches, and back
+into them.
 
-A frame is an image, or a pair of frames of a video: [T, height, width, channels] in the patches' own (normalized) units.
+A frame is an image, or a pair of frames of a video: [T, height, width, channels] in the patches'
+own (normalized) units.
 """
 
 from collections.abc import Sequence
@@ -30,8 +32,11 @@ def frames(example: Example, config: VisionConfig) -> list[np.ndarray]:
     return found
 
 
-def picture(pixels: np.ndarray, rows: int, columns: int, settings: PixelSettings, config: VisionConfig) -> np.ndarray:
-    """[height, width, 3] in [0, 1], for a person: the first frame of `pixels`, patches [rows * columns, patch_dim]."""
+def picture(
+    pixels: np.ndarray, rows: int, columns: int, settings: PixelSettings, config: VisionConfig
+) -> np.ndarray:
+    """[height, width, 3] in [0, 1], for a person: the first frame of `pixels`, patches [rows *
+    columns, patch_dim]."""
     frame = _unfold(pixels, rows, columns, config)[0]
     lowest, highest = settings.normalized()[:, 0], settings.normalized()[:, -1]
     return np.clip((frame - lowest) / (highest - lowest), 0, 1)
@@ -49,22 +54,28 @@ def with_frames(example: Example, new: Sequence[np.ndarray], config: VisionConfi
 
 
 def exchanged(examples: Sequence[Example], config: VisionConfig) -> list[Example]:
-    """The same conversations, each about its partner's pictures (`partners`), scaled to the size of its own: chance, as far as
-    sight goes.
+    """The same conversations, each about its partner's pictures (`partners`), scaled to the size of
+    its own: chance, as far as sight goes.
 
     Raises:
         ValueError: as `partners`.
     """
     shown = [frames(example, config) for example in examples]
     return [
-        with_frames(example, [_resized(other[i % len(other)], mine.shape) for i, mine in enumerate(own)], config)
-        for example, own, other in zip(examples, shown, [shown[number] for number in partners(examples)], strict=True)
+        with_frames(
+            example,
+            [_resized(other[i % len(other)], mine.shape) for i, mine in enumerate(own)],
+            config,
+        )
+        for example, own, other in zip(
+            examples, shown, [shown[number] for number in partners(examples)], strict=True
+        )
     ]
 
 
 def partners(examples: Sequence[Example]) -> list[int]:
-    """[N]: for each conversation the next one, the first following the last, that shares no image or video with it. In many
-    data several questions about one image follow each other.
+    """[N]: for each conversation the next one, the first following the last, that shares no image
+    or video with it. In many data several questions about one image follow each other.
 
     Raises:
         ValueError: for a conversation without such another.
@@ -83,12 +94,18 @@ def partners(examples: Sequence[Example]) -> list[int]:
 
 
 def blanked(examples: Sequence[Example]) -> list[Example]:
-    """The same conversations, every picture of one colour: the one that normalization turns to 0 (a middle grey)."""
+    """The same conversations, every picture of one colour: the one that normalization turns to 0 (a
+    middle grey)."""
 
     def blank(pixels: np.ndarray | None) -> np.ndarray | None:
         return None if pixels is None else np.zeros_like(pixels)
 
-    return [replace(e, pixel_values=blank(e.pixel_values), pixel_values_videos=blank(e.pixel_values_videos)) for e in examples]
+    return [
+        replace(
+            e, pixel_values=blank(e.pixel_values), pixel_values_videos=blank(e.pixel_values_videos)
+        )
+        for e in examples
+    ]
 
 
 def _fingerprints(example: Example) -> set[bytes]:
@@ -111,14 +128,27 @@ def _resized(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _unfold(patches: np.ndarray, rows: int, columns: int, config: VisionConfig) -> np.ndarray:
     """[rows * columns, patch_dim], a visual token's patches together -> a frame."""
     merge, side = config.spatial_merge_size, config.patch_size
-    shape = (rows // merge, columns // merge, merge, merge, config.in_channels, config.temporal_patch_size, side, side)
+    shape = (
+        rows // merge,
+        columns // merge,
+        merge,
+        merge,
+        config.in_channels,
+        config.temporal_patch_size,
+        side,
+        side,
+    )
     frame = patches.reshape(shape).transpose(5, 0, 2, 6, 1, 3, 7, 4)
-    return frame.reshape(config.temporal_patch_size, rows * side, columns * side, config.in_channels)
+    return frame.reshape(
+        config.temporal_patch_size, rows * side, columns * side, config.in_channels
+    )
 
 
 def _fold(frame: np.ndarray, config: VisionConfig) -> np.ndarray:
     """The inverse of `_unfold`."""
     merge, side = config.spatial_merge_size, config.patch_size
     time, height, width, channels = frame.shape
-    blocks = frame.reshape(time, height // (merge * side), merge, side, width // (merge * side), merge, side, channels)
+    blocks = frame.reshape(
+        time, height // (merge * side), merge, side, width // (merge * side), merge, side, channels
+    )
     return blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, config.patch_dim)

@@ -1,4 +1,5 @@
-"""Conversations -> what a measurement takes of their answers' tokens, batch after batch through one compiled program."""
+"""Conversations -> what a measurement takes of their answers' tokens, batch after batch through one
+compiled program."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,8 @@ from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
 
 Program = Callable[[Qwen3VL, Batch, jax.Array, int], Any]
-"""(model, batch, columns [B, A], chunk) -> a pytree of arrays [B, ...]; a function of a module, since it is compiled once."""
+"""(model, batch, columns [B, A], chunk) -> a pytree of arrays [B, ...]; a function of a module,
+since it is compiled once."""
 
 
 class Answers(NamedTuple):
@@ -40,17 +42,24 @@ class Answers(NamedTuple):
 
 
 def find_answers(examples: Sequence[Example]) -> Answers:
-    """The learned tokens of every conversation: all that its assistant turns say, in order, the turns' ends included.
+    """The learned tokens of every conversation: all that its assistant turns say, in order, the
+    turns' ends included.
 
     Raises:
         ValueError: for a conversation without an answer or without an image, by its number.
     """
     learned = []
     for number, example in enumerate(examples):
-        columns = np.flatnonzero(example.loss_mask) if example.loss_mask is not None else np.array([], int)
+        columns = (
+            np.flatnonzero(example.loss_mask)
+            if example.loss_mask is not None
+            else np.array([], int)
+        )
         columns = columns[columns > 0]  # the first token has nothing to be predicted from
         if not len(columns):
-            raise ValueError(f"conversation {number} has no assistant turn: there is no answer to measure")
+            raise ValueError(
+                f"conversation {number} has no assistant turn: there is no answer to measure"
+            )
         if not example.num_patches:
             raise ValueError(f"conversation {number} shows no image: there is nothing to look at")
         learned.append(columns)
@@ -87,22 +96,32 @@ def read(
     params = nnx.as_pure(params)
     parts = []
     for start in range(0, len(examples), rows):
-        # A last batch is filled from the front: the row before a conversation is never the same one (`ablations.mislead`).
+        # A last batch is filled from the front: the row before a conversation is never the same one
+        # (`ablations.mislead`).
         members = [i % len(examples) for i in range(start, start + rows)]
         batch = Batch.from_examples([examples[i] for i in members], model.config, among=examples)
         batch = hide_images(batch, [hide] * rows)
-        parts.append(jax.device_get(_run(graphdef, params, batch, columns[members], program, chunk)))
+        parts.append(
+            jax.device_get(_run(graphdef, params, batch, columns[members], program, chunk))
+        )
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(examples)], *parts)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "program", "chunk"))
-def _run(graphdef: nnx.GraphDef, params: Any, batch: Batch, columns: jax.Array, program: Program, chunk: int) -> Any:
+def _run(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    batch: Batch,
+    columns: jax.Array,
+    program: Program,
+    chunk: int,
+) -> Any:
     return program(nnx.merge(graphdef, params), batch, columns, chunk)
 
 
 def at_predicting(pieces: jax.Array, columns: jax.Array) -> jax.Array:
-    """[pieces, ..., B, W] -> [B, ..., A]: of what was kept of all columns, that of the column before each of `columns` [B, A],
-    from which the token there is predicted."""
+    """[pieces, ..., B, W] -> [B, ..., A]: of what was kept of all columns, that of the column
+    before each of `columns` [B, A], from which the token there is predicted."""
     whole = jnp.moveaxis(pieces, 0, -2)
     whole = jnp.moveaxis(whole.reshape(*whole.shape[:-2], -1), -2, 0)
     before = (columns - 1).reshape(columns.shape[0], *(1,) * (whole.ndim - 2), -1)
@@ -110,7 +129,8 @@ def at_predicting(pieces: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def columns_of(x: jax.Array, piece: Piece) -> jax.Array:
-    """The columns of a piece, [B, W], of what all columns of the batch have, [B, S]; zeros where it was filled up."""
+    """The columns of a piece, [B, W], of what all columns of the batch have, [B, S]; zeros where it
+    was filled up."""
     width = piece.segment_ids.shape[1]
     padded = jnp.pad(x, ((0, 0), (0, piece.mask.shape[-1] - x.shape[1])))
     return jax.lax.dynamic_slice_in_dim(padded, piece.start, width, axis=1)

@@ -1,4 +1,5 @@
-"""One door to attention. Which kernel stands behind it depends on the platform; all compute the same numbers."""
+"""One door to attention. Which kernel stands behind it depends on the platform; all compute the
+same numbers."""
 
 import math
 from typing import Any
@@ -32,14 +33,17 @@ def attention(
     Args:
         q: [B, S, N, H].
         k, v: [B, T, K, H] with N a multiple of K (grouped queries).
-        q_segment_ids, kv_segment_ids: [B, S] and [B, T]; a query sees the keys that carry its own id.
+        q_segment_ids, kv_segment_ids: [B, S] and [B, T]; a query sees the keys that carry its own
+            id.
         causal: a query at column s sees keys at columns <= s only.
         limits: [B, S]: a query sees keys at columns below its limit only.
-        kernel: "splash" (TPU, no limits), "cudnn" (GPU, H <= 128), "xla" (everywhere: the reference) or None: by platform.
+        kernel: "splash" (TPU, no limits), "cudnn" (GPU, H <= 128), "xla" (everywhere: the
+            reference) or None: by platform.
         interpret: runs the TPU kernel in its interpreter, for tests.
 
     Returns:
-        [B, S, N, H]. For a query that sees no key at all the result is finite and means nothing: mask it.
+        [B, S, N, H]. For a query that sees no key at all the result is finite and means nothing:
+        mask it.
 
     Raises:
         ValueError: for an unknown kernel, and for limits with "splash".
@@ -47,15 +51,18 @@ def attention(
     if kernel is None:
         kernel = _platform_kernel(q, limits is not None)
     if kernel == "xla":
-        return _xla(q, k, v, attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits))
+        return _xla(
+            q, k, v, attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)
+        )
     if kernel == "cudnn":
         mask = attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if kernel == "splash":
         if limits is not None:
             raise ValueError(
-                "the splash kernel cannot end each query's keys at a limit of its own, which chunked prefill and "
-                "pvm_visibility 'preceding' ask for: leave attention at None (by platform), or set it to 'xla'"
+                "the splash kernel cannot end each query's keys at a limit of its own, which"
+                " chunked prefill and pvm_visibility 'preceding' ask for: leave attention at None"
+                " (by platform), or set it to 'xla'"
             )
         return _splash(q, k, v, q_segment_ids, kv_segment_ids, causal, interpret)
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
@@ -70,8 +77,8 @@ def shared_attention(
     shared_mask: jax.Array,
     own_mask: jax.Array,
 ) -> jax.Array:
-    """One softmax over keys that a row's N queries share, keys that each of them has for itself, and its newest: a decoding
-    step.
+    """One softmax over keys that a row's N queries share, keys that each of them has for itself,
+    and its newest: a decoding step.
 
     Args:
         q: [B, N, heads, H], N queries that do not see each other.
@@ -83,25 +90,38 @@ def shared_attention(
     Returns:
         [B, N, heads, H].
     """
-    # [B, K, N, heads / K, H]: batch axes lead in one order in all operands, so that no product wants keys or values copied.
+    # [B, K, N, heads / K, H]: batch axes lead in one order in all operands, so that no product
+    # wants keys or values copied.
     grouped = q.reshape(*q.shape[:2], shared[0].shape[1], -1, q.shape[-1]).swapaxes(1, 2)
     scores = [
         jnp.einsum("bkngh,bkth->bkngt", grouped, shared[0], preferred_element_type=jnp.float32),
         jnp.einsum("bkngh,bknth->bkngt", grouped, own[0], preferred_element_type=jnp.float32),
-        jnp.einsum("bkngh,bknh->bkng", grouped, new[0], preferred_element_type=jnp.float32)[..., None],
+        jnp.einsum("bkngh,bknh->bkng", grouped, new[0], preferred_element_type=jnp.float32)[
+            ..., None
+        ],
     ]
-    masks = [jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1])) for mask in (shared_mask, own_mask, jnp.array([True]))]
+    masks = [
+        jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1]))
+        for mask in (shared_mask, own_mask, jnp.array([True]))
+    ]
     mask = jnp.concatenate(masks, -1)[:, None, :, None]
-    weights = jax.nn.softmax(_masked(jnp.concatenate(scores, -1) * q.shape[-1] ** -0.5, mask), -1).astype(q.dtype)
-    of_shared, of_own, of_new = jnp.split(weights, [shared_mask.shape[-1], weights.shape[-1] - 1], -1)
-    attended = jnp.einsum("bkngt,bkth->bkngh", of_shared, shared[1], preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(
+        _masked(jnp.concatenate(scores, -1) * q.shape[-1] ** -0.5, mask), -1
+    ).astype(q.dtype)
+    of_shared, of_own, of_new = jnp.split(
+        weights, [shared_mask.shape[-1], weights.shape[-1] - 1], -1
+    )
+    attended = jnp.einsum(
+        "bkngt,bkth->bkngh", of_shared, shared[1], preferred_element_type=jnp.float32
+    )
     attended += jnp.einsum("bkngt,bknth->bkngh", of_own, own[1], preferred_element_type=jnp.float32)
     attended += of_new.astype(jnp.float32) * new[1][:, :, :, None].astype(jnp.float32)
     return attended.swapaxes(1, 2).astype(q.dtype).reshape(q.shape)
 
 
 def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """What `attention` weighs the values with, for those who want to see it: it holds a matrix a head, so give it few queries.
+    """What `attention` weighs the values with, for those who want to see it: it holds a matrix a
+    head, so give it few queries.
 
     Args:
         q: [B, S, N, H].
@@ -117,7 +137,11 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def attention_mask(
-    q_segment_ids: jax.Array, kv_segment_ids: jax.Array, *, causal: bool = False, limits: jax.Array | None = None
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    *,
+    causal: bool = False,
+    limits: jax.Array | None = None,
 ) -> jax.Array:
     """[B, S, T], True where the query may look; arguments as of `attention`."""
     mask = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
@@ -129,9 +153,13 @@ def attention_mask(
 
 
 def _platform_kernel(q: jax.Array, limited: bool) -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device  # a program may be compiled for devices that are not here
+    device = (
+        jax.sharding.get_abstract_mesh().abstract_device
+    )  # a program may be compiled for devices that are not here
     backend = device.platform if device else jax.default_backend()
-    if q.shape[1] < _LANES:  # a decoding step's queries: a product with few rows, which no tiled kernel speeds up
+    if (
+        q.shape[1] < _LANES
+    ):  # a decoding step's queries: a product with few rows, which no tiled kernel speeds up
         return "xla"
     if backend == "tpu" and not limited:
         return "splash"
@@ -156,7 +184,8 @@ def _masked(scores: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _splash(q, k, v, q_segment_ids, kv_segment_ids, causal: bool, interpret: bool) -> jax.Array:
-    """The Pallas kernel, which works on one row of one device: vmapped over rows, shard_mapped over the mesh."""
+    """The Pallas kernel, which works on one row of one device: vmapped over rows, shard_mapped over
+    the mesh."""
     length, head_dim = q.shape[1], q.shape[-1]
     q, q_segment_ids = _pad(q * head_dim**-0.5), _pad_to_lanes(q_segment_ids, 1)
     k, v, kv_segment_ids = _pad(k), _pad(v), _pad_to_lanes(kv_segment_ids, 1)
@@ -179,7 +208,9 @@ def _splash(q, k, v, q_segment_ids, kv_segment_ids, causal: bool, interpret: boo
     if not mesh.empty:
         q_spec = partition_spec(("batch", "length", "heads", "head_dim"), q.shape, mesh)
         kv_spec = partition_spec(("batch", "length", "kv_heads", "head_dim"), k.shape, mesh)
-        if kv_spec[2] is None:  # the table could not split the key heads: whole on every device, and so are the queries
+        if (
+            kv_spec[2] is None
+        ):  # the table could not split the key heads: whole on every device, and so are the queries
             q_spec = PartitionSpec(q_spec[0])
         rows = PartitionSpec(q_spec[0])
         specs = (q_spec, kv_spec, kv_spec, rows, rows)
@@ -192,7 +223,8 @@ def _pad(x: jax.Array) -> jax.Array:
 
 
 def _pad_to_lanes(x: jax.Array, axis: int) -> jax.Array:
-    """Zeros to the next multiple of 128: zero head dimensions change no product, segment 0 is padding."""
+    """Zeros to the next multiple of 128: zero head dimensions change no product, segment 0 is
+    padding."""
     missing = -x.shape[axis] % _LANES
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 

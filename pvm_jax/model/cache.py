@@ -1,6 +1,8 @@
-"""What decoding reads: keys and values of the prompts, each prompt's memory of its images, and what its samples wrote.
+"""What decoding reads: keys and values of the prompts, each prompt's memory of its images, and what
+its samples wrote.
 
-Heads come before slots, so that a head's keys are one matrix: a decoding step multiplies them where they lie.
+Heads come before slots, so that a head's keys are one matrix: a decoding step multiplies them where
+they lie.
 """
 
 from typing import NamedTuple, Self
@@ -14,7 +16,8 @@ from pvm_jax.sharding import constrain
 
 
 class PromptCache(NamedTuple):
-    """The prompts' keys and values, [L, B, K, T, H] each, and the segment of every slot, [B, T] (0: empty)."""
+    """The prompts' keys and values, [L, B, K, T, H] each, and the segment of every slot, [B, T] (0:
+    empty)."""
 
     keys: jax.Array
     values: jax.Array
@@ -41,7 +44,8 @@ class PromptCache(NamedTuple):
         )
 
     def compacted(self, slots: int) -> Self:
-        """In `slots` slots at most: the empty ones moved behind the others, and as many as need be left out."""
+        """In `slots` slots at most: the empty ones moved behind the others, and as many as need be
+        left out."""
         order = jnp.argsort(self.segment_ids == 0, axis=1, stable=True)[:, :slots]
         return type(self)(
             jnp.take_along_axis(self.keys, order[None, :, None, :, None], 3),
@@ -50,8 +54,11 @@ class PromptCache(NamedTuple):
         )
 
     def claim(self, slot: jax.Array, segment_ids: jax.Array) -> Self:
-        """With the slots from `slot` on given to tokens of `segment_ids` [B, S], before any layer writes there."""
-        return self._replace(segment_ids=jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, slot)))
+        """With the slots from `slot` on given to tokens of `segment_ids` [B, S], before any layer
+        writes there."""
+        return self._replace(
+            segment_ids=jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, slot))
+        )
 
     def write(self, layer: jax.Array, slot: jax.Array, k: jax.Array, v: jax.Array) -> Self:
         """With k, v [B, S, K, H] in the slots from `slot` on of one layer."""
@@ -61,7 +68,8 @@ class PromptCache(NamedTuple):
 
 
 class SampleCache(NamedTuple):
-    """The keys and values of what is generated: [L, B, K, N, T, H] each, for N samples of every prompt."""
+    """The keys and values of what is generated: [L, B, K, N, T, H] each, for N samples of every
+    prompt."""
 
     keys: jax.Array
     values: jax.Array
@@ -89,7 +97,12 @@ class SampleCache(NamedTuple):
     def write(self, slot: jax.Array, written: "TokenKeysValues") -> Self:
         """With them in one slot of every layer."""
         pairs = zip(self, written, strict=True)
-        return type(self)(*(jax.lax.dynamic_update_slice_in_dim(x, new[..., None, :], slot, 4) for x, new in pairs))
+        return type(self)(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(x, new[..., None, :], slot, 4)
+                for x, new in pairs
+            )
+        )
 
 
 class TokenKeysValues(NamedTuple):
@@ -105,7 +118,8 @@ class TokenKeysValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """All that is kept of the prompts: the decoder's keys and values, and each branch's memory of the images, by layer."""
+    """All that is kept of the prompts: the decoder's keys and values, and each branch's memory of
+    the images, by layer."""
 
     prompts: PromptCache
     memories: dict[str, Memory]
@@ -119,10 +133,14 @@ class Cache(NamedTuple):
         """The memories with these behind their own: the images seen before stay."""
         if not (self.memories and memories):
             return self.memories or memories
-        return jax.tree.map(lambda old, new: jnp.concatenate([old, new], 1), self.memories, memories)
+        return jax.tree.map(
+            lambda old, new: jnp.concatenate([old, new], 1), self.memories, memories
+        )
 
 
-def _two_empty(shape: tuple[int, ...], names: tuple[str, ...], config: ModelConfig) -> list[jax.Array]:
+def _two_empty(
+    shape: tuple[int, ...], names: tuple[str, ...], config: ModelConfig
+) -> list[jax.Array]:
     """For keys and for values: buffers of their own, so that both can be donated."""
     return [constrain(jnp.zeros(shape, config.compute_dtype), *names) for _ in range(2)]
 

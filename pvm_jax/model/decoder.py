@@ -1,4 +1,5 @@
-"""The decoder: one stack of alike layers, scanned in runs between the layers that differ (DeepStack, PVM)."""
+"""The decoder: one stack of alike layers, scanned in runs between the layers that differ
+(DeepStack, PVM)."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,12 +10,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import ModelConfig, TextConfig
-from pvm_jax.model.layers import Embedding, Linear, RMSNorm, Rngs, SwiGLU, merge_heads, remat, split_heads, stack
+from pvm_jax.model.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    Rngs,
+    SwiGLU,
+    merge_heads,
+    remat,
+    split_heads,
+    stack,
+)
 from pvm_jax.model.rope import mrope_angles, rotate
 from pvm_jax.sharding import constrain
 
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""(cache, layer, q, k, v) -> what the queries attended to, [B, S, N, H], and the cache with k and v [B, S, K, H] in it."""
+"""(cache, layer, q, k, v) -> what the queries attended to, [B, S, N, H], and the cache with k and v
+[B, S, K, H] in it."""
 
 
 class Inner(NamedTuple):
@@ -25,10 +37,12 @@ class Inner(NamedTuple):
         branch: the layer as an int where it has a branch and there are images to recall, else None.
         q: [B, S, N, H] and k: [B, S, K, H], normed and rotated.
         cache: as `attend` left it.
-        middle: [B, S, D], the stream after self-attention: what the branch reads, and the FFN after its norm.
+        middle: [B, S, D], the stream after self-attention: what the branch reads, and the FFN after
+            its norm.
         ffn: [B, S, D], the FFN's output.
         update: [B, S, D], the branch's; None where `branch` is None.
-        stream: [B, S, D], the residual stream that leaves the layer (the DeepStack addition included).
+        stream: [B, S, D], the residual stream that leaves the layer (the DeepStack addition
+            included).
     """
 
     index: jax.Array
@@ -43,7 +57,8 @@ class Inner(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """`hidden` [B, S, D] after the final norm; the cache as `attend` left it; what the probe took of each layer, in order."""
+    """`hidden` [B, S, D] after the final norm; the cache as `attend` left it; what the probe took
+    of each layer, in order."""
 
     hidden: jax.Array
     cache: Any
@@ -51,7 +66,8 @@ class Decoded(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with an RMSNorm on each q and k head (`Qwen3VLTextAttention`)."""
+    """Causal grouped-query attention with an RMSNorm on each q and k head
+    (`Qwen3VLTextAttention`)."""
 
     def __init__(self, c: TextConfig, *, dtype: str, rngs: Rngs):
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -79,7 +95,9 @@ class DecoderLayer(nnx.Module):
     def __init__(self, c: TextConfig, *, dtype: str, rngs: Rngs):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(
+            c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs
+        )
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
 
 
@@ -95,7 +113,9 @@ class _LayerRun(NamedTuple):
 def _runs(config: ModelConfig, taps: int, *, alone: bool) -> list[_LayerRun]:
     """`alone`: a layer with a branch is a run of its own; else it is the last one of a run."""
     layers, special = config.text.num_hidden_layers, config.text.pvm_layers
-    edges = sorted({0, taps, layers, *(special if alone else ()), *(layer + 1 for layer in special)})
+    edges = sorted(
+        {0, taps, layers, *(special if alone else ()), *(layer + 1 for layer in special)}
+    )
     return [_LayerRun(a, b, a < taps, b - 1 in special) for a, b in pairwise(edges)]
 
 
@@ -105,8 +125,12 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.text, config.param_dtype
         self.config = config
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), dtype=dtype, rngs=rngs)
-        self.layers = stack(lambda r: DecoderLayer(c, dtype=dtype, rngs=r), c.num_hidden_layers, rngs)
+        self.embed_tokens = Embedding(
+            c.vocab_size, c.hidden_size, ("vocab", "embed"), dtype=dtype, rngs=rngs
+        )
+        self.layers = stack(
+            lambda r: DecoderLayer(c, dtype=dtype, rngs=r), c.num_hidden_layers, rngs
+        )
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -127,29 +151,37 @@ class Decoder(nnx.Module):
             hidden: [B, S, D], embeddings with the visual tokens in place.
             positions: [B, 3, S].
             attend: self-attention, with what each layer keeps of it in `cache`, a pytree.
-            recall: (layer, stream [B, S, D]) -> the PVM update [B, S, D]; None: no images, the update is 0.
-            deepstack: [taps, B, V, D]; `place` puts one of them at its row's visual tokens: [B, V, D] -> [B, S, D].
+            recall: (layer, stream [B, S, D]) -> the PVM update [B, S, D]; None: no images, the
+                update is 0.
+            deepstack: [taps, B, V, D]; `place` puts one of them at its row's visual tokens: [B, V,
+                D] -> [B, S, D].
             probe: takes of every layer what it returns, a pytree of arrays.
         """
         c = self.config.text
         angles = mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
         graphdef, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
-        # With a cache the branch is added behind its run's loop: of a loop over one layer the compiler makes straight code with
-        # a copy of that layer's weights. Not where the loop's carry is kept for a backward pass, or a probe takes the update.
+        # With a cache the branch is added behind its run's loop: of a loop over one layer the
+        # compiler makes straight code with a copy of that layer's weights. Not where the loop's
+        # carry is kept for a backward pass, or a probe takes the update.
         alone = cache is None or probe is not None
 
         def make_layer(run: _LayerRun):
             def layer(carry, xs):
                 hidden, cache, _ = carry
                 index, layer_params, features = xs
-                if cache is not None:  # taken out a layer at a time: a slice for each run would be a copy of all weights
-                    layer_params = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params)
+                # Taken out a layer at a time: a slice for each run would be a copy of all weights.
+                if cache is not None:
+                    layer_params = jax.tree.map(
+                        lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params
+                    )
                 block: DecoderLayer = nnx.merge(graphdef, layer_params)
                 q, k, v = block.self_attn.heads(block.input_layernorm(hidden), angles)
                 attended, cache = attend(cache, index, q, k, v)
                 middle = hidden + block.self_attn.o_proj(merge_heads(attended))
-                update = recall(run.start, middle) if alone and run.pvm and recall is not None else None
+                update = (
+                    recall(run.start, middle) if alone and run.pvm and recall is not None else None
+                )
                 ffn = block.mlp(block.post_attention_layernorm(middle))
                 hidden = middle + ffn
                 if update is not None:
@@ -159,7 +191,9 @@ class Decoder(nnx.Module):
                 hidden = constrain(hidden, "batch", "length", "hidden")
                 branch = None if update is None else run.start
                 inner = Inner(index, branch, q, k, cache, middle, ffn, update, hidden)
-                return (hidden, cache, None if alone else middle), None if probe is None else probe(inner)
+                return (hidden, cache, None if alone else middle), (
+                    None if probe is None else probe(inner)
+                )
 
             return remat(layer, self.config.remat)
 
@@ -174,6 +208,11 @@ class Decoder(nnx.Module):
             carry = hidden, cache, None if alone else hidden
             (hidden, cache, middle), taken = jax.lax.scan(make_layer(run), carry, xs)
             if middle is not None and run.pvm and recall is not None:
-                hidden = constrain(hidden + recall(run.stop - 1, middle), "batch", "length", "hidden")
-            probed += [jax.tree.map(lambda x, place=place: x[place], taken) for place in range(run.stop - run.start)]
+                hidden = constrain(
+                    hidden + recall(run.stop - 1, middle), "batch", "length", "hidden"
+                )
+            probed += [
+                jax.tree.map(lambda x, place=place: x[place], taken)
+                for place in range(run.stop - run.start)
+            ]
         return Decoded(self.norm(hidden), cache, probed)

@@ -1,4 +1,5 @@
-"""The small parts. Parameters keep Hugging Face's names and layout ([out, in]): conversion transposes nothing."""
+"""The small parts. Parameters keep Hugging Face's names and layout ([out, in]): conversion
+transposes nothing."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,29 +10,39 @@ from flax import nnx
 
 Module = TypeVar("Module", bound=nnx.Module)
 Rngs = nnx.Rngs | None
-"""What fresh parameters are drawn from; without any they are jax.ShapeDtypeStructs, and nothing is traced or allocated."""
+"""What fresh parameters are drawn from; without any they are jax.ShapeDtypeStructs, and nothing is
+traced or allocated."""
 
 normal = jax.nn.initializers.normal(0.02)
 zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
 
 
-def parameter(rngs: Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str) -> nnx.Param[jax.Array]:
+def parameter(
+    rngs: Rngs, init: Callable, shape: tuple[int, ...], axes: tuple[str, ...], dtype: str
+) -> nnx.Param[jax.Array]:
     """A fresh parameter; `axes` are the logical names that sharding.py's table knows."""
     fresh: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     return nnx.Param(fresh if rngs is None else init(rngs.params(), shape, fresh.dtype), axes=axes)
 
 
 def stack(make: Callable[[Rngs], Module], count: int, rngs: Rngs) -> Module:
-    """`count` alike modules as one: every parameter gets a leading axis [count, ...], to be sliced or scanned."""
+    """`count` alike modules as one: every parameter gets a leading axis [count, ...], to be sliced
+    or scanned."""
     if rngs is not None:
         return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
     graphdef, params = nnx.split(make(None))
-    return nnx.merge(graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), nnx.as_pure(params)))
+    return nnx.merge(
+        graphdef,
+        jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), nnx.as_pure(params)
+        ),
+    )
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b), in x's dtype. Weight [out, in]. `lora` (lora.py) is what an adapted Linear adds to y."""
+    """y = x W^T (+ b), in x's dtype. Weight [out, in]. `lora` (lora.py) is what an adapted Linear
+    adds to y."""
 
     def __init__(
         self,
@@ -56,7 +67,9 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A table [entries, features]; read in `dtype` by `__call__`."""
 
-    def __init__(self, entries: int, features: int, axes: tuple[str, str], *, dtype: str, rngs: Rngs):
+    def __init__(
+        self, entries: int, features: int, axes: tuple[str, str], *, dtype: str, rngs: Rngs
+    ):
         self.weight = parameter(rngs, normal, (entries, features), axes, dtype)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -64,9 +77,12 @@ class Embedding(nnx.Module):
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    """x over its root mean square along the last axis; computed in float32, returned in x's dtype."""
+    """x over its root mean square along the last axis; computed in float32, returned in x's
+    dtype."""
     wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)).astype(x.dtype)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)).astype(
+        x.dtype
+    )
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
@@ -95,7 +111,9 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide -= wide.mean(-1, keepdims=True)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
-        return (wide * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return (
+            wide * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        ).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

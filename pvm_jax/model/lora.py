@@ -1,4 +1,5 @@
-"""LoRA (arXiv 2106.09685): a low-rank update beside any Linear of the backbone, stacked ones included."""
+"""LoRA (arXiv 2106.09685): a low-rank update beside any Linear of the backbone, stacked ones
+included."""
 
 import math
 import re
@@ -17,10 +18,12 @@ _NAMES_SHOWN = 8
 
 
 class LowRank(nnx.Module):
-    """x -> alpha / rank (x A^T) B^T in x's dtype: what a Linear adds to its own y. The product B A is never formed.
+    """x -> alpha / rank (x A^T) B^T in x's dtype: what a Linear adds to its own y. The product B A
+    is never formed.
 
-    A [..., rank, in], B [..., out, rank], with the leading axis of a stack. Fresh ones are PEFT's: A uniform within
-    1 / sqrt(in), B zero. They are float32, whatever the Linear is: small, and what trains.
+    A [..., rank, in], B [..., out, rank], with the leading axis of a stack. Fresh ones are PEFT's:
+    A uniform within 1 / sqrt(in), B zero. They are float32, whatever the Linear is: small, and what
+    trains.
     """
 
     def __init__(self, linear: Linear, config: LoRAConfig, *, rngs: Rngs):
@@ -42,7 +45,8 @@ def _uniform(bound: float) -> Any:
 
 
 def adapt(model: nnx.Module, config: LoRAConfig, *, rngs: Rngs) -> None:
-    """Gives a fresh adapter to every Linear of `model` that `config.targets` names; the model computes what it did.
+    """Gives a fresh adapter to every Linear of `model` that `config.targets` names; the model
+    computes what it did.
 
     Raises:
         ValueError: if there is no such Linear.
@@ -52,7 +56,10 @@ def adapt(model: nnx.Module, config: LoRAConfig, *, rngs: Rngs) -> None:
     if not chosen:
         names = list(linears)
         shown = ", ".join(names[:: -(-len(names) // _NAMES_SHOWN)])
-        raise ValueError(f"lora.targets {config.targets!r} matches no Linear of the backbone; there are {shown} and others")
+        raise ValueError(
+            f"lora.targets {config.targets!r} matches no Linear of the backbone; there are {shown}"
+            " and others"
+        )
     for path in chosen:
         linears[path].lora = nnx.data(LowRank(linears[path], config, rngs=rngs))
 
@@ -60,7 +67,8 @@ def adapt(model: nnx.Module, config: LoRAConfig, *, rngs: Rngs) -> None:
 def _linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
     """The backbone's Linears by path, as in "language_model/layers/self_attn/q_proj".
 
-    Not the branch, which is the other way to adapt a backbone, and not the head, whose weight the loss reads in chunks.
+    Not the branch, which is the other way to adapt a backbone, and not the head, whose weight the
+    loss reads in chunks.
     """
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear) and path[0] not in ("pvm", "lm_head"):

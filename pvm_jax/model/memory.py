@@ -1,4 +1,5 @@
-"""Persistent Visual Memory: the paper's branch (arXiv 2605.00814, section 3). Nothing else is in this file."""
+"""Persistent Visual Memory: the paper's branch (arXiv 2605.00814, section 3). Nothing else is in
+this file."""
 
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ from pvm_jax.sharding import constrain
 
 
 class Memory(NamedTuple):
-    """What one branch keeps of a row's images: keys and values [B, V, K, H] and whose they are, `segment_ids` [B, V]."""
+    """What one branch keeps of a row's images: keys and values [B, V, K, H] and whose they are,
+    `segment_ids` [B, V]."""
 
     keys: jax.Array
     values: jax.Array
@@ -31,7 +33,8 @@ class Memory(NamedTuple):
 
 
 class CrossAttention(nnx.Module):
-    """Grouped-query attention from the text stream to the visual tokens: no positions, no causal order."""
+    """Grouped-query attention from the text stream to the visual tokens: no positions, no causal
+    order."""
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.text, config.param_dtype
@@ -55,7 +58,9 @@ class CrossAttention(nnx.Module):
         """[B, S, D] -> [B, S, N, H]."""
         return self.q_norm(split_heads(self.q_proj(query), self.head_dim))
 
-    def __call__(self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None
+    ) -> jax.Array:
         recalled = attention(
             self.queries(query),
             memory.keys,
@@ -72,20 +77,26 @@ class CrossAttention(nnx.Module):
 class PersistentVisualMemory(nnx.Module):
     """Gated cross-attention from the text stream to the image, beside one decoder layer's FFN.
 
-    Fresh parameters are those that train: gate 0, every Linear ~ N(0, 0.02), norms 1. The update is then exactly 0, and the
-    gate's gradient is not.
+    Fresh parameters are those that train: gate 0, every Linear ~ N(0, 0.02), norms 1. The update is
+    then exactly 0, and the gate's gradient is not.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.text, config.param_dtype
         width = c.pvm_hidden_size
-        self.text_reducer = Linear(c.hidden_size, width, ("hidden", "embed"), dtype=dtype, rngs=rngs)
-        self.vision_reducer = Linear(c.hidden_size, width, ("hidden", "embed"), dtype=dtype, rngs=rngs)
+        self.text_reducer = Linear(
+            c.hidden_size, width, ("hidden", "embed"), dtype=dtype, rngs=rngs
+        )
+        self.vision_reducer = Linear(
+            c.hidden_size, width, ("hidden", "embed"), dtype=dtype, rngs=rngs
+        )
         self.input_norm = RMSNorm(width, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.cross_attn = CrossAttention(config, rngs=rngs)
         self.post_attn_norm = RMSNorm(width, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(width, c.pvm_intermediate_size, dtype=dtype, rngs=rngs)
-        self.output_expander = Linear(width, c.hidden_size, ("embed", "hidden"), dtype=dtype, rngs=rngs)
+        self.output_expander = Linear(
+            width, c.hidden_size, ("embed", "hidden"), dtype=dtype, rngs=rngs
+        )
         self.gate_alpha = parameter(rngs, zeros, (1,), ("norm",), dtype)
         self.eps = c.rms_norm_eps
 
@@ -113,25 +124,39 @@ class PersistentVisualMemory(nnx.Module):
             memory: of this branch, for the same rows.
             segment_ids: [B, S]; a token recalls the visual tokens of its own segment.
             is_visual: [B, S], True where the token is itself a visual one.
-            limits: [B, S]; a token recalls the memory's visual tokens below its limit only. None: all of its segment.
+            limits: [B, S]; a token recalls the memory's visual tokens below its limit only. None:
+                all of its segment.
 
         Returns:
-            [B, S, D]: exactly 0 at visual tokens, at padding and where there is no visual token to recall.
+            [B, S, D]: exactly 0 at visual tokens, at padding and where there is no visual token to
+            recall.
         """
         query = self.input_norm(self.text_reducer(stream))
         recalled = self.cross_attn(query, memory, segment_ids, limits)
         recalled = recalled + self.mlp(self.post_attn_norm(recalled))
         update = rms_normalize(self.output_expander(recalled), self.eps)
         update = self.gate_alpha[...].astype(update.dtype) * update
-        remembers = jnp.any(attention_mask(segment_ids, memory.segment_ids, limits=limits), -1) & (segment_ids > 0)
+        remembers = jnp.any(attention_mask(segment_ids, memory.segment_ids, limits=limits), -1) & (
+            segment_ids > 0
+        )
         silent = is_visual | ~remembers
         return constrain(jnp.where(silent[..., None], 0, update), "batch", "length", "hidden")
 
-    def looks(self, stream: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None = None) -> jax.Array:
-        """How each head shares its attention among the visual tokens, arguments as of a call; for measurements alone.
+    def looks(
+        self,
+        stream: jax.Array,
+        memory: Memory,
+        segment_ids: jax.Array,
+        limits: jax.Array | None = None,
+    ) -> jax.Array:
+        """How each head shares its attention among the visual tokens, arguments as of a call; for
+        measurements alone.
 
         Returns:
-            [B, N, S, V] float32: every head's sum is 1, or 0 where there is no visual token to recall.
+            [B, N, S, V] float32: every head's sum is 1, or 0 where there is no visual token to
+            recall.
         """
         queries = self.cross_attn.queries(self.input_norm(self.text_reducer(stream)))
-        return attention_weights(queries, memory.keys, attention_mask(segment_ids, memory.segment_ids, limits=limits))
+        return attention_weights(
+            queries, memory.keys, attention_mask(segment_ids, memory.segment_ids, limits=limits)
+        )

@@ -1,4 +1,5 @@
-"""Qwen3-VL with Persistent Visual Memory: tower + decoder + branches, a pure function of parameters and a batch."""
+"""Qwen3-VL with Persistent Visual Memory: tower + decoder + branches, a pure function of parameters
+and a batch."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,8 @@ from pvm_jax.sharding import constrain, param_shardings
 
 
 class _Columns(NamedTuple):
-    """The columns of a batch that the decoder reads; see Batch. `limits`: [B, S], where each token's memory ends."""
+    """The columns of a batch that the decoder reads; see Batch. `limits`: [B, S], where each
+    token's memory ends."""
 
     tokens: jax.Array
     positions: jax.Array
@@ -63,7 +65,8 @@ class Piece(NamedTuple):
         start: [] int32, the first of them in the batch.
         segment_ids: [B, W], 0 is padding.
         limits: [B, W], where each column's memory ends; None: nowhere.
-        mask: [B, W, T], the columns of the batch (filled up to whole pieces) that each of them attends to.
+        mask: [B, W, T], the columns of the batch (filled up to whole pieces) that each of them
+            attends to.
         memories: each branch's memory of the batch's images, by layer.
     """
 
@@ -78,15 +81,18 @@ LayerProbe = Callable[[Piece, Inner], Any]
 """Takes of each layer, of each piece, what a measurement wants: a pytree of arrays."""
 
 Conclude = Callable[[Piece, jax.Array, list[Any]], Any]
-"""(piece, hidden [B, W, D] after the final norm, what `LayerProbe` took of each layer) -> what is kept of the piece."""
+"""(piece, hidden [B, W, D] after the final norm, what `LayerProbe` took of each layer) -> what is
+kept of the piece."""
 
 
 class Trace(NamedTuple):
     """The model's inner values on a batch.
 
     Attributes:
-        embeds: [B, V, D], deepstack: [taps, B, V, D]: what the tower gives; None for a batch without patches.
-        streams: [L, B, S, D], the residual stream that leaves each layer (the DeepStack addition included).
+        embeds: [B, V, D], deepstack: [taps, B, V, D]: what the tower gives; None for a batch
+            without patches.
+        streams: [L, B, S, D], the residual stream that leaves each layer (the DeepStack addition
+            included).
         updates: by layer of the branch, [B, S, D].
         hidden: [B, S, D] after the final norm.
         logits: [B, S, vocab] float32.
@@ -103,9 +109,10 @@ class Trace(NamedTuple):
 class Qwen3VL(nnx.Module):
     """Qwen3-VL (dense), with the paper's branch at `config.text.pvm_layers`.
 
-    Modules hold parameters alone; nothing is stored on them by a call. `nnx.split` gives the parameters as a tree whose paths
-    are Hugging Face's names, alike layers stacked on a leading axis, the branches under `pvm/{layer}`, and an adapter (with
-    `config.lora`) under `lora` beside the weight that it adapts.
+    Modules hold parameters alone; nothing is stored on them by a call. `nnx.split` gives the
+    parameters as a tree whose paths are Hugging Face's names, alike layers stacked on a leading
+    axis, the branches under `pvm/{layer}`, and an adapter (with `config.lora`) under `lora` beside
+    the weight that it adapts.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
@@ -116,14 +123,19 @@ class Qwen3VL(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Linear(c.hidden_size, c.vocab_size, ("vocab", "embed"), dtype=config.param_dtype, rngs=rngs)
+            else Linear(
+                c.hidden_size, c.vocab_size, ("vocab", "embed"), dtype=config.param_dtype, rngs=rngs
+            )
         )
-        self.pvm = nnx.Dict({str(layer): PersistentVisualMemory(config, rngs=rngs) for layer in c.pvm_layers})
+        self.pvm = nnx.Dict(
+            {str(layer): PersistentVisualMemory(config, rngs=rngs) for layer in c.pvm_layers}
+        )
         if config.lora is not None:
             adapt(self, config.lora, rngs=rngs)
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Logits [B, S, vocab] float32, compiled once per shape; a convenience: training takes the head in chunks."""
+        """Logits [B, S, vocab] float32, compiled once per shape; a convenience: training takes the
+        head in chunks."""
         graphdef, params = nnx.split(self)
         return _logits(graphdef, nnx.as_pure(params), batch)
 
@@ -136,28 +148,38 @@ class Qwen3VL(nnx.Module):
         visual, decoded = self._read(batch, probe=lambda inner: (inner.stream, inner.update))
         embeds, deepstack = visual or (None, None)
         streams = jnp.stack([stream for stream, _ in decoded.probed])
-        updates = {layer: update for layer, (_, update) in enumerate(decoded.probed) if update is not None}
-        return Trace(embeds, deepstack, streams, updates, decoded.hidden, self.logits(decoded.hidden))
+        updates = {
+            layer: update for layer, (_, update) in enumerate(decoded.probed) if update is not None
+        }
+        return Trace(
+            embeds, deepstack, streams, updates, decoded.hidden, self.logits(decoded.hidden)
+        )
 
     def inspect(self, batch: Batch, look: LayerProbe, conclude: Conclude, *, chunk: int) -> Any:
-        """Reads whole conversations in pieces of at most `chunk` columns, and keeps of their inner values what is asked for.
+        """Reads whole conversations in pieces of at most `chunk` columns, and keeps of their inner
+        values what is asked for.
 
-        No [heads, S, S], no [L, B, S, D] and no [B, S, vocab] ever exists unless the callbacks keep one.
+        No [heads, S, S], no [L, B, S, D] and no [B, S, vocab] ever exists unless the callbacks keep
+        one.
 
         Returns:
             What `conclude` gave, stacked over the pieces: [pieces, ...].
         """
         return self._read_pieces(batch, chunk, None, look, conclude)[2]
 
-    def prefill(self, batch: Batch, *, chunk: int | None = None, past: Cache | None = None) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, batch: Batch, *, chunk: int | None = None, past: Cache | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Reads prompts, one a row, or what comes after `past` in them.
 
         Args:
             chunk: columns to read at a time, at most; None reads all at once.
-            past: what was read before, whose positions the batch's continue. Its images stay in the memory.
+            past: what was read before, whose positions the batch's continue. Its images stay in the
+                memory.
 
         Returns:
-            [B, 1, D] after the final norm at each row's last token, and the cache: the batch's columns are its last slots.
+            [B, 1, D] after the final norm at each row's last token, and the cache: the batch's
+            columns are its last slots.
         """
         hidden, cache, _ = self._read_pieces(batch, chunk, past)
         return hidden, cache
@@ -173,10 +195,15 @@ class Qwen3VL(nnx.Module):
         """What `prefill` returns, and what `inspect` does."""
         rows, length = batch.tokens.shape
         count = 1 if chunk is None else -(-length // chunk)
-        columns = _Columns.of(batch, self.config.text.pvm_visibility, 0 if past is None else past.visual_tokens).chunks(count)
+        columns = _Columns.of(
+            batch, self.config.text.pvm_visibility, 0 if past is None else past.visual_tokens
+        ).chunks(count)
         width = columns.tokens.shape[-1]
         visual = self.encode(batch)
-        prompts, memories = PromptCache.empty(self.config, rows, count * width), self.memorize(visual, batch)
+        prompts, memories = (
+            PromptCache.empty(self.config, rows, count * width),
+            self.memorize(visual, batch),
+        )
         before = 0
         if past is not None:
             before = past.prompts.slots
@@ -191,11 +218,15 @@ class Qwen3VL(nnx.Module):
             mask = attention_mask(columns.segment_ids, prompts.segment_ids, limits=until)
             piece = Piece(start, columns.segment_ids, columns.limits, mask, memories)
 
-            def attend(prompts: PromptCache, layer: jax.Array, q, k, v) -> tuple[jax.Array, PromptCache]:
+            def attend(
+                prompts: PromptCache, layer: jax.Array, q, k, v
+            ) -> tuple[jax.Array, PromptCache]:
                 prompts = prompts.write(layer, before + start, k, v)
                 if count == 1 and past is None:
                     return self._attend_causally(columns.segment_ids, q, k, v), prompts
-                keys, values = (jnp.moveaxis(x[layer], 1, 2) for x in (prompts.keys, prompts.values))
+                keys, values = (
+                    jnp.moveaxis(x[layer], 1, 2) for x in (prompts.keys, prompts.values)
+                )
                 attended = attention(
                     q,
                     keys,
@@ -217,7 +248,9 @@ class Qwen3VL(nnx.Module):
             return (decoded.cache, jnp.where(here, found, hidden)), kept
 
         hidden = jnp.zeros((rows, 1, self.config.text.hidden_size), self.config.compute_dtype)
-        (prompts, hidden), kept = jax.lax.scan(read, (prompts, hidden), (width * jnp.arange(count), columns))
+        (prompts, hidden), kept = jax.lax.scan(
+            read, (prompts, hidden), (width * jnp.arange(count), columns)
+        )
         return hidden, Cache(prompts, memories), kept
 
     def decode(
@@ -229,7 +262,8 @@ class Qwen3VL(nnx.Module):
         samples: SampleCache,
         slot: jax.Array,
     ) -> tuple[jax.Array, SampleCache]:
-        """One more text token for each of a prompt's N samples: nothing of the prompt or its images is computed again.
+        """One more text token for each of a prompt's N samples: nothing of the prompt or its images
+        is computed again.
 
         Args:
             tokens, positions: [B, N]; a text token's position is the same in time, row and column.
@@ -240,17 +274,28 @@ class Qwen3VL(nnx.Module):
             [B, N, D] after the final norm, and the samples with this token in `slot`.
         """
         segment_ids = jnp.broadcast_to(segment_ids[:, None], tokens.shape)
-        columns = _Columns(tokens, jnp.repeat(positions[:, None], 3, 1), segment_ids, jnp.full_like(tokens, -1), None)
+        columns = _Columns(
+            tokens,
+            jnp.repeat(positions[:, None], 3, 1),
+            segment_ids,
+            jnp.full_like(tokens, -1),
+            None,
+        )
         shared_mask = attention_mask(segment_ids, cache.prompts.segment_ids)
         own_mask = (jnp.arange(samples.slots) < slot)[None, None]
 
-        # What the layers write goes into the cache at the end, in one piece: written by each layer, a loop over layers would
-        # carry the cache, and XLA's TPU compiler copies it into another layout for that loop and back, whole, at every token.
-        def attend(written: TokenKeysValues, layer: jax.Array, q, k, v) -> tuple[jax.Array, TokenKeysValues]:
+        # What the layers write goes into the cache at the end, in one piece: written by each layer,
+        # a loop over layers would carry the cache, and XLA's TPU compiler copies it into another
+        # layout for that loop and back, whole, at every token.
+        def attend(
+            written: TokenKeysValues, layer: jax.Array, q, k, v
+        ) -> tuple[jax.Array, TokenKeysValues]:
             shared = cache.prompts.keys[layer], cache.prompts.values[layer]
             own = samples.keys[layer], samples.values[layer]
             new = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            attended = shared_attention(q, shared, own, new, shared_mask=shared_mask, own_mask=own_mask)
+            attended = shared_attention(
+                q, shared, own, new, shared_mask=shared_mask, own_mask=own_mask
+            )
             return attended, written.put(layer, *new)
 
         decoded = self._decode(columns, None, cache.memories, attend, cache=samples.unwritten())
@@ -282,18 +327,27 @@ class Qwen3VL(nnx.Module):
         """Each branch's memory of the batch's images, by layer; empty without images."""
         if visual is None:
             return {}
-        return {layer: pvm.memorize(visual.embeds, batch.visual_segment_ids) for layer, pvm in self.pvm.items()}
+        return {
+            layer: pvm.memorize(visual.embeds, batch.visual_segment_ids)
+            for layer, pvm in self.pvm.items()
+        }
 
-    def _read(self, batch: Batch, *, probe: Callable[[Inner], Any] | None = None) -> tuple[Visual | None, Decoded]:
+    def _read(
+        self, batch: Batch, *, probe: Callable[[Inner], Any] | None = None
+    ) -> tuple[Visual | None, Decoded]:
         visual = self.encode(batch)
 
         def attend(cache: None, layer: jax.Array, q, k, v) -> tuple[jax.Array, None]:
             return self._attend_causally(batch.segment_ids, q, k, v), cache
 
         columns = _Columns.of(batch, self.config.text.pvm_visibility)
-        return visual, self._decode(columns, visual, self.memorize(visual, batch), attend, probe=probe)
+        return visual, self._decode(
+            columns, visual, self.memorize(visual, batch), attend, probe=probe
+        )
 
-    def _attend_causally(self, segment_ids: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def _attend_causally(
+        self, segment_ids: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> jax.Array:
         return attention(
             q,
             k,
@@ -318,12 +372,16 @@ class Qwen3VL(nnx.Module):
 
         def place(features: jax.Array, elsewhere: jax.Array | float = 0) -> jax.Array:
             """[B, V, D] -> [B, S, D]: a gather of the visual token that each column shows."""
-            placed = jnp.take_along_axis(features, jnp.maximum(columns.visual_index, 0)[..., None], axis=1)
+            placed = jnp.take_along_axis(
+                features, jnp.maximum(columns.visual_index, 0)[..., None], axis=1
+            )
             return jnp.where(seen[..., None], placed, elsewhere)
 
         def recall(layer: int, stream: jax.Array) -> jax.Array:
             key = str(layer)
-            return self.pvm[key](stream, memories[key], columns.segment_ids, is_visual, columns.limits)
+            return self.pvm[key](
+                stream, memories[key], columns.segment_ids, is_visual, columns.limits
+            )
 
         hidden = self.language_model.embed_tokens(columns.tokens, self.config.compute_dtype)
         hidden = constrain(hidden, "batch", "length", "hidden")
@@ -346,7 +404,8 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arra
 
 
 def abstract_model(config: ModelConfig) -> Qwen3VL:
-    """The model with jax.ShapeDtypeStructs for parameters: shapes, dtypes and logical axes, nothing allocated."""
+    """The model with jax.ShapeDtypeStructs for parameters: shapes, dtypes and logical axes, nothing
+    allocated."""
     return Qwen3VL(config, rngs=None)
 
 
@@ -356,8 +415,11 @@ def without_pvm(model: Qwen3VL) -> Qwen3VL:
     return nnx.merge(nnx.graphdef(abstract_model(model.config.without_pvm())), backbone)
 
 
-def add_lora(model: Qwen3VL, lora: LoRAConfig, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> Qwen3VL:
-    """`model` with fresh adapters, placed on `mesh` as the model is: until they are trained, it computes what it did.
+def add_lora(
+    model: Qwen3VL, lora: LoRAConfig, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0
+) -> Qwen3VL:
+    """`model` with fresh adapters, placed on `mesh` as the model is: until they are trained, it
+    computes what it did.
 
     Raises:
         ValueError: if the model has adapters already, or `lora.targets` names no Linear of it.

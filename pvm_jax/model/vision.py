@@ -1,4 +1,5 @@
-"""The vision tower: patches of any number of images and frames a row -> visual tokens and DeepStack features."""
+"""The vision tower: patches of any number of images and frames a row -> visual tokens and DeepStack
+features."""
 
 from typing import NamedTuple
 
@@ -8,7 +9,16 @@ from flax import nnx
 
 from pvm_jax.config import ModelConfig, VisionConfig
 from pvm_jax.model.attention import attention
-from pvm_jax.model.layers import Embedding, LayerNorm, Linear, Rngs, merge_heads, remat, split_heads, stack
+from pvm_jax.model.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    Rngs,
+    merge_heads,
+    remat,
+    split_heads,
+    stack,
+)
 from pvm_jax.model.rope import rotate, vision_angles
 from pvm_jax.sharding import constrain
 
@@ -16,8 +26,9 @@ _EPS = 1e-6
 
 
 class Visual(NamedTuple):
-    """What the tower sees: `embeds` [B, V, D] (they replace the placeholders and feed the PVM memory) and `deepstack`
-    [taps, B, V, D] (the j-th is added to the stream after decoder layer j)."""
+    """What the tower sees: `embeds` [B, V, D] (they replace the placeholders and feed the PVM
+    memory) and `deepstack` [taps, B, V, D] (the j-th is added to the stream after decoder layer
+    j)."""
 
     embeds: jax.Array
     deepstack: jax.Array
@@ -25,8 +36,12 @@ class Visual(NamedTuple):
 
 class VisionMLP(nnx.Module):
     def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
-        self.linear_fc1 = Linear(c.hidden_size, c.intermediate_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
-        self.linear_fc2 = Linear(c.intermediate_size, c.hidden_size, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc1 = Linear(
+            c.hidden_size, c.intermediate_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs
+        )
+        self.linear_fc2 = Linear(
+            c.intermediate_size, c.hidden_size, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
@@ -36,12 +51,19 @@ class VisionAttention(nnx.Module):
     """Full attention within one frame: `segment_ids` [B, P] number the frames of a row."""
 
     def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
-        # The fused projection's rows are q, k and v in turn, so splitting them over devices would not split heads.
-        self.qkv = Linear(c.hidden_size, 3 * c.hidden_size, ("hidden", "embed"), bias=True, dtype=dtype, rngs=rngs)
-        self.proj = Linear(c.hidden_size, c.hidden_size, ("embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
+        # The fused projection's rows are q, k and v in turn, so splitting them over devices would
+        # not split heads.
+        self.qkv = Linear(
+            c.hidden_size, 3 * c.hidden_size, ("hidden", "embed"), bias=True, dtype=dtype, rngs=rngs
+        )
+        self.proj = Linear(
+            c.hidden_size, c.hidden_size, ("embed", "heads"), bias=True, dtype=dtype, rngs=rngs
+        )
         self.head_dim = c.head_dim
 
-    def __call__(self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None
+    ) -> jax.Array:
         q, k, v = (split_heads(part, self.head_dim) for part in jnp.split(self.qkv(x), 3, -1))
         q, k, v = (constrain(part, "batch", "length", "heads", "head_dim") for part in (q, k, v))
         seen = attention(
@@ -63,7 +85,9 @@ class VisionBlock(nnx.Module):
         self.attn = VisionAttention(c, dtype=dtype, rngs=rngs)
         self.mlp = VisionMLP(c, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None
+    ) -> jax.Array:
         x = x + self.attn(self.norm1(x), angles, segment_ids, kernel)
         x = x + self.mlp(self.norm2(x))
         return constrain(x, "batch", "length", "hidden")
@@ -80,30 +104,44 @@ class PatchMerger(nnx.Module):
         self.norm_after_concat = norm_after_concat
         features = self.merged_size if norm_after_concat else c.hidden_size
         self.norm = LayerNorm(features, _EPS, dtype=dtype, rngs=rngs)
-        self.linear_fc1 = Linear(self.merged_size, self.merged_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
-        self.linear_fc2 = Linear(self.merged_size, c.out_hidden_size, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc1 = Linear(
+            self.merged_size, self.merged_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs
+        )
+        self.linear_fc2 = Linear(
+            self.merged_size, c.out_hidden_size, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         merged_shape = (x.shape[0], -1, self.merged_size)
-        x = self.norm(x.reshape(merged_shape)) if self.norm_after_concat else self.norm(x).reshape(merged_shape)
+        x = (
+            self.norm(x.reshape(merged_shape))
+            if self.norm_after_concat
+            else self.norm(x).reshape(merged_shape)
+        )
         return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
 
 
 class PatchEmbed(nnx.Module):
-    """The published Conv3d has kernel = stride = one patch: a matrix product on flattened patches."""
+    """The published Conv3d has kernel = stride = one patch: a matrix product on flattened
+    patches."""
 
     def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
-        self.proj = Linear(c.patch_dim, c.hidden_size, ("embed", "hidden"), bias=True, dtype=dtype, rngs=rngs)
+        self.proj = Linear(
+            c.patch_dim, c.hidden_size, ("embed", "hidden"), bias=True, dtype=dtype, rngs=rngs
+        )
 
 
 class VisionTower(nnx.Module):
-    """`Qwen3VLVisionModel`, batch-major: rows of patches, padded, each patch knowing its place and its frame."""
+    """`Qwen3VLVisionModel`, batch-major: rows of patches, padded, each patch knowing its place and
+    its frame."""
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         c, dtype = config.vision, config.param_dtype
         self.config = config
         self.patch_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
-        self.pos_embed = Embedding(c.num_position_embeddings, c.hidden_size, ("hidden", "embed"), dtype=dtype, rngs=rngs)
+        self.pos_embed = Embedding(
+            c.num_position_embeddings, c.hidden_size, ("hidden", "embed"), dtype=dtype, rngs=rngs
+        )
         self.blocks = stack(lambda r: VisionBlock(c, dtype=dtype, rngs=r), c.depth, rngs)
         self.merger = PatchMerger(c, norm_after_concat=False, dtype=dtype, rngs=rngs)
         self.deepstack_merger_list = stack(
@@ -122,13 +160,15 @@ class VisionTower(nnx.Module):
     ) -> Visual:
         """Encodes patches [B, P, patch_dim] at grid `positions` [B, P, 2].
 
-        `interp_indices`, `interp_weights` [B, P, 4]: the four learned positions around each patch and their bilinear shares.
-        `segment_ids` [B, P]: one per frame, 0 for padding.
+        `interp_indices`, `interp_weights` [B, P, 4]: the four learned positions around each patch
+        and their bilinear shares. `segment_ids` [B, P]: one per frame, 0 for padding.
         """
         c = self.config.vision
         x = self.patch_embed.proj(patches.astype(self.config.compute_dtype))
         for corner in range(4):
-            x += self.pos_embed(interp_indices[..., corner], x.dtype) * interp_weights[..., corner, None].astype(x.dtype)
+            x += self.pos_embed(interp_indices[..., corner], x.dtype) * interp_weights[
+                ..., corner, None
+            ].astype(x.dtype)
         x = constrain(x, "batch", "length", "hidden")
         angles = vision_angles(positions, c.head_dim)
 
@@ -141,9 +181,13 @@ class VisionTower(nnx.Module):
         block = remat(block, self.config.remat)
         taps, start = [], 0
         for stop in (*(tap + 1 for tap in c.deepstack_visual_indexes), c.depth):
-            x, _ = jax.lax.scan(block, x, jax.tree.map(lambda p, s=slice(start, stop): p[s], params))
+            x, _ = jax.lax.scan(
+                block, x, jax.tree.map(lambda p, s=slice(start, stop): p[s], params)
+            )
             taps.append(x)
             start = stop
         merge_def, merge_params = nnx.split(self.deepstack_merger_list)
-        deepstack = jax.vmap(lambda p, tap: nnx.merge(merge_def, p)(tap))(nnx.as_pure(merge_params), jnp.stack(taps[:-1]))
+        deepstack = jax.vmap(lambda p, tap: nnx.merge(merge_def, p)(tap))(
+            nnx.as_pure(merge_params), jnp.stack(taps[:-1])
+        )
         return Visual(self.merger(x), deepstack)

@@ -13,7 +13,8 @@ from tests.convert.directories import read_tensors, write_checkpoint
 
 @pytest.fixture
 def variant(golden, tmp_path) -> Callable[..., Path]:
-    """Makes a copy of the reference checkpoint with its tensors and config.json changed in place by `change`."""
+    """Makes a copy of the reference checkpoint with its tensors and config.json changed in place by
+    `change`."""
 
     def make(change: Callable[[dict, dict], None], name: str = "variant") -> Path:
         tensors, config = read_tensors(golden), json.loads((golden / "config.json").read_text())

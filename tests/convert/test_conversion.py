@@ -63,7 +63,9 @@ def test_plain_bfloat16(plain, tmp_path):
     assert_equal_bytes(plain, tmp_path / "back")
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "back" / name).read_bytes() == (plain / name).read_bytes()
-    before, after = (json.loads((path / "config.json").read_text()) for path in (plain, tmp_path / "back"))
+    before, after = (
+        json.loads((path / "config.json").read_text()) for path in (plain, tmp_path / "back")
+    )
     after["text_config"].pop("tie_word_embeddings")
     before["text_config"].pop("tie_word_embeddings", None)
     assert after == before
@@ -75,21 +77,35 @@ def test_with_the_branch_the_config_is_the_authors(plain, tmp_path):
     orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["architectures"] == ["PVMQwen3VLForConditionalGeneration"]
-    assert (config["text_config"]["pvm_layers"], config["text_config"]["pvm_hidden_size"]) == ([1, 2], 32)
+    assert (config["text_config"]["pvm_layers"], config["text_config"]["pvm_hidden_size"]) == (
+        [1, 2],
+        32,
+    )
     assert "rope_scaling" not in config["text_config"]
-    assert "model.language_model.layers.2.pvm_block.cross_attn.q_norm.weight" in read_tensors(tmp_path / "back")
+    assert "model.language_model.layers.2.pvm_block.cross_attn.q_norm.weight" in read_tensors(
+        tmp_path / "back"
+    )
 
 
 @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
 def test_visibility_is_a_checkpoints_own(plain, tmp_path):
-    """There, through an export and back, and in what a branch that was saved alone brings to another checkpoint."""
+    """There, through an export and back, and in what a branch that was saved alone brings to
+    another checkpoint."""
     hf_to_orbax.convert(plain, tmp_path / "orbax", pvm_visibility="preceding")
     orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
     hf_to_orbax.convert(tmp_path / "hf", tmp_path / "again")
     hf_to_orbax.convert(plain, tmp_path / "all")
     save_branch(tmp_path / "branch", load(tmp_path / "again"))
-    models = [load(tmp_path / "again"), load(tmp_path / "all"), load(tmp_path / "all", branch=tmp_path / "branch")]
-    assert [model.config.text.pvm_visibility for model in models] == ["preceding", "all", "preceding"]
+    models = [
+        load(tmp_path / "again"),
+        load(tmp_path / "all"),
+        load(tmp_path / "all", branch=tmp_path / "branch"),
+    ]
+    assert [model.config.text.pvm_visibility for model in models] == [
+        "preceding",
+        "all",
+        "preceding",
+    ]
 
 
 @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
@@ -128,7 +144,9 @@ def test_orbax_alone_reads_it(golden, tmp_path):
     metadata = ocp.metadata(str(path)).metadata
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding if len(leaf.shape) == 3 else jax.NamedSharding(mesh, jax.P())
+            leaf.shape,
+            leaf.dtype,
+            sharding=sharding if len(leaf.shape) == 3 else jax.NamedSharding(mesh, jax.P()),
         ),
         metadata,
     )
@@ -136,9 +154,13 @@ def test_orbax_alone_reads_it(golden, tmp_path):
     up = tree["language_model"]["layers"]["mlp"]["up_proj"]["weight"]
     assert up.sharding == sharding
     for layer in range(up.shape[0]):
-        np.testing.assert_array_equal(up[layer], tensors[f"model.language_model.layers.{layer}.mlp.up_proj.weight"])
+        np.testing.assert_array_equal(
+            up[layer], tensors[f"model.language_model.layers.{layer}.mlp.up_proj.weight"]
+        )
     patches = tensors["model.visual.patch_embed.proj.weight"]
-    np.testing.assert_array_equal(tree["visual"]["patch_embed"]["proj"]["weight"], patches.reshape(len(patches), -1))
+    np.testing.assert_array_equal(
+        tree["visual"]["patch_embed"]["proj"]["weight"], patches.reshape(len(patches), -1)
+    )
     assert "pvm" in ocp.load(str(path))
 
 
@@ -166,13 +188,18 @@ class TestRefused:
             del tensors["model.visual.merger.norm.bias"]
             tensors["model.extra"] = np.zeros((2, 3), np.float32)
             tensors[DOWN] = tensors[DOWN].T.copy()
-            tensors["model.language_model.norm.weight"] = tensors["model.language_model.norm.weight"].astype(np.float16)
+            tensors["model.language_model.norm.weight"] = tensors[
+                "model.language_model.norm.weight"
+            ].astype(np.float16)
 
         message = self.convert(variant(change), tmp_path)
         assert "missing: model.visual.merger.norm.bias (32,)" in message
         assert "unexpected: model.extra (2, 3)" in message
         assert f"wrong shape: {DOWN}: expected " in message
-        assert "wrong type: model.language_model.norm.weight: expected F32 or BF16, found F16" in message
+        assert (
+            "wrong type: model.language_model.norm.weight: expected F32 or BF16, found F16"
+            in message
+        )
         assert "(4 problems)" in message
 
     def test_branch_without_config(self, variant, tmp_path):
@@ -241,13 +268,17 @@ def test_an_empty_destination_is_taken(golden, tmp_path):
 @pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)
 class TestTied:
     def test_a_stored_head_is_left_out(self, variant, tmp_path):
-        source = variant(lambda tensors, config: tensors.update({"lm_head.weight": tensors[EMBEDDING]}))
+        source = variant(
+            lambda tensors, config: tensors.update({"lm_head.weight": tensors[EMBEDDING]})
+        )
         hf_to_orbax.convert(source, tmp_path / "orbax")
         orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
         assert "lm_head.weight" not in read_tensors(tmp_path / "back")
 
     def test_a_different_head_is_refused(self, variant, tmp_path):
-        source = variant(lambda tensors, config: tensors.update({"lm_head.weight": tensors[EMBEDDING] + 1}))
+        source = variant(
+            lambda tensors, config: tensors.update({"lm_head.weight": tensors[EMBEDDING] + 1})
+        )
         with pytest.raises(CheckpointError, match=r"unexpected: lm_head\.weight"):
             hf_to_orbax.convert(source, tmp_path / "orbax")
 
@@ -264,9 +295,22 @@ class TestCommand:
     def test_arguments(self, plain, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(jax.config, "update", lambda *_: None)
         visibility = ["--pvm-visibility", "preceding"]
-        hf_to_orbax.main([str(plain), str(tmp_path / "o"), "--pvm-layers", "0", "3", "--pvm-hidden-size", "16", *visibility])
+        hf_to_orbax.main(
+            [
+                str(plain),
+                str(tmp_path / "o"),
+                "--pvm-layers",
+                "0",
+                "3",
+                "--pvm-hidden-size",
+                "16",
+                *visibility,
+            ]
+        )
         assert read_config(tmp_path / "o")["text_config"]["pvm_visibility"] == "preceding"
-        orbax_to_hf.main([str(tmp_path / "o"), str(tmp_path / "b"), "--plain", "--max-shard-size", "1MB"])
+        orbax_to_hf.main(
+            [str(tmp_path / "o"), str(tmp_path / "b"), "--plain", "--max-shard-size", "1MB"]
+        )
         assert_equal_bytes(plain, tmp_path / "b")
         assert "peak memory" in capsys.readouterr().out
 

@@ -1,4 +1,5 @@
-"""`convert.dataset`: what it writes, what it rejects and says of it, and that a failed or interrupted run leaves nothing."""
+"""`convert.dataset`: what it writes, what it rejects and says of it, and that a failed or
+interrupted run leaves nothing."""
 
 import json
 import os
@@ -33,12 +34,19 @@ def picture(folder, name, side=40):
 
 
 def conversation(*content, answer="List navy"):
-    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": list(content)},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def write(folder: Path, records) -> Path:
     file = folder / "data.jsonl"
-    file.write_text("\n".join(record if isinstance(record, str) else json.dumps(record) for record in records))
+    file.write_text(
+        "\n".join(record if isinstance(record, str) else json.dumps(record) for record in records)
+    )
     return file
 
 
@@ -50,7 +58,11 @@ def good(tmp_path):
         image, other = (picture(tmp_path, f"{number}_{k}.png", 40 + 30 * number) for k in range(2))
         video = {"type": "video", "video": [image["image"]] * 2, "fps": 2}
         text = {"type": "text", "text": f"List {number}"}
-        records += [conversation(image, text), conversation(image, text, other, video), conversation(text)]
+        records += [
+            conversation(image, text),
+            conversation(image, text, other, video),
+            conversation(text),
+        ]
     return write(tmp_path, records)
 
 
@@ -61,7 +73,9 @@ def shown(conversations):
         if isinstance(value, dict) and value.get("type") == "image":
             return np.asarray(read_image(value["image"])).tobytes()
         if isinstance(value, dict) and value.get("type") == "video":
-            return [np.asarray(read_image(frame)).tobytes() for frame in value["video"]], value["fps"]
+            return [np.asarray(read_image(frame)).tobytes() for frame in value["video"]], value[
+                "fps"
+            ]
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list) else value
@@ -69,7 +83,9 @@ def shown(conversations):
     return [plain(list(messages)) for messages in conversations]
 
 
-def test_shards_give_the_conversations_of_their_source(good, tmp_path, processor, monkeypatch, capsys):
+def test_shards_give_the_conversations_of_their_source(
+    good, tmp_path, processor, monkeypatch, capsys
+):
     monkeypatch.setattr(dataset, "SHARD_BYTES", 4000)
     monkeypatch.setattr(dataset, "_CHUNK", 1)
     before = shown(open_conversations(good))
@@ -82,14 +98,18 @@ def test_shards_give_the_conversations_of_their_source(good, tmp_path, processor
     assert len(files) > 2
     assert shards.where(0) == f"{files[0]}:0"
     assert shards.where(29).startswith(f"{files[-1]}:")
-    assert [tuple(size) for size in shards.sizes] == [processor.count(messages) for messages in shards]
+    assert [tuple(size) for size in shards.sizes] == [
+        processor.count(messages) for messages in shards
+    ]
     said = capsys.readouterr().out
     assert "30 examples with 50 images" in said
     assert "patches a token" in said
     assert not (tmp_path / "shards.rejected.jsonl").exists()
 
 
-def test_training_measures_shards_only_if_another_processor_did(good, tmp_path, processor, monkeypatch):
+def test_training_measures_shards_only_if_another_processor_did(
+    good, tmp_path, processor, monkeypatch
+):
     convert(good, tmp_path / "shards", processor)
     convert(good, tmp_path / "unmeasured")
     other = make_processor(tmp_path / "other")[0]
@@ -101,10 +121,14 @@ def test_training_measures_shards_only_if_another_processor_did(good, tmp_path, 
         return load_training_data(data, processor, config, batch_size=1).report
 
     measured = []
-    monkeypatch.setattr(train_data, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes)
+    monkeypatch.setattr(
+        train_data, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes
+    )
     assert "Measured here" not in report(tmp_path / "shards", processor)
     assert measured == []
-    assert f"another tokenizer or image settings: {tmp_path / 'shards'}" in report(tmp_path / "shards", other)
+    assert f"another tokenizer or image settings: {tmp_path / 'shards'}" in report(
+        tmp_path / "shards", other
+    )
     assert measured == ["shards"]
     monkeypatch.undo()
     assert report(tmp_path / "unmeasured", processor) == report(tmp_path / "shards", processor)
@@ -120,33 +144,55 @@ def bad_records(folder):
     large["messages"][0]["number"] = 2**70
     return {
         "0.png does not exist": conversation({"type": "image", "image": "0.png"}, text),
-        "broken.png cannot be decoded": conversation({"type": "image", "image": "broken.png"}, text),
-        "text.png cannot be read as an image": conversation({"type": "image", "image": "text.png"}, text),
-        "2 image parts for the 1 pictures": conversation({"type": "image"}, {"type": "image"}) | {"images": ["fine.png"]},
+        "broken.png cannot be decoded": conversation(
+            {"type": "image", "image": "broken.png"}, text
+        ),
+        "text.png cannot be read as an image": conversation(
+            {"type": "image", "image": "text.png"}, text
+        ),
+        "2 image parts for the 1 pictures": conversation({"type": "image"}, {"type": "image"})
+        | {"images": ["fine.png"]},
         "there is no assistant turn": {"messages": [{"role": "user", "content": "?"}]},
         "Expecting": '{"messages": ',
         "unknown part type 'audio'": conversation({"type": "audio", "audio": "a.wav"}),
         "<|im_end|>": conversation({"type": "text", "text": "<|im_end|>"}),
         "too long: 212 tokens": long,
-        "timestamps must be seconds, one for each frame: 'int'": conversation(video | {"timestamps": 2}),
-        "timestamps must be seconds, one for each frame: float": conversation(video | {"timestamps": [None, 1]}),
-        "needs a string": {"messages": [{"role": "user", "content": 5}, long["messages"][1]], "images": ["fine.png"]},
-        "'bytes' must be bytes, got str": conversation({"type": "image", "image": {"bytes": "abc"}}, text),
-        "'bytes' must be bytes, got list": conversation({"type": "image", "image": {"bytes": [1, 2]}}, text),
+        "timestamps must be seconds, one for each frame: 'int'": conversation(
+            video | {"timestamps": 2}
+        ),
+        "timestamps must be seconds, one for each frame: float": conversation(
+            video | {"timestamps": [None, 1]}
+        ),
+        "needs a string": {
+            "messages": [{"role": "user", "content": 5}, long["messages"][1]],
+            "images": ["fine.png"],
+        },
+        "'bytes' must be bytes, got str": conversation(
+            {"type": "image", "image": {"bytes": "abc"}}, text
+        ),
+        "'bytes' must be bytes, got list": conversation(
+            {"type": "image", "image": {"bytes": [1, 2]}}, text
+        ),
         "Error: ": conversation({"type": "text", "text": "\ud800"}),
         "OverflowError: ": large,
         "RecursionError: ": '{"messages": ' + "[" * 100_000,
     }
 
 
-def test_every_rejected_example_is_reported_with_its_reason_and_the_rest_written(tmp_path, processor):
+def test_every_rejected_example_is_reported_with_its_reason_and_the_rest_written(
+    tmp_path, processor
+):
     fine = conversation(picture(tmp_path, "fine.png", 200), {"type": "text", "text": "List"})
     bad = bad_records(tmp_path)
     file = write(tmp_path, [fine, *bad.values(), fine])
     convert(file, tmp_path / "shards", processor, max_tokens=200, max_rejected=0.9, threads=3)
     assert len(open_conversations(tmp_path / "shards")) == 2
-    report = [json.loads(line) for line in (tmp_path / "shards.rejected.jsonl").read_text().splitlines()]
-    assert [entry["example"] for entry in report] == [f"{file}:{line}" for line in range(2, 2 + len(bad))]
+    report = [
+        json.loads(line) for line in (tmp_path / "shards.rejected.jsonl").read_text().splitlines()
+    ]
+    assert [entry["example"] for entry in report] == [
+        f"{file}:{line}" for line in range(2, 2 + len(bad))
+    ]
     for entry, reason in zip(report, bad, strict=True):
         assert reason in entry["reason"]
         assert "data.jsonl" not in entry["reason"]
@@ -162,7 +208,11 @@ def test_without_a_processor_images_are_checked_too(tmp_path):
 def test_training_that_reads_a_bad_record_names_it(tmp_path, processor):
     picture(tmp_path, "fine.png", 200)
     bad = bad_records(tmp_path)
-    for converted_alone in ("too long: 212 tokens", "OverflowError: ", "broken.png cannot be decoded"):
+    for converted_alone in (
+        "too long: 212 tokens",
+        "OverflowError: ",
+        "broken.png cannot be decoded",
+    ):
         del bad[converted_alone]
     for reason, record in bad.items():
         conversations = open_conversations(write(tmp_path, [record]))
@@ -173,10 +223,14 @@ def test_training_that_reads_a_bad_record_names_it(tmp_path, processor):
 def test_more_rejects_than_allowed_are_an_error_and_leave_the_report_alone(tmp_path, processor):
     fine = conversation(picture(tmp_path, "fine.png", 200), {"type": "text", "text": "List"})
     file = write(tmp_path, [fine] * 97 + ["{"] * 3)
-    with pytest.raises(ValueError, match=r"3 of 100 examples were rejected.*share of 0.02.*shards.rejected.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"3 of 100 examples were rejected.*share of 0.02.*shards.rejected.jsonl"
+    ):
         convert(file, tmp_path / "shards", processor, max_rejected=0.02)
     assert len((tmp_path / "shards.rejected.jsonl").read_text().splitlines()) == 3
-    assert sorted(path.name for path in tmp_path.iterdir() if "shards" in path.name) == ["shards.rejected.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "shards" in path.name) == [
+        "shards.rejected.jsonl"
+    ]
     convert(file, tmp_path / "shards", processor, max_rejected=0.03)
     with pytest.raises(FileExistsError, match="is not empty"):
         convert(file, tmp_path / "shards", processor)
@@ -223,7 +277,13 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
 def test_a_full_disk_is_named_and_leaves_nothing(good, tmp_path):
     command = [sys.executable, "-m", "convert.dataset", str(good), str(tmp_path / "shards")]
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 1; "$@"', "-", *command],  # no file grows beyond 1 KiB, as on a full disk
+        [
+            "bash",
+            "-c",
+            'ulimit -f 1; "$@"',
+            "-",
+            *command,
+        ],  # no file grows beyond 1 KiB, as on a full disk
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
@@ -238,4 +298,10 @@ def test_a_full_disk_is_named_and_leaves_nothing(good, tmp_path):
 
 def test_histogram_counts_by_powers_of_two():
     lines = histogram([3, 4, 5, 8, 8, 64])
-    assert [line.split()[3:5] for line in lines] == [["4:", "2"], ["8:", "3"], ["16:", "0"], ["32:", "0"], ["64:", "1"]]
+    assert [line.split()[3:5] for line in lines] == [
+        ["4:", "2"],
+        ["8:", "3"],
+        ["16:", "0"],
+        ["32:", "0"],
+        ["64:", "1"],
+    ]

@@ -1,4 +1,5 @@
-"""What export puts into a backbone: a branch from elsewhere, an adapter's updates; and a checkpoint without a branch."""
+"""What export puts into a backbone: a branch from elsewhere, an adapter's updates; and a checkpoint
+without a branch."""
 
 import json
 
@@ -38,7 +39,9 @@ def changed(model, filter, seed=0):
     def add(path, leaf):
         if not filter(path):
             return leaf
-        return leaf.replace(jnp.asarray(np.asarray(leaf[...]) + rng.normal(0, 0.05, leaf.shape), leaf.dtype))
+        return leaf.replace(
+            jnp.asarray(np.asarray(leaf[...]) + rng.normal(0, 0.05, leaf.shape), leaf.dtype)
+        )
 
     return nnx.merge(graphdef, nnx.map_state(add, params))
 
@@ -63,7 +66,8 @@ def weights(model):
 
 
 def test_merged_export_is_the_adapted_model(base, branch, lora, tmp_path, monkeypatch):
-    """Its weights are W + alpha / rank B A, layer for layer, in blocks of rows as at full size; the branch is the given one."""
+    """Its weights are W + alpha / rank B A, layer for layer, in blocks of rows as at full size; the
+    branch is the given one."""
     monkeypatch.setattr(store, "BLOCK_BYTES", 2**14)
     monkeypatch.setattr(store, "_CHUNK_BYTES", 2**9)
     orbax_to_hf.convert(base, tmp_path / "hf", branch=branch, lora=lora)
@@ -85,7 +89,9 @@ def test_sums_are_rounded_once_to_the_stored_dtype():
     """Computed in float32; rows of a layer of a stack."""
     rng = np.random.default_rng(0)
     weight = rng.normal(size=(2, 6, 5)).astype(ml_dtypes.bfloat16)
-    update = Update(*(rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 5), (2, 6, 3))), scale=0.5)
+    update = Update(
+        *(rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 5), (2, 6, 3))), scale=0.5
+    )
     merged = update.merged(weight[1, 2:4], 1, slice(2, 4))
     assert merged.dtype == weight.dtype
     exact = weight[1].astype(np.float64) + 0.5 * update.b[1].astype(np.float64) @ update.a[1]
@@ -96,7 +102,11 @@ def test_stored_identity_is_that_of_the_loaded(base, monkeypatch):
     expected = backbone_identity(nnx.state(load(base)))
     for size in (store.BLOCK_BYTES, 2**12):
         monkeypatch.setattr(store, "BLOCK_BYTES", size)
-        arrays = {path: array for path, array in store.open_arrays(base).items() if part_of(path) == "backbone"}
+        arrays = {
+            path: array
+            for path, array in store.open_arrays(base).items()
+            if part_of(path) == "backbone"
+        }
         assert store.stored_identity(arrays) == expected
 
 
@@ -105,7 +115,9 @@ def test_without_a_branch_there_and_back(golden, tmp_path):
     hf_to_orbax.convert(golden, tmp_path / "orbax", plain=True)
     assert not load(tmp_path / "orbax").config.text.pvm_layers
     orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
-    tensors = {name: tensor for name, tensor in read_tensors(golden).items() if ".pvm_block." not in name}
+    tensors = {
+        name: tensor for name, tensor in read_tensors(golden).items() if ".pvm_block." not in name
+    }
     back = read_tensors(tmp_path / "back")
     assert back.keys() == tensors.keys()
     assert all(np.array_equal(back[name], tensors[name]) for name in back)

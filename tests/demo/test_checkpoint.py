@@ -1,4 +1,5 @@
-"""The demo's Hugging Face directory is what the processor, the model and transformers expect of one."""
+"""The demo's Hugging Face directory is what the processor, the model and transformers expect of
+one."""
 
 import jax
 import numpy as np
@@ -42,7 +43,10 @@ def test_template(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "List ink"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "List ink"}],
+        },
     ]
     text = (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -68,11 +72,15 @@ def test_config_round_trip(folder):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_a_cell_is_a_visual_token_and_loss_covers_the_answer(folder, processor, size):
     words = 5
-    example = task.make_example(task.Mixture(sizes=(size,), lines=(16, 16), filler=(words, words)), size)
+    example = task.make_example(
+        task.Mixture(sizes=(size,), lines=(16, 16), filler=(words, words)), size
+    )
     encoded = processor.encode(example.messages(task.draw(example.scene)))
     assert encoded.image_grid_thw.tolist() == [[1, 2 * size, 2 * size]]
     learned = encoded.input_ids[encoded.loss_mask]
-    assert processor.decode(learned, skip_special_tokens=False) == example.answer + checkpoint.IM_END
+    assert (
+        processor.decode(learned, skip_special_tokens=False) == example.answer + checkpoint.IM_END
+    )
     assert len(learned) == 3 * len(example.lines) + 1
     assert len(encoded.input_ids) == 15 + size**2 + words + 3 * len(example.lines)
     Batch.from_rows([[encoded]], ModelConfig.from_hf(folder), length=128, patches=64)

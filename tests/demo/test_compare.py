@@ -1,4 +1,5 @@
-"""The comparison: equal terms for all methods, where the branch looks, and a report of means and spreads."""
+"""The comparison: equal terms for all methods, where the branch looks, and a report of means and
+spreads."""
 
 import json
 import math
@@ -28,21 +29,39 @@ SETTINGS = EvaluationSettings(distances=(0, 5), scenes=2, size=2, lines=4, batch
 
 
 def test_methods_differ_in_what_trains_alone():
-    """Checkpoint, result, steps and what a method needs apart, the commands of a seed are one command; seeds share nothing."""
+    """Checkpoint, result, steps and what a method needs apart, the commands of a seed are one
+    command; seeds share nothing."""
     seeds = [dict(compare.training_steps(Path("out"), seed, 9)) for seed in (0, 1)]
     commands_of = [[[str(a) for a in command] for command in by.values()] for by in seeds]
-    trainings = [[command for command in commands if "--config=demo/branch.yaml" in command] for commands in commands_of]
+    trainings = [
+        [command for command in commands if "--config=demo/branch.yaml" in command]
+        for commands in commands_of
+    ]
     for commands in trainings:
-        own = ("--checkpoint", "--run_dir", "--trainable", "--lora.", "--optimizer.learning_rate", "--max_steps", "--branch")
-        assert len({tuple(a for a in command if not a.startswith(own)) for command in commands}) == 1
+        own = (
+            "--checkpoint",
+            "--run_dir",
+            "--trainable",
+            "--lora.",
+            "--optimizer.learning_rate",
+            "--max_steps",
+            "--branch",
+        )
+        assert (
+            len({tuple(a for a in command if not a.startswith(own)) for command in commands}) == 1
+        )
         steps = [a for command in commands for a in command if a.startswith("--max_steps")]
         assert steps == ["--max_steps=9", "--max_steps=9", "--max_steps=9", "--max_steps=4"]
-        assert [a for command in commands for a in command if a.startswith("--branch")] == [commands[-1][-1]]
+        assert [a for command in commands for a in command if a.startswith("--branch")] == [
+            commands[-1][-1]
+        ]
     for one, other in zip(*trainings, strict=True):
         differing = {a.split("=")[0] for a in set(one) ^ set(other)}
         needed = {"--seed", "--data.sources", "--run_dir"}
         assert needed <= differing <= {*needed, "--checkpoint", "--branch"}
-    examples = [command for commands in commands_of for command in commands if command[0] == "demo.task"]
+    examples = [
+        command for commands in commands_of for command in commands if command[0] == "demo.task"
+    ]
     assert len({a for command in examples for a in command if a.startswith("--mixture.seed")}) == 2
 
 
@@ -54,9 +73,14 @@ def test_the_branchs_two_stages_read_no_more_tokens_than_the_others_one():
         sizes = yaml.safe_load(Path(f"demo/{name}_data.yaml").read_text())["mixture"]["sizes"]
         of_size = {bucket["patches"]: bucket["tokens"] for bucket in buckets}
         tokens[name] = np.mean([of_size[4 * size**2] for size in sizes])
-        assert yaml.safe_load(Path(f"demo/{name}.yaml").read_text())["batch_size"] == compare.BATCH_SIZE
+        assert (
+            yaml.safe_load(Path(f"demo/{name}.yaml").read_text())["batch_size"]
+            == compare.BATCH_SIZE
+        )
     looking, beside = compare.stages(300)
-    assert 0.9 < (looking * tokens["look"] + beside * tokens["branch"]) / (300 * tokens["branch"]) <= 1
+    assert (
+        0.9 < (looking * tokens["look"] + beside * tokens["branch"]) / (300 * tokens["branch"]) <= 1
+    )
 
 
 def test_variations_of_the_first_stage_change_one_thing():
@@ -65,14 +89,26 @@ def test_variations_of_the_first_stage_change_one_thing():
     runs = set()
     for name, one in regime.VARIATIONS.items():
         changed = [key for key, value in vars(one).items() if value != getattr(plain, key)]
-        assert len(changed) == (0 if name == "as in the demo" else 2 if "examples" in name else 1), name
-        (fresh, convert), (data, make_data), (branch, (entry, *arguments)) = regime.commands(name, Path("out"), 400)
+        assert len(changed) == (
+            0 if name == "as in the demo" else 2 if "examples" in name else 1
+        ), name
+        (fresh, convert), (data, make_data), (branch, (entry, *arguments)) = regime.commands(
+            name, Path("out"), 400
+        )
         config, _ = parse(SFTConfig, arguments, prog=entry, description="", examples="")
-        assert (config.checkpoint, config.data.sources, convert[2]) == (str(fresh), str(data), fresh)
+        assert (config.checkpoint, config.data.sources, convert[2]) == (
+            str(fresh),
+            str(data),
+            fresh,
+        )
         assert config.max_steps == 400 * one.times
         assert config.max_steps * config.batch_size in (3200, 6400, 12800)
-        (count,) = (int(str(a).removeprefix("--count=")) for a in make_data if str(a).startswith("--count="))
-        assert config.max_steps * config.batch_size <= count * config.epochs  # else the run would end before its last step
+        (count,) = (
+            int(str(a).removeprefix("--count=")) for a in make_data if str(a).startswith("--count=")
+        )
+        assert (
+            config.max_steps * config.batch_size <= count * config.epochs
+        )  # else the run would end before its last step
         runs.add(branch)
     assert len(runs) == len(regime.VARIATIONS)
 
@@ -86,10 +122,19 @@ def test_an_unknown_variation_is_named(tmp_path):
 def test_lora_has_as_many_parameters_as_the_branch():
     layers, width = (1, 2), int(BRANCH[-1])
     assert ("--pvm-layers", *map(str, layers), "--pvm-hidden-size", str(width)) == BRANCH
-    given = dict(a.removeprefix("--lora.").split("=") for a in compare.METHODS["LoRA"].arguments if a.startswith("--lora."))
+    given = dict(
+        a.removeprefix("--lora.").split("=")
+        for a in compare.METHODS["LoRA"].arguments
+        if a.startswith("--lora.")
+    )
     config = checkpoint.make_config(checkpoint.make_tokenizer()).with_pvm(layers, width)
-    model = abstract_model(replace(config, lora=LoRAConfig(int(given["rank"]), float(given["alpha"]))))
-    counts = [sum(math.prod(x.shape) for x in jax.tree.leaves(split_model(model, part)[1])) for part in ("pvm", "lora")]
+    model = abstract_model(
+        replace(config, lora=LoRAConfig(int(given["rank"]), float(given["alpha"])))
+    )
+    counts = [
+        sum(math.prod(x.shape) for x in jax.tree.leaves(split_model(model, part)[1]))
+        for part in ("pvm", "lora")
+    ]
     assert counts[1] == pytest.approx(counts[0], rel=0.03)
 
 
@@ -111,14 +156,21 @@ def model() -> Qwen3VL:
 
 
 def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
-    """All cells together have 1; keys that are alike get alike; a sharpened branch prefers one to another."""
+    """All cells together have 1; keys that are alike get alike; a sharpened branch prefers one to
+    another."""
     examples = SETTINGS.examples(0, 2)
     graphdef, params = nnx.split(model)
-    sharp = nnx.map_state(lambda path, leaf: leaf * 10 if path[-2] in ("q_norm", "k_norm") else leaf, params)
+    sharp = nnx.map_state(
+        lambda path, leaf: leaf * 10 if path[-2] in ("q_norm", "k_norm") else leaf, params
+    )
     blind = nnx.map_state(lambda path, leaf: leaf * 0 if "vision_reducer" in path else leaf, params)
 
     def shares(params):
-        return np.array(recall.attention_on_cell(nnx.merge(graphdef, params), processor, examples, SETTINGS)["1"])
+        return np.array(
+            recall.attention_on_cell(nnx.merge(graphdef, params), processor, examples, SETTINGS)[
+                "1"
+            ]
+        )
 
     np.testing.assert_allclose(shares(blind), 1 / 4, rtol=1e-5)
     by_cell = []
@@ -130,7 +182,13 @@ def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
 
 
 def test_cells_are_visual_tokens_in_reading_order():
-    assert [recall._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [0, 1, 2, 3, 8]
+    assert [recall._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [
+        0,
+        1,
+        2,
+        3,
+        8,
+    ]
 
 
 def test_gates_are_read_back_from_the_log_of_a_run_that_went_on(tmp_path):
@@ -152,7 +210,9 @@ def test_measured_once_and_then_read(tmp_path):
 def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
     for _ in range(2):
         compare.claim(tmp_path / "out", {"steps": 1})
-    with pytest.raises(SystemExit, match=r"on other terms \(see .*terms\.json\): give another --out"):
+    with pytest.raises(
+        SystemExit, match=r"on other terms \(see .*terms\.json\): give another --out"
+    ):
         compare.claim(tmp_path / "out", {"steps": 2})
 
 
@@ -179,5 +239,8 @@ def test_report_gives_means_and_spreads(tmp_path, capsys):
     assert "chance: 1/4 = 0.250" in text
     assert "layer 1 +0.100, +0.200" in text
     assert (tmp_path / "results.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "results.json").read_text())["measured"][1]["accuracy"] == {"0": 0.6, "5": 0.3}
+    assert json.loads((tmp_path / "results.json").read_text())["measured"][1]["accuracy"] == {
+        "0": 0.6,
+        "5": 0.3,
+    }
     assert text in capsys.readouterr().out

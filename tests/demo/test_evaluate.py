@@ -1,4 +1,5 @@
-"""The demo's measurement: what counts are the values, and a written line is right if the scene says so."""
+"""The demo's measurement: what counts are the values, and a written line is right if the scene says
+so."""
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from pvm_jax.measure import accuracy
 from pvm_jax.measure.reading import find_answers
 
 SETTINGS = evaluate.EvaluationSettings(
-    distances=(0, 3), scenes=3, size=2, lines=5, long_scenes=4, shortest=2, distance=7, looks=3, batch_size=2
+    distances=(0, 3),
+    scenes=3,
+    size=2,
+    lines=5,
+    long_scenes=4,
+    shortest=2,
+    distance=7,
+    looks=3,
+    batch_size=2,
 )
 
 
@@ -30,7 +39,10 @@ def test_hits_are_the_values(processor, monkeypatch):
     examples = SETTINGS.examples(3, SETTINGS.scenes)
     encoded = evaluate.encode(examples, processor)
     answers = find_answers(encoded)
-    said = [[processor.decode([e.input_ids[c]]) for c in columns] for e, columns in zip(encoded, answers.columns, strict=True)]
+    said = [
+        [processor.decode([e.input_ids[c]]) for c in columns]
+        for e, columns in zip(encoded, answers.columns, strict=True)
+    ]
 
     def sees(*_, **__):
         values = [{f" {value}\n" for _, _, value in example.lines} for example in examples]
@@ -46,10 +58,15 @@ def test_hits_are_the_values(processor, monkeypatch):
 def test_the_task_counts_values_alone(processor, folder):
     built = evaluate.make_task(folder, processor, SETTINGS)
     assert [len(built.fillers[distance]) for distance in SETTINGS.distances] == [3, 3]
-    added = [len(a.input_ids) - len(b.input_ids) for a, b in zip(built.fillers[3], built.fillers[0], strict=True)]
+    added = [
+        len(a.input_ids) - len(b.input_ids)
+        for a, b in zip(built.fillers[3], built.fillers[0], strict=True)
+    ]
     assert added == [3, 3, 3]
     answers = find_answers(built.examples)
-    assert 7 <= answers.lengths.min() <= answers.lengths.max() <= 16  # 2 to 5 lines of three tokens, and the turn's end
+    assert (
+        7 <= answers.lengths.min() <= answers.lengths.max() <= 16
+    )  # 2 to 5 lines of three tokens, and the turn's end
     counted = built.counting(np.ones(answers.columns.shape))
     lines = [len(example.lines) for example in SETTINGS.examples(7, 4, 2)]
     np.testing.assert_array_equal(np.nansum(counted, axis=1), lines)
@@ -61,9 +78,20 @@ def test_written_lines_are_checked(processor):
     example = task.make_example(task.Mixture(sizes=(2,), lines=(3, 3)), 0)
     (cell, name, value), *_ = example.lines
     other = next(v for v in task.VALUES[name] if v != value)
-    lines = (f"{cell} {name} {value}\n", f"{cell} {name} {value}\n", "D4 ink red\n", "A1\n", "A1 ink")
+    lines = (
+        f"{cell} {name} {value}\n",
+        f"{cell} {name} {value}\n",
+        "D4 ink red\n",
+        "A1\n",
+        "A1 ink",
+    )
     scores = grades("".join(lines), example, processor)
-    assert scores[np.isfinite(scores)].tolist() == [1, 0, 0, 0]  # right; a pair again; not of this grid; no value; unfinished
+    assert scores[np.isfinite(scores)].tolist() == [
+        1,
+        0,
+        0,
+        0,
+    ]  # right; a pair again; not of this grid; no value; unfinished
     assert np.flatnonzero(np.isfinite(scores))[0] == evaluate.TOKENS_PER_LINE - 1
     wrong = grades(f"{cell} {name} {other}\n", example, processor)
     assert wrong[np.isfinite(wrong)].tolist() == [0]

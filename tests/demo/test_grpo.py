@@ -33,7 +33,10 @@ def test_seeds_share_their_data_and_held_out_digits_are_others(tmp_path):
     data, held_out, *trainings = ([str(a) for a in command] for command in steps.values())
     assert "heldout" in held_out
     assert "heldout" not in data
-    assert {a.split("=")[0] for a in set(trainings[0]) ^ set(trainings[1])} == {"--run_dir", "--seed"}
+    assert {a.split("=")[0] for a in set(trainings[0]) ^ set(trainings[1])} == {
+        "--run_dir",
+        "--seed",
+    }
 
 
 def test_report_gives_each_seed_and_the_spread(tmp_path):
@@ -41,5 +44,8 @@ def test_report_gives_each_seed_and_the_spread(tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert "| step | seed 3 | seed 4 | mean | least to most |" in text
     assert "| 5 | 0.750 | 1.000 | 0.875 | 0.750 to 1.000 |" in text
-    assert json.loads((tmp_path / "results.json").read_text())["rewards"] == [[0.5, 0.75], [0.5, 1.0]]
+    assert json.loads((tmp_path / "results.json").read_text())["rewards"] == [
+        [0.5, 0.75],
+        [0.5, 1.0],
+    ]
     assert (tmp_path / "results.png").stat().st_size > 5_000

@@ -1,11 +1,23 @@
-"""The generator: the answer is what the picture shows, and nothing but what was asked for changes."""
+"""The generator: the answer is what the picture shows, and nothing but what was asked for
+changes."""
 
 import json
 
 import numpy as np
 import pytest
 
-from demo.task import ATTRIBUTES, CELL, GROUNDS, INKS, MARK_COLOUR, Mixture, digit_indices, draw, main, make_example
+from demo.task import (
+    ATTRIBUTES,
+    CELL,
+    GROUNDS,
+    INKS,
+    MARK_COLOUR,
+    Mixture,
+    digit_indices,
+    draw,
+    main,
+    make_example,
+)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -22,11 +34,19 @@ def test_answer_matches_pixels(size):
             assert tuple(area[3, 3]) == GROUNDS[value]
         if attribute == "mark":
             half = CELL // 2
-            edges = {"top": area[0, half], "right": area[half, -1], "bottom": area[-1, half], "left": area[half, 0]}
+            edges = {
+                "top": area[0, half],
+                "right": area[half, -1],
+                "bottom": area[-1, half],
+                "left": area[half, 0],
+            }
             marked = [edge for edge, pixel in edges.items() if tuple(pixel) == MARK_COLOUR]
             assert marked == ([] if value == "none" else [value])
         if attribute == "ink":
-            distance = {name: np.abs(area.astype(int) - colour).sum(-1).min() for name, colour in INKS.items()}
+            distance = {
+                name: np.abs(area.astype(int) - colour).sum(-1).min()
+                for name, colour in INKS.items()
+            }
             assert min(distance, key=lambda name: distance[name]) == value
 
 
@@ -68,7 +88,12 @@ def test_parts_share_no_digit_image():
     assert not set(train) & set(heldout)
     assert len(train) + len(heldout) == 1797
     for digits, indices in (("train", train), ("heldout", heldout)):
-        glyphs = {g for i in range(20) for row in make_example(Mixture(digits=digits), i).scene.glyphs for g in row}
+        glyphs = {
+            g
+            for i in range(20)
+            for row in make_example(Mixture(digits=digits), i).scene.glyphs
+            for g in row
+        }
         assert glyphs <= set(indices)
 
 
@@ -89,7 +114,9 @@ def test_bad_mixture_is_named(wrong, named):
 def test_written_data(tmp_path):
     main(tmp_path / "a", count=5, mixture=Mixture(sizes=(2,)))
     main(tmp_path / "b", count=5, mixture=Mixture(sizes=(2,)))
-    names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    names = sorted(
+        path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()
+    )
     assert len(names) == 6
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

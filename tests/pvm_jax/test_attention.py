@@ -46,20 +46,36 @@ def _dense(q, k, v, q_segment_ids, kv_segment_ids, causal):
 
 
 def test_xla_is_the_formula():
-    q, k, v = _inputs(np.random.default_rng(0), length=24, kv_length=24, heads=4, kv_heads=2, head_dim=8)
+    q, k, v = _inputs(
+        np.random.default_rng(0), length=24, kv_length=24, heads=4, kv_heads=2, head_dim=8
+    )
     segments = _segments(2, 24, 9, 11)
     for causal in (True, False):
-        got = attention(q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=causal, kernel="xla")
+        got = attention(
+            q, k, v, q_segment_ids=segments, kv_segment_ids=segments, causal=causal, kernel="xla"
+        )
         want = _dense(q, k, v, segments, segments, causal)
         valid = np.asarray(segments) > 0
         assert_close(np.asarray(got)[valid], want[valid], 1e-5)
 
 
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 1, "tensor": 4}, {"data": 1, "fsdp": 2, "tensor": 4}])
-@pytest.mark.parametrize(("causal", "kv_length", "kv_heads", "head_dim"), [(True, 200, 4, 64), (False, 72, 1, 72)])
+@pytest.mark.parametrize(
+    "mesh", [None, {"data": 2, "fsdp": 1, "tensor": 4}, {"data": 1, "fsdp": 2, "tensor": 4}]
+)
+@pytest.mark.parametrize(
+    ("causal", "kv_length", "kv_heads", "head_dim"), [(True, 200, 4, 64), (False, 72, 1, 72)]
+)
 def test_splash_equals_xla(mesh, causal, kv_length, kv_heads, head_dim):
-    """Values and gradients, grouped queries, lengths and heads that are no multiple of 128; the kernel in its interpreter."""
-    q, k, v = _inputs(np.random.default_rng(1), length=200, kv_length=kv_length, heads=4, kv_heads=kv_heads, head_dim=head_dim)
+    """Values and gradients, grouped queries, lengths and heads that are no multiple of 128; the
+    kernel in its interpreter."""
+    q, k, v = _inputs(
+        np.random.default_rng(1),
+        length=200,
+        kv_length=kv_length,
+        heads=4,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+    )
     q_segments = _segments(2, 200, 90, 100)
     kv_segments = q_segments if causal else _segments(2, kv_length, 30, 40)
     valid = (q_segments > 0)[..., None, None]
@@ -91,7 +107,9 @@ def test_splash_equals_xla(mesh, causal, kv_length, kv_heads, head_dim):
 
 
 def test_unknown_kernel_is_named():
-    q, k, v = _inputs(np.random.default_rng(0), length=4, kv_length=4, heads=2, kv_heads=2, head_dim=8)
+    q, k, v = _inputs(
+        np.random.default_rng(0), length=4, kv_length=4, heads=2, kv_heads=2, head_dim=8
+    )
     ids = jnp.ones((2, 4), jnp.int32)
     with pytest.raises(ValueError, match="flash9"):
         attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, causal=True, kernel="flash9")
@@ -100,8 +118,14 @@ def test_unknown_kernel_is_named():
 def test_samples_attend_in_bfloat16_on_the_cpu_too():
     """Some of the products that einsum can make of several rows have no kernel there."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8)))
-    own, new = ([rng.normal(size=shape).astype(np.float32) for _ in "kv"] for shape in ((2, 2, 3, 6, 8), (2, 2, 3, 8)))
+    q, k, v = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, 3, 4, 8), (2, 2, 5, 8), (2, 2, 5, 8))
+    )
+    own, new = (
+        [rng.normal(size=shape).astype(np.float32) for _ in "kv"]
+        for shape in ((2, 2, 3, 6, 8), (2, 2, 3, 8))
+    )
     masks = {"shared_mask": np.ones((2, 3, 5), bool), "own_mask": np.ones((1, 1, 6), bool)}
 
     def attend(dtype):

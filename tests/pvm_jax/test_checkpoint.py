@@ -37,7 +37,9 @@ def model(converted) -> Qwen3VL:
 def trained(model) -> Qwen3VL:
     """The same backbone, another branch."""
     graphdef, params = nnx.split(model)
-    return nnx.merge(graphdef, nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params))
+    return nnx.merge(
+        graphdef, nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,13 @@ def assert_equal(one: dict, other: dict) -> None:
 
 def test_a_full_disk_is_named_and_leaves_nothing(model, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # no file grows beyond, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10_000, limit[1])
+    )  # no file grows beyond, as on a full disk
     try:
-        with pytest.raises(CheckpointError, match=r"full.* could not be written: .*Make room there"):
+        with pytest.raises(
+            CheckpointError, match=r"full.* could not be written: .*Make room there"
+        ):
             save(tmp_path / "full", model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -86,14 +92,19 @@ class TestLoad:
 
     def test_from_another_mesh(self, converted, model, tmp_path):
         save(tmp_path / "sharded", load(converted, mesh=make_mesh(1, 4, 2)), assets=converted)
-        assert_equal(parameters(load(tmp_path / "sharded", mesh=make_mesh(2, 1, 4))), parameters(model))
+        assert_equal(
+            parameters(load(tmp_path / "sharded", mesh=make_mesh(2, 1, 4))), parameters(model)
+        )
         assert_equal(parameters(load(tmp_path / "sharded")), parameters(model))
 
     @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, jnp.dtype(jnp.bfloat16)])
     def test_dtype_casts_while_reading(self, converted, model, dtype):
         loaded = load(converted, dtype=dtype, mesh=make_mesh())
         assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
-        assert_equal(parameters(loaded), {path: leaf.astype(jnp.bfloat16) for path, leaf in parameters(model).items()})
+        assert_equal(
+            parameters(loaded),
+            {path: leaf.astype(jnp.bfloat16) for path, leaf in parameters(model).items()},
+        )
 
     @pytest.mark.parametrize("dtype", ["float16", jnp.int32, "half"])
     def test_another_dtype_is_refused(self, converted, dtype):
@@ -105,8 +116,12 @@ class TestLoad:
         mixed = load(converted, dtype="bfloat16")
         save(tmp_path / "mixed", load_branch(converted, mixed))
         loaded = parameters(load(tmp_path / "mixed"))
-        assert {leaf.dtype.name for path, leaf in loaded.items() if path.startswith("pvm/")} == {"float32"}
-        assert {leaf.dtype.name for path, leaf in loaded.items() if not path.startswith("pvm/")} == {"bfloat16"}
+        assert {leaf.dtype.name for path, leaf in loaded.items() if path.startswith("pvm/")} == {
+            "float32"
+        }
+        assert {
+            leaf.dtype.name for path, leaf in loaded.items() if not path.startswith("pvm/")
+        } == {"bfloat16"}
 
     def test_config_round_trip(self, model, tmp_path):
         """What is of the run, not of the model, is not stored."""
@@ -118,12 +133,16 @@ class TestLoad:
             load(tmp_path / "absent")
 
     def test_hugging_face_directory(self):
-        with pytest.raises(CheckpointError, match=r"convert it first, python -m convert\.hf_to_orbax"):
+        with pytest.raises(
+            CheckpointError, match=r"convert it first, python -m convert\.hf_to_orbax"
+        ):
             load(GOLDEN / "shape_8b")
 
     def test_another_directory(self, tmp_path):
         (tmp_path / "notes.txt").touch()
-        with pytest.raises(CheckpointError, match=r"expected config\.json and params/, found notes\.txt"):
+        with pytest.raises(
+            CheckpointError, match=r"expected config\.json and params/, found notes\.txt"
+        ):
             load(tmp_path)
 
     def test_shapes_of_another_config(self, converted, tmp_path):
@@ -133,14 +152,19 @@ class TestLoad:
         (copied / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError) as error:
             load(copied)
-        assert "wrong shape: lm_head/weight: expected (640, 64), found (512, 64)" in str(error.value)
+        assert "wrong shape: lm_head/weight: expected (640, 64), found (512, 64)" in str(
+            error.value
+        )
         assert "unexpected: pvm/3/gate_alpha (1,)" in str(error.value)
 
 
 class TestSave:
     def test_interrupted(self, model, tmp_path, monkeypatch):
-        """A write that fails leaves nothing; one that was killed leaves what `load` tells from a checkpoint."""
-        monkeypatch.setattr("pvm_jax.checkpoint.store._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        """A write that fails leaves nothing; one that was killed leaves what `load` tells from a
+        checkpoint."""
+        monkeypatch.setattr(
+            "pvm_jax.checkpoint.store._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path / "saved", model)
         assert not list(tmp_path.iterdir())
@@ -161,7 +185,9 @@ class TestSave:
 
 class TestBranch:
     def test_holds_the_branch_alone(self, branch, trained):
-        values = sum(leaf.nbytes for path, leaf in parameters(trained).items() if path.startswith("pvm/"))
+        values = sum(
+            leaf.nbytes for path, leaf in parameters(trained).items() if path.startswith("pvm/")
+        )
         assert sum(file.stat().st_size for file in branch.rglob("*") if file.is_file()) < 2 * values
         with pytest.raises(CheckpointError, match="a PVM branch alone"):
             load(branch)
@@ -169,12 +195,16 @@ class TestBranch:
     @pytest.mark.parametrize("dtype", [None, "bfloat16"])
     def test_on_its_backbone(self, converted, branch, trained, dtype):
         loaded = load(converted, branch=branch, mesh=make_mesh(2, 2, 2), dtype=dtype)
-        expected = {path: leaf.astype(dtype or leaf.dtype) for path, leaf in parameters(trained).items()}
+        expected = {
+            path: leaf.astype(dtype or leaf.dtype) for path, leaf in parameters(trained).items()
+        }
         assert_equal(parameters(loaded), expected)
 
     def test_on_another_backbone(self, branch, model):
         graphdef, params = nnx.split(model)
-        other = nnx.map_state(lambda path, leaf: leaf.at[0].add(0.5) if path[-2] == "pos_embed" else leaf, params)
+        other = nnx.map_state(
+            lambda path, leaf: leaf.at[0].add(0.5) if path[-2] == "pos_embed" else leaf, params
+        )
         with pytest.raises(CheckpointError, match="was trained on the backbone"):
             load_branch(branch, nnx.merge(graphdef, other))
 
@@ -185,7 +215,11 @@ class TestBranch:
         loaded = load(converted, branch=tmp_path / "other")
         assert loaded.config == config
         assert backbone_identity(nnx.state(loaded)) == backbone_identity(nnx.state(model))
-        assert all((leaf == 1).all() for path, leaf in parameters(loaded).items() if path.startswith("pvm/"))
+        assert all(
+            (leaf == 1).all()
+            for path, leaf in parameters(loaded).items()
+            if path.startswith("pvm/")
+        )
 
     def test_of_a_plain_checkpoint(self, model, tmp_path):
         save(tmp_path / "plain", filled(model.config.without_pvm()))
@@ -198,9 +232,14 @@ class TestIdentity:
         identity = backbone_identity(nnx.state(model))
         assert backbone_identity(nnx.to_pure_dict(nnx.state(model))) == identity
         assert backbone_identity(nnx.state(load(converted, mesh=make_mesh(2, 2, 2)))) == identity
-        assert backbone_identity(nnx.state(load(converted, mesh=make_mesh(1, 8, 1), dtype="bfloat16"))) == identity
+        assert (
+            backbone_identity(nnx.state(load(converted, mesh=make_mesh(1, 8, 1), dtype="bfloat16")))
+            == identity
+        )
 
-    @pytest.mark.parametrize("change", [lambda leaf: leaf.at[..., 3].add(0.5), lambda leaf: leaf[::-1]])
+    @pytest.mark.parametrize(
+        "change", [lambda leaf: leaf.at[..., 3].add(0.5), lambda leaf: leaf[::-1]]
+    )
     def test_differs_for_other_values(self, model, change):
         params = nnx.to_pure_dict(nnx.state(model))
         identity = backbone_identity(params)
@@ -212,15 +251,22 @@ class TestIdentity:
 class TestTrainCheckpoints:
     """A run of the branch with AdamW ."""
 
-    transformation = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
+    transformation = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10))
+    )
 
     def state(self, model, mesh):
         trained = nnx.State({"pvm": {"1": nnx.state(model)["pvm"]["1"]}})
         params = jax.tree.map(jax.device_put, nnx.as_pure(trained), param_shardings(trained, mesh))
-        return {"params": params, "optimizer": jax.tree.map(lambda x: x + 1, self.transformation.init(params))}
+        return {
+            "params": params,
+            "optimizer": jax.tree.map(lambda x: x + 1, self.transformation.init(params)),
+        }
 
     def abstract(self, state):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
 
     def steps(self, path, model, backbone="abc", **options):
         return TrainCheckpoints(path, model.config, backbone, **options)
@@ -233,7 +279,9 @@ class TestTrainCheckpoints:
         with self.steps(tmp_path, model) as steps:
             restored = steps.restore(target)
         assert jax.tree.structure(restored) == jax.tree.structure(state)
-        for saved, loaded, wanted in zip(*map(jax.tree.leaves, (state, restored, target)), strict=True):
+        for saved, loaded, wanted in zip(
+            *map(jax.tree.leaves, (state, restored, target)), strict=True
+        ):
             np.testing.assert_array_equal(saved, loaded)
             assert loaded.sharding == wanted.sharding
 
@@ -264,10 +312,16 @@ class TestTrainCheckpoints:
         state = self.state(model, make_mesh())
         with self.steps(tmp_path, model) as steps:
             steps.save(1, state)
-        with self.steps(tmp_path, model, "def") as steps, pytest.raises(CheckpointError, match="another backbone: abc"):
+        with (
+            self.steps(tmp_path, model, "def") as steps,
+            pytest.raises(CheckpointError, match="another backbone: abc"),
+        ):
             steps.restore(self.abstract(state))
         other = ModelConfig.from_hf(GOLDEN / "shape_4b")
-        with TrainCheckpoints(tmp_path, other, "abc") as steps, pytest.raises(CheckpointError, match="another model"):
+        with (
+            TrainCheckpoints(tmp_path, other, "abc") as steps,
+            pytest.raises(CheckpointError, match="another model"),
+        ):
             steps.restore(self.abstract(state))
 
     def test_nothing_saved(self, model, tmp_path):

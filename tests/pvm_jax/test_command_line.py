@@ -1,4 +1,5 @@
-"""`python -m pvm_jax generate` on the demo's checkpoint: one question, a chat, a file of questions."""
+"""`python -m pvm_jax generate` on the demo's checkpoint: one question, a chat, a file of
+questions."""
 
 import io
 import json
@@ -24,10 +25,17 @@ def demo_checkpoint(tmp_path_factory) -> Path:
 
 
 def test_the_command_line_reads_a_real_image(demo_checkpoint, tmp_path, capsys):
-    """The shipped model lists a grid of digits that it was not trained on; most of what it says is there."""
+    """The shipped model lists a grid of digits that it was not trained on; most of what it says is
+    there."""
     scene = make_example(Mixture(sizes=(2,), digits="heldout", seed=5), 0).scene
     draw(scene).save(tmp_path / "grid.png")
-    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "grid.png")]
+    arguments = [
+        "generate",
+        "--checkpoint",
+        str(demo_checkpoint),
+        "--image",
+        str(tmp_path / "grid.png"),
+    ]
     main([*arguments, "--max-new-tokens", "48", "List ground mark ink digit"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) >= 8
@@ -48,18 +56,40 @@ def questions(tmp_path_factory) -> Path:
     """Three pictures, and questions.jsonl about them."""
     folder = tmp_path_factory.mktemp("questions")
     for index in range(3):
-        draw(make_example(Mixture(sizes=(1 + index % 2,), digits="heldout", seed=index), 0).scene).save(folder / f"{index}.png")
+        draw(
+            make_example(Mixture(sizes=(1 + index % 2,), digits="heldout", seed=index), 0).scene
+        ).save(folder / f"{index}.png")
     (folder / "questions.jsonl").write_text("".join(_line(index) for index in range(3)))
     return folder
 
 
-def test_a_file_of_questions_is_answered_and_resumed(demo_checkpoint, questions, tmp_path, monkeypatch, capsys):
-    """Two samples a line. Started again behind a torn line, with other batches, the file is what it was."""
+def test_a_file_of_questions_is_answered_and_resumed(
+    demo_checkpoint, questions, tmp_path, monkeypatch, capsys
+):
+    """Two samples a line. Started again behind a torn line, with other batches, the file is what it
+    was."""
     output = tmp_path / "answers.jsonl"
-    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--input", str(questions / "questions.jsonl")]
-    arguments += ["--output", str(output), "--max-new-tokens", "6", "--num-samples", "2", "--temperature", "1"]
+    arguments = [
+        "generate",
+        "--checkpoint",
+        str(demo_checkpoint),
+        "--input",
+        str(questions / "questions.jsonl"),
+    ]
+    arguments += [
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "6",
+        "--num-samples",
+        "2",
+        "--temperature",
+        "1",
+    ]
     decode = Processor.decode
-    monkeypatch.setattr(Processor, "decode", lambda *args: "“\u2028" + decode(*args))  # a line's end to some, but not to JSON
+    monkeypatch.setattr(
+        Processor, "decode", lambda *args: "“\u2028" + decode(*args)
+    )  # a line's end to some, but not to JSON
     main([*arguments, "--batch-size", "2"])
     written = output.read_bytes()
     lines = [json.loads(line) for line in written.split(b"\n")[:-1]]
@@ -73,9 +103,15 @@ def test_a_file_of_questions_is_answered_and_resumed(demo_checkpoint, questions,
         main([*arguments, "--batch-size", "1"])
         assert output.read_bytes() == written
     for other in (["--pvm", "off"], ["--seed", "1"], ["--temperature", "0.5"]):
-        with pytest.raises(SystemExit, match=f"answers.jsonl:1 was answered with another {other[0][2:]}"):
+        with pytest.raises(
+            SystemExit, match=f"answers.jsonl:1 was answered with another {other[0][2:]}"
+        ):
             main([*arguments, *other])
-    for foreign in (b'{"index": 7}\n', b'{"index": 7}', (questions / "questions.jsonl").read_bytes()):
+    for foreign in (
+        b'{"index": 7}\n',
+        b'{"index": 7}',
+        (questions / "questions.jsonl").read_bytes(),
+    ):
         output.write_bytes(foreign)
         with pytest.raises(SystemExit, match=r"answers\.jsonl:1 answers no conversation of"):
             main(arguments)
@@ -83,12 +119,21 @@ def test_a_file_of_questions_is_answered_and_resumed(demo_checkpoint, questions,
 
 
 def test_without_the_branch_and_on_two_devices(demo_checkpoint, questions, tmp_path, capsys):
-    """`--pvm off` says what the base does, whose branch is silent; `--tensor 2` what one device does."""
+    """`--pvm off` says what the base does, whose branch is silent; `--tensor 2` what one device
+    does."""
     model = load(demo_checkpoint)
     for branch in model.pvm.values():
         branch.gate_alpha[...] = jnp.full(1, 4.0)
     save(tmp_path / "loud", model, assets=demo_checkpoint)
-    ask = ["generate", "--image", str(questions / "0.png"), "--max-new-tokens", "12", "List ground", "--checkpoint"]
+    ask = [
+        "generate",
+        "--image",
+        str(questions / "0.png"),
+        "--max-new-tokens",
+        "12",
+        "List ground",
+        "--checkpoint",
+    ]
     said = []
     for more in (["loud"], ["loud", "--tensor", "2"], ["loud", "--pvm", "off"], [demo_checkpoint]):
         main([*ask, str(tmp_path / more[0]), *more[1:]])
@@ -99,18 +144,37 @@ def test_without_the_branch_and_on_two_devices(demo_checkpoint, questions, tmp_p
 
 def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, tmp_path):
     (questions / "bad.jsonl").write_text(_line(0) + _line(1, image="nowhere.png"))
-    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--input", str(questions / "bad.jsonl")]
+    arguments = [
+        "generate",
+        "--checkpoint",
+        str(demo_checkpoint),
+        "--input",
+        str(questions / "bad.jsonl"),
+    ]
     with pytest.raises(SystemExit, match=r"bad\.jsonl:2.*nowhere\.png"):
         main([*arguments, "--output", str(tmp_path / "bad.jsonl"), "--max-new-tokens", "2"])
 
 
 def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypatch, capsys):
-    """The first answer is the single question's; a refused line leaves the chat going; a later turn brings an image."""
-    arguments = ["generate", "--checkpoint", str(demo_checkpoint), "--image", str(questions / "0.png")]
+    """The first answer is the single question's; a refused line leaves the chat going; a later turn
+    brings an image."""
+    arguments = [
+        "generate",
+        "--checkpoint",
+        str(demo_checkpoint),
+        "--image",
+        str(questions / "0.png"),
+    ]
     arguments += ["--max-new-tokens", "8"]
     main([*arguments, "List ground"])
     single = capsys.readouterr().out
-    lines = ["List ground", "/image nowhere.png", "/what", f"/image {questions / '1.png'}", "List mark"]
+    lines = [
+        "List ground",
+        "/image nowhere.png",
+        "/what",
+        f"/image {questions / '1.png'}",
+        "List mark",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     main([*arguments, "--chat"])
     said = capsys.readouterr()
@@ -130,7 +194,10 @@ def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypa
         (["What?", "--chat"], "got question and chat"),
         (["--input", "a.jsonl"], "--output go together"),
         (["What?", "--num-samples", "2"], "--num-samples goes with --input"),
-        (["--input", "a.jsonl", "--output", "b.jsonl", "--num-samples", "2"], "--num-samples needs a --temperature above 0"),
+        (
+            ["--input", "a.jsonl", "--output", "b.jsonl", "--num-samples", "2"],
+            "--num-samples needs a --temperature above 0",
+        ),
         (["What?", "--tensor", "9"], "tensor must be 1 to 8"),
     ],
 )
@@ -141,8 +208,26 @@ def test_arguments_that_do_not_go_together_are_refused(demo_checkpoint, wrong, n
 
 def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path):
     with pytest.raises(SystemExit, match=r"no\.png"):
-        main(["generate", "--checkpoint", str(demo_checkpoint), "--image", str(tmp_path / "no.png"), "What?"])
+        main(
+            [
+                "generate",
+                "--checkpoint",
+                str(demo_checkpoint),
+                "--image",
+                str(tmp_path / "no.png"),
+                "What?",
+            ]
+        )
     with pytest.raises(SystemExit, match="nowhere"):
         main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"])
     with pytest.raises(SystemExit, match="is no LoRA adapter"):
-        main(["generate", "--checkpoint", str(demo_checkpoint), "--lora", str(demo_checkpoint), "What?"])
+        main(
+            [
+                "generate",
+                "--checkpoint",
+                str(demo_checkpoint),
+                "--lora",
+                str(demo_checkpoint),
+                "What?",
+            ]
+        )

@@ -1,4 +1,5 @@
-"""Every format of conversations on disk gives the same messages; what is wrong with a record is said with its place."""
+"""Every format of conversations on disk gives the same messages; what is wrong with a record is
+said with its place."""
 
 import io
 import json
@@ -22,13 +23,27 @@ def png(shade):
 
 
 def turn(role, *parts):
-    return {"role": role, "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]}
+    return {
+        "role": role,
+        "content": [
+            {"type": "text", "text": part} if isinstance(part, str) else part for part in parts
+        ],
+    }
 
 
 IMAGE = {"type": "image"}
 RECORDS = [
-    *({"messages": [turn("user", IMAGE, f"{n}?", IMAGE), turn("assistant", "red")], "shades": [n, n + 1]} for n in range(7)),
-    {"messages": [turn("user", "no picture"), turn("assistant", "none"), turn("user", "?")], "shades": []},
+    *(
+        {
+            "messages": [turn("user", IMAGE, f"{n}?", IMAGE), turn("assistant", "red")],
+            "shades": [n, n + 1],
+        }
+        for n in range(7)
+    ),
+    {
+        "messages": [turn("user", "no picture"), turn("assistant", "none"), turn("user", "?")],
+        "shades": [],
+    },
 ]
 
 
@@ -57,7 +72,11 @@ def as_dataset():
 def as_parquet(folder):
     dataset = as_dataset()
     for number, rows in enumerate([range(5), range(5, 8)]):
-        pq.write_table(dataset.select(rows).with_format("arrow")[:], folder / f"train-{number}.parquet", row_group_size=2)
+        pq.write_table(
+            dataset.select(rows).with_format("arrow")[:],
+            folder / f"train-{number}.parquet",
+            row_group_size=2,
+        )
     return folder
 
 
@@ -88,7 +107,13 @@ def shown(messages):
 def expected(record):
     shades = iter(record["shades"])
     return [
-        (message["role"], [next(shades) if part["type"] == "image" else part["text"] for part in message["content"]])
+        (
+            message["role"],
+            [
+                next(shades) if part["type"] == "image" else part["text"]
+                for part in message["content"]
+            ],
+        )
         for message in record["messages"]
     ]
 
@@ -159,13 +184,21 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
 
 
 def write_line(folder, record):
-    (folder / "data.jsonl").write_text(json.dumps(record) if not isinstance(record, str) else record)
+    (folder / "data.jsonl").write_text(
+        json.dumps(record) if not isinstance(record, str) else record
+    )
     return open_conversations(folder / "data.jsonl")
 
 
 def test_pictures_stand_before_the_first_user_turn_where_no_message_shows_them(tmp_path):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    system, user, assistant = write_line(tmp_path, {"messages": messages, "images": ["a.png", "b.png"]})[0]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "!"},
+    ]
+    system, user, assistant = write_line(
+        tmp_path, {"messages": messages, "images": ["a.png", "b.png"]}
+    )[0]
     assert (system["content"], assistant["content"]) == ("s", "!")
     assert [part.get("image", part.get("text")) for part in user["content"]] == [
         str(tmp_path / "a.png"),
@@ -187,7 +220,9 @@ def test_image_paths_are_relative_to_the_file(tmp_path):
     ]
     (message,) = write_line(tmp_path, {"messages": [{"role": "user", "content": content}]})[0]
     a, c, d = (str(tmp_path / name) for name in ("a.png", "c.png", "d.png"))
-    assert [next(value for key, value in part.items() if key != "type") for part in message["content"]] == [
+    assert [
+        next(value for key, value in part.items() if key != "type") for part in message["content"]
+    ] == [
         a,
         a,
         {"bytes": None, "path": a},
@@ -206,11 +241,20 @@ def test_image_paths_are_relative_to_the_file(tmp_path):
         ({"message": []}, "not an object"),
         ({"messages": 3}, "messages must be a list"),
         ({"messages": [3]}, "messages must be a list"),
-        ({"messages": [turn("user", IMAGE, IMAGE)], "images": ["a"]}, "2 image parts for the 1 pictures"),
+        (
+            {"messages": [turn("user", IMAGE, IMAGE)], "images": ["a"]},
+            "2 image parts for the 1 pictures",
+        ),
         ({"messages": [turn("user", IMAGE)]}, "1 image parts for the 0 pictures"),
-        ({"messages": [turn("user", {"type": "image", "image": "a"})], "images": ["a"]}, "0 image parts for the 1 pictures"),
+        (
+            {"messages": [turn("user", {"type": "image", "image": "a"})], "images": ["a"]},
+            "0 image parts for the 1 pictures",
+        ),
         ({"messages": [turn("assistant", "a")], "images": ["a"]}, "there is no user turn"),
-        ({"messages": [turn("user", IMAGE)], "images": ["a"], "image": "a"}, "both an 'images' and an 'image'"),
+        (
+            {"messages": [turn("user", IMAGE)], "images": ["a"], "image": "a"},
+            "both an 'images' and an 'image'",
+        ),
         ({"messages": [turn("user", IMAGE)], "images": "a"}, "'images' must be a list"),
     ],
 )
@@ -222,7 +266,9 @@ def test_a_bad_record_is_named(tmp_path, record, message):
 def test_blank_lines_are_skipped_and_counted(tmp_path):
     lines = [json.dumps({"messages": [turn("user", f"{n}?")]}) for n in range(3)]
     conversations = write_line(tmp_path, f"\n{lines[0]}\r\n\r\n \t\n{lines[1]}\n{lines[2]}\n\n  ")
-    assert [shown(messages) for messages in conversations] == [[("user", [f"{n}?"])] for n in range(3)]
+    assert [shown(messages) for messages in conversations] == [
+        [("user", [f"{n}?"])] for n in range(3)
+    ]
     assert [conversations.where(index).rpartition(":")[2] for index in range(3)] == ["2", "5", "6"]
 
 
@@ -231,10 +277,16 @@ def test_what_is_no_format_is_refused_with_what_to_do(tmp_path):
         open_conversations(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no such Parquet file"):
         open_conversations(tmp_path / "train-*.parquet")
-    with pytest.raises(ValueError, match=r"has no dataset.json .*, no state.json .* and no \*.parquet"):
+    with pytest.raises(
+        ValueError, match=r"has no dataset.json .*, no state.json .* and no \*.parquet"
+    ):
         open_conversations(tmp_path)
-    datasets.DatasetDict({"train": as_dataset(), "test": as_dataset()}).save_to_disk(tmp_path / "both")
-    with pytest.raises(ValueError, match=r"several splits: choose one, .*both/train or .*both/test"):
+    datasets.DatasetDict({"train": as_dataset(), "test": as_dataset()}).save_to_disk(
+        tmp_path / "both"
+    )
+    with pytest.raises(
+        ValueError, match=r"several splits: choose one, .*both/train or .*both/test"
+    ):
         open_conversations(tmp_path / "both")
     assert len(open_conversations(tmp_path / "both" / "test")) == len(RECORDS)
     (tmp_path / "both" / "test" / "data-00000-of-00001.arrow").unlink()

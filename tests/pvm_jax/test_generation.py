@@ -1,4 +1,5 @@
-"""Sampling: what may be drawn, when rows end, and that a row's sample is its own; caches, chunks and chats."""
+"""Sampling: what may be drawn, when rows end, and that a row's sample is its own; caches, chunks
+and chats."""
 
 import dataclasses
 import functools
@@ -10,7 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pvm_jax import Batch, Chat, Example, Qwen3VL, abstract_model, generate, generation, stream, without_pvm
+from pvm_jax import (
+    Batch,
+    Chat,
+    Example,
+    Qwen3VL,
+    abstract_model,
+    generate,
+    generation,
+    stream,
+    without_pvm,
+)
 from pvm_jax.generation import Sampling, _start, decode_loop, prefill
 from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
@@ -48,18 +59,26 @@ def uncached(of: Qwen3VL, examples: list[Example], steps: int) -> np.ndarray:
 
 def test_log_probabilities_are_the_forward_pass(model, batch):  # noqa: F811
     """Teacher-forced on what was sampled, at a temperature, for each of a prompt's samples."""
-    sampled = generate(model, batch, max_new_tokens=STEPS, temperature=0.7, num_samples=2, rng=jax.random.key(3))
+    sampled = generate(
+        model, batch, max_new_tokens=STEPS, temperature=0.7, num_samples=2, rng=jax.random.key(3)
+    )
     for sample in range(2):
-        tokens, logprobs = np.asarray(sampled.tokens)[sample::2], np.asarray(sampled.logprobs)[sample::2]
+        tokens, logprobs = (
+            np.asarray(sampled.tokens)[sample::2],
+            np.asarray(sampled.logprobs)[sample::2],
+        )
         rows = [[continued(e, more)] for e, more in zip(EXAMPLES, tokens, strict=True)]
-        want = jax.nn.log_softmax(model(Batch.from_rows(rows, CONFIG, length=64, patches=64)) / 0.7, -1)
+        want = jax.nn.log_softmax(
+            model(Batch.from_rows(rows, CONFIG, length=64, patches=64)) / 0.7, -1
+        )
         for row, e in enumerate(EXAMPLES):
             columns = len(e.input_ids) - 1 + np.arange(STEPS)
             assert_close(logprobs[row], want[row, columns, tokens[row]], 1e-5)
 
 
 def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, monkeypatch):  # noqa: F811
-    """The tower, the memories and the prompts' keys have a row a prompt; all samples of a greedy run are the greedy answer."""
+    """The tower, the memories and the prompts' keys have a row a prompt; all samples of a greedy
+    run are the greedy answer."""
     encoded = []
     encode = VisionTower.__call__
 
@@ -79,7 +98,8 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
 
 
 def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):  # noqa: F811
-    """They read it where it lies, and the token is written into all layers at once (Qwen3VL.decode says why)."""
+    """They read it where it lies, and the token is written into all layers at once (Qwen3VL.decode
+    says why)."""
     run, state = _start(model, batch, STEPS, temperature=0.0)
     carried, written = [], []
     scan, write = jax.lax.scan, jax.lax.dynamic_update_slice_in_dim
@@ -103,8 +123,11 @@ def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
 
 
 def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch):  # noqa: F811
-    """Alone with other padding, or with other prompts; one of two samples, or the only one. Others differ."""
-    together = generate(model, batch, max_new_tokens=STEPS, num_samples=2, seeds=(7, 8, 9, 8), rng=jax.random.key(1))
+    """Alone with other padding, or with other prompts; one of two samples, or the only one. Others
+    differ."""
+    together = generate(
+        model, batch, max_new_tokens=STEPS, num_samples=2, seeds=(7, 8, 9, 8), rng=jax.random.key(1)
+    )
     tokens = np.asarray(together.tokens).reshape(len(EXAMPLES), 2, STEPS)
     length = len(EXAMPLES[2].input_ids)
     arrays = {
@@ -113,7 +136,13 @@ def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch
         "pixel_values": EXAMPLES[2].pixel_values,
         "image_grid_thw": EXAMPLES[2].image_grid_thw,
     }
-    alone = generate(model, Batch.from_hf(arrays, CONFIG), max_new_tokens=STEPS, seeds=(9,), rng=jax.random.key(1))
+    alone = generate(
+        model,
+        Batch.from_hf(arrays, CONFIG),
+        max_new_tokens=STEPS,
+        seeds=(9,),
+        rng=jax.random.key(1),
+    )
     np.testing.assert_array_equal(alone.tokens[0], tokens[2, 0])
     assert len(np.unique(tokens.reshape(-1, STEPS), axis=0)) == tokens.shape[0] * 2
     default = generate(model, batch, max_new_tokens=STEPS, num_samples=2, rng=jax.random.key(1))
@@ -131,45 +160,73 @@ def test_a_cache_that_grows_by_buckets_gives_the_uncached_tokens(model, batch, m
 
 
 def test_a_later_turns_images_join_those_in_memory(model):  # noqa: F811
-    """Three turns, the second with other images, against a forward pass over the whole conversation."""
+    """Three turns, the second with other images, against a forward pass over the whole
+    conversation."""
     text = dataclasses.replace(model.config.text, pvm_visibility="preceding")
     config = dataclasses.replace(model.config, text=text)
     preceding = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(model))
     chat, whole = Chat(preceding), None
     for turn in (EXAMPLES[0], EXAMPLES[2], EXAMPLES[1]):
         ids = turn.input_ids if chat.unread is None else np.append(chat.unread, turn.input_ids)
-        new = Batch.from_rows([[dataclasses.replace(turn, input_ids=ids, loss_mask=None)]], CONFIG, length=48, patches=64)
+        new = Batch.from_rows(
+            [[dataclasses.replace(turn, input_ids=ids, loss_mask=None)]],
+            CONFIG,
+            length=48,
+            patches=64,
+        )
         answer = list(chat.stream(new, max_new_tokens=5, temperature=0.0, prefill_chunk=20))
         whole = turn if whole is None else joined(whole, turn)
         np.testing.assert_array_equal(answer, uncached(preceding, [whole], 5)[0])
         cache, _ = chat._last
-        assert (cache.prompts.segment_ids > 0).sum() == len(whole.input_ids)  # what was read: no empty slot, nothing twice
+        assert (cache.prompts.segment_ids > 0).sum() == len(
+            whole.input_ids
+        )  # what was read: no empty slot, nothing twice
         whole = continued(whole, answer)
     with pytest.raises(ValueError, match="one conversation"):
-        next(chat.stream(Batch.from_rows([[EXAMPLES[1]]] * 2, CONFIG, length=16, patches=0), max_new_tokens=1))
+        next(
+            chat.stream(
+                Batch.from_rows([[EXAMPLES[1]]] * 2, CONFIG, length=16, patches=0), max_new_tokens=1
+            )
+        )
 
 
 def joined(a: Example, b: Example) -> Example:
     pixels = [x for x in (a.pixel_values, b.pixel_values) if x is not None]
     grids = [x for x in (a.image_grid_thw, b.image_grid_thw) if x is not None]
-    return Example(np.append(a.input_ids, b.input_ids), np.concatenate(pixels), np.concatenate(grids))
+    return Example(
+        np.append(a.input_ids, b.input_ids), np.concatenate(pixels), np.concatenate(grids)
+    )
 
 
 def test_a_decoding_step_copies_neither_weights_nor_cache():
-    """The compiled loop holds two layers' worth beside them, and all of its state is updated in place."""
-    text = dataclasses.replace(CONFIG.text, num_hidden_layers=24, pvm_layers=(8,), hidden_size=64, intermediate_size=256)
+    """The compiled loop holds two layers' worth beside them, and all of its state is updated in
+    place."""
+    text = dataclasses.replace(
+        CONFIG.text, num_hidden_layers=24, pvm_layers=(8,), hidden_size=64, intermediate_size=256
+    )
     vision = dataclasses.replace(CONFIG.vision, out_hidden_size=64)
-    graphdef, params = nnx.split(abstract_model(dataclasses.replace(CONFIG, text=text, vision=vision)))
+    graphdef, params = nnx.split(
+        abstract_model(dataclasses.replace(CONFIG, text=text, vision=vision))
+    )
     params = nnx.as_pure(params)
     prompt = Batch.empty(CONFIG, rows=2, length=512, patches=64)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 2)))
     sampling = Sampling(0.0, None, None, ())
-    read = functools.partial(prefill, graphdef, past=None, sampling=sampling, max_new_tokens=256, slots=256, chunk=512)
+    read = functools.partial(
+        prefill, graphdef, past=None, sampling=sampling, max_new_tokens=256, slots=256, chunk=512
+    )
     cache, state = jax.eval_shape(read, params, prompt, keys)
-    used = decode_loop.lower(graphdef, params, cache, state, 256, sampling).compile().memory_analysis()
-    weights, stored = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (params, (cache, state)))
+    used = (
+        decode_loop.lower(graphdef, params, cache, state, 256, sampling).compile().memory_analysis()
+    )
+    weights, stored = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for tree in (params, (cache, state))
+    )
     assert used.temp_size_in_bytes < 2 / 24 * (weights + stored) < min(weights, stored)
-    assert used.alias_size_in_bytes >= sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.samples))
+    assert used.alias_size_in_bytes >= sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(state.samples)
+    )
 
 
 def test_the_branch_can_be_left_out(model, batch, greedy):  # noqa: F811
@@ -195,7 +252,14 @@ def test_top_k_and_top_p_keep_the_likeliest(model, batch):  # noqa: F811
     for name, value in (("top_k", 3), ("top_p", 0.5)):
         drawn = Counter()
         for seed in range(30):
-            got = generate(model, batch, max_new_tokens=1, temperature=1.0, rng=jax.random.key(seed), **{name: value})
+            got = generate(
+                model,
+                batch,
+                max_new_tokens=1,
+                temperature=1.0,
+                rng=jax.random.key(seed),
+                **{name: value},
+            )
             drawn[int(got.tokens[0, 0])] += 1
         assert set(drawn) <= allowed[name]
         assert len(drawn) > 1 or len(allowed[name]) == 1
@@ -218,7 +282,10 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
         np.testing.assert_array_equal(got.tokens[row, :length], greedy.tokens[row, :length])
         assert not np.asarray(got.tokens[row, length:]).any()
         assert not np.asarray(got.logprobs[row, length:]).any()
-    assert len(list(stream(model, batch, max_new_tokens=2000, temperature=0.0, stop_tokens=range(90)))) == 1  # all ended
+    assert (
+        len(list(stream(model, batch, max_new_tokens=2000, temperature=0.0, stop_tokens=range(90))))
+        == 1
+    )  # all ended
 
 
 @pytest.mark.parametrize(

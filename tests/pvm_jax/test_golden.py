@@ -1,4 +1,5 @@
-"""Every number that the model computes, against what the authors' PyTorch code computed (tests/golden)."""
+"""Every number that the model computes, against what the authors' PyTorch code computed
+(tests/golden)."""
 
 import dataclasses
 
@@ -16,7 +17,10 @@ BAR = 6e-5
 
 @pytest.fixture
 def forward(golden, golden_model):
-    inputs, outputs = load_file(golden / "forward_inputs.safetensors"), load_file(golden / "forward_outputs.safetensors")
+    inputs, outputs = (
+        load_file(golden / "forward_inputs.safetensors"),
+        load_file(golden / "forward_outputs.safetensors"),
+    )
     return Batch.from_hf(inputs, golden_model.config), inputs, outputs
 
 
@@ -45,12 +49,24 @@ def test_every_layer(golden_model, forward):
 
     assert_close(in_reference_order(got.embeds), want["visual_embeds"], BAR, what="visual_embeds")
     for j in range(len(config.vision.deepstack_visual_indexes)):
-        assert_close(in_reference_order(got.deepstack[j]), want[f"deepstack.{j}"], BAR, what=f"deepstack.{j}")
+        assert_close(
+            in_reference_order(got.deepstack[j]), want[f"deepstack.{j}"], BAR, what=f"deepstack.{j}"
+        )
     for layer in range(config.text.num_hidden_layers):
-        assert_close(got.streams[layer][:, :length][valid], want[f"hidden.{layer}"][valid], BAR, what=f"hidden.{layer}")
+        assert_close(
+            got.streams[layer][:, :length][valid],
+            want[f"hidden.{layer}"][valid],
+            BAR,
+            what=f"hidden.{layer}",
+        )
     assert set(got.updates) == set(config.text.pvm_layers)
     for layer, update in got.updates.items():
-        assert_close(update[:, :length][valid], want[f"pvm_update.{layer}"][valid], BAR, what=f"pvm_update.{layer}")
+        assert_close(
+            update[:, :length][valid],
+            want[f"pvm_update.{layer}"][valid],
+            BAR,
+            what=f"pvm_update.{layer}",
+        )
     assert_close(got.logits[:, :length][valid], want["logits"][valid], BAR, what="logits")
 
 
@@ -64,7 +80,10 @@ def test_call_gives_the_logits(golden_model, forward):
 
 
 def test_greedy_generation(golden, golden_model):
-    inputs, want = load_file(golden / "generate_inputs.safetensors"), load_file(golden / "generate_outputs.safetensors")
+    inputs, want = (
+        load_file(golden / "generate_inputs.safetensors"),
+        load_file(golden / "generate_outputs.safetensors"),
+    )
     batch = Batch.from_hf(inputs, golden_model.config)
     steps = want["new_tokens"].shape[1]
     got = generate(golden_model, batch, max_new_tokens=steps, temperature=0.0)
@@ -87,7 +106,12 @@ def test_config_round_trip(golden):
 
 @pytest.mark.parametrize(
     ("size", "layers", "count"),
-    [("2b", (3, 8, 13), None), ("4b", (5, 11, 17), None), ("8b", (8, 16, 24), 27_922_179), ("32b", (14, 28, 43), None)],
+    [
+        ("2b", (3, 8, 13), None),
+        ("4b", (5, 11, 17), None),
+        ("8b", (8, 16, 24), 27_922_179),
+        ("32b", (14, 28, 43), None),
+    ],
 )
 def test_presets(size, layers, count):
     config = ModelConfig.preset(size)
@@ -98,11 +122,15 @@ def test_presets(size, layers, count):
 
 
 def test_bfloat16_stays_near(golden, golden_model, forward):
-    """bfloat16 activations move the logits by its rounding, not by more: the float32 islands are where they should be."""
+    """bfloat16 activations move the logits by its rounding, not by more: the float32 islands are
+    where they should be."""
     batch, inputs, want = forward
     config = dataclasses.replace(golden_model.config, dtype="bfloat16")
     model = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(golden_model))
     logits = np.asarray(model(batch))
     valid = inputs["attention_mask"].astype(bool)
-    error = np.abs(logits[:, : valid.shape[1]][valid] - want["logits"][valid]).max() / np.abs(want["logits"][valid]).max()
+    error = (
+        np.abs(logits[:, : valid.shape[1]][valid] - want["logits"][valid]).max()
+        / np.abs(want["logits"][valid]).max()
+    )
     assert 1e-5 < error < 0.05

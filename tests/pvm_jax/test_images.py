@@ -1,4 +1,5 @@
-"""Pixels, bit for bit against transformers' image processor, on the photographs that scikit-image and scikit-learn ship."""
+"""Pixels, bit for bit against transformers' image processor, on the photographs that scikit-image
+and scikit-learn ship."""
 
 import base64
 import io
@@ -26,13 +27,21 @@ CONFIGS = {
     "min_max_pixels": QWEN3_VL | {"min_pixels": 4096, "max_pixels": 200_704},
     "small_size": QWEN3_VL | {"size": {"shortest_edge": 1024, "longest_edge": 65536}},
     "other_numbers": QWEN3_VL
-    | {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "rescale_factor": 1 / 127, "patch_size": 14},
+    | {
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+        "rescale_factor": 1 / 127,
+        "patch_size": 14,
+    },
 }
 
 
 @cache
 def photographs() -> dict[str, Image.Image]:
-    astronaut, wide = Image.fromarray(data.astronaut()), Image.fromarray(load_sample_image("china.jpg"))
+    astronaut, wide = (
+        Image.fromarray(data.astronaut()),
+        Image.fromarray(load_sample_image("china.jpg")),
+    )
     transparent = astronaut.convert("RGBA")
     transparent.putalpha(Image.linear_gradient("L").resize(astronaut.size))
     return {
@@ -95,7 +104,11 @@ def test_files_equal_transformers_and_every_way_to_name_them(name, tmp_path):
     settings = ImageSettings.from_config(QWEN3_VL, "test")
     data_url = f"data:image/{name.rpartition('.')[2]};base64,{base64.b64encode(content).decode()}"
     sources = [path, str(path), path.as_uri(), content, data_url]
-    sources += [{"bytes": content, "path": None}, {"bytes": None, "path": str(path)}, {"bytes": content, "path": "gone"}]
+    sources += [
+        {"bytes": content, "path": None},
+        {"bytes": None, "path": str(path)},
+        {"bytes": content, "path": "gone"},
+    ]
     for source in sources:
         pixels, grid = patches([read_image(source)], settings)
         assert np.array_equal(pixels, expected["pixel_values"])
@@ -132,7 +145,11 @@ def test_preview_of_a_phone_is_not_a_second_frame():
         ("gone/away.jpg", FileNotFoundError, "gone/away.jpg does not exist"),
         ("file:///gone/away.jpg", FileNotFoundError, "/gone/away.jpg does not exist"),
         ({"bytes": None, "path": "gone.png"}, FileNotFoundError, "gone.png does not exist"),
-        ("https://example.org/cat.jpg", ValueError, "cat.jpg: images are not fetched over the network"),
+        (
+            "https://example.org/cat.jpg",
+            ValueError,
+            "cat.jpg: images are not fetched over the network",
+        ),
         (b"no image", ValueError, "the image of 8 bytes cannot be read"),
         ({"bytes": b"no image", "path": "cat.jpg"}, ValueError, "cat.jpg cannot be read"),
         ("data:image/png;base64,AAA", ValueError, "data:image/png;base64,…: not base64"),
@@ -178,7 +195,10 @@ def test_sizes_that_transformers_refuses():
     [
         ({"do_resize": False}, "here.json: do_resize = False is not supported, only True"),
         ({"resample": 2}, "resample = 2 is not supported, only 3"),
-        ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type = 'CLIPImageProcessor' is not supported"),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "image_processor_type = 'CLIPImageProcessor' is not supported",
+        ),
         ({"patch_size": None}, "patch_size is missing"),
         ({"image_mean": None}, "image_mean is missing"),
         ({"image_std": [0.5, 0.5]}, "image_mean and image_std need three numbers"),
@@ -197,14 +217,18 @@ def test_default_size_is_that_of_transformers():
     config = {key: value for key, value in QWEN3_VL.items() if key != "size"}
     settings = ImageSettings.from_config(config, "test")
     size = Qwen2VLImageProcessorPil(**config).size
-    assert (settings.min_pixels, settings.max_pixels) == (size["shortest_edge"], size["longest_edge"])
+    assert (settings.min_pixels, settings.max_pixels) == (
+        size["shortest_edge"],
+        size["longest_edge"],
+    )
     with pytest.raises(ValueError, match="max_pixels is not read by Hugging Face for videos"):
         VideoSettings.from_config(config | {"max_pixels": 5}, "test")
 
 
 @pytest.mark.parametrize(
     ("frames", "height", "width", "min_pixels", "max_pixels", "resized"),
-    # Computed with smart_resize of transformers' video_processing_qwen3_vl, which cannot be imported without torch.
+    # Computed with smart_resize of transformers' video_processing_qwen3_vl, which cannot be
+    # imported without torch.
     [
         (2, 64, 96, 4096, 25165824, (64, 96)),
         (5, 240, 320, 4096, 25165824, (256, 320)),
@@ -221,19 +245,30 @@ def test_video_sizes(frames, height, width, min_pixels, max_pixels, resized):
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     settings = VideoSettings.from_config(QWEN3_VL | {"size": size}, "test")
     assert settings.resized(frames, height, width) == resized
-    assert settings.grid(frames, height, width) == (-(-frames // 2), resized[0] // 16, resized[1] // 16)
+    assert settings.grid(frames, height, width) == (
+        -(-frames // 2),
+        resized[0] // 16,
+        resized[1] // 16,
+    )
 
 
 def test_video_frames_capped():
-    config = QWEN3_VL | {"size": {"shortest_edge": 4096, "longest_edge": 25165824}, "cap_pixels_per_frame": True}
+    config = QWEN3_VL | {
+        "size": {"shortest_edge": 4096, "longest_edge": 25165824},
+        "cap_pixels_per_frame": True,
+    }
     assert VideoSettings.from_config(config, "test").resized(4, 1080, 1920) == (640, 1152)
-    assert VideoSettings.from_config(config | {"max_video_tokens": 16}, "test").resized(4, 1080, 1920) == (96, 160)
+    assert VideoSettings.from_config(config | {"max_video_tokens": 16}, "test").resized(
+        4, 1080, 1920
+    ) == (96, 160)
 
 
 def test_video_patches_are_pairs_of_frames():
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (3, 64, 96, 3), np.uint8)
-    settings = VideoSettings.from_config(QWEN3_VL | {"size": {"shortest_edge": 4096, "longest_edge": 65536}}, "test")
+    settings = VideoSettings.from_config(
+        QWEN3_VL | {"size": {"shortest_edge": 4096, "longest_edge": 65536}}, "test"
+    )
     pixels, grid = patches([Image.fromarray(frame) for frame in video], settings)
     assert grid == (2, 4, 6)
     # By hand: patch 5 of a frame is the second of the second 2x2 block: row 0, column 3.

@@ -1,5 +1,5 @@
-"""The adapter for lmms-eval: against its interface at 0.7.3 (a double of the few names that the adapter uses), and, where
-lmms-eval is installed, through its own evaluator."""
+"""The adapter for lmms-eval: against its interface at 0.7.3 (a double of the few names that the
+adapter uses), and, where lmms-eval is installed, through its own evaluator."""
 
 import importlib.util
 import json
@@ -26,8 +26,15 @@ TASK = Path(__file__).parent / "lmms_eval_task"
 
 
 def _double() -> dict[str, ModuleType]:
-    """lmms_eval.api.model.lmms and lmms_eval.models.registry_v2.ModelManifest as they are in 0.7.3."""
-    names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.models", "lmms_eval.models.registry_v2")
+    """lmms_eval.api.model.lmms and lmms_eval.models.registry_v2.ModelManifest as they are in
+    0.7.3."""
+    names = (
+        "lmms_eval",
+        "lmms_eval.api",
+        "lmms_eval.api.model",
+        "lmms_eval.models",
+        "lmms_eval.models.registry_v2",
+    )
     modules = {name: ModuleType(name) for name in names}
 
     class Lmms:
@@ -69,11 +76,19 @@ def workplace(tmp_path_factory) -> Path:
         scene = make_example(Mixture(sizes=(2,), digits="heldout", seed=index), 0).scene
         draw(scene).save(folder / f"{index}.png")
         cells, attributes = ("A1", "A2", "B1", "B2"), ("ground", "mark", "ink", "digit")
-        right = [f"{cell} {attribute} {scene.value(cell, attribute)}" for cell in cells for attribute in attributes]
-        grounds = sorted(VALUES["ground"], key=lambda value: value != scene.value("A1", "ground"))  # the right one first
+        right = [
+            f"{cell} {attribute} {scene.value(cell, attribute)}"
+            for cell in cells
+            for attribute in attributes
+        ]
+        grounds = sorted(
+            VALUES["ground"], key=lambda value: value != scene.value("A1", "ground")
+        )  # the right one first
         choices = [f"A1 ground {ground}\n" for ground in grounds]
         image = str(folder / f"{index}.png")
-        lines.append({"image": image, "question": QUESTION, "right": right, "choices": choices, "answer": 0})
+        lines.append(
+            {"image": image, "question": QUESTION, "right": right, "choices": choices, "answer": 0}
+        )
     (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -99,7 +114,10 @@ def visuals(document):
 
 
 def to_messages(document):
-    parts = [{"type": "image", "url": document["image"]}, {"type": "text", "text": document["question"]}]
+    parts = [
+        {"type": "image", "url": document["image"]},
+        {"type": "text", "text": document["question"]},
+    ]
     return [{"role": "user", "content": parts}]
 
 
@@ -131,13 +149,21 @@ def test_the_manifest_names_classes_that_are_there(adapter):
 def test_answers_see_the_image_and_do_not_depend_on_their_batch(simple, greedy, documents):
     lines = [answer.split("\n")[0] for answer in greedy]
     assert len(set(lines)) > 1
-    assert sum(line in document["right"] for line, document in zip(lines, documents, strict=True)) >= 2
+    assert (
+        sum(line in document["right"] for line, document in zip(lines, documents, strict=True)) >= 2
+    )
     assert simple.generate_until([ask(2), ask(0), ask(1)]) == [greedy[2], greedy[0], greedy[1]]
 
 
 def test_an_answer_ends_before_what_ends_it(simple, greedy):
     assert all("\n" in answer for answer in greedy)
-    ends = (["\n"], "mark", "", [""], ["\n\n"])  # the last is lmms-eval's own default, which ends nothing
+    ends = (
+        ["\n"],
+        "mark",
+        "",
+        [""],
+        ["\n\n"],
+    )  # the last is lmms-eval's own default, which ends nothing
     expected = [greedy[1].split("\n")[0], greedy[1].split("mark")[0], *[greedy[1]] * 3]
     assert simple.generate_until([ask(1, until=until) for until in ends]) == expected
 
@@ -182,7 +208,8 @@ def test_chat_messages_are_asked_as_the_simple_interface_asks(adapter, simple, g
 
 
 def test_a_batch_is_read_when_it_is_answered(adapter, simple, documents, monkeypatch):
-    """A task's images and videos do not fit in memory: of six requests, two at a time, two are read more for each batch."""
+    """A task's images and videos do not fit in memory: of six requests, two at a time, two are read
+    more for each batch."""
     read, found = [], []
 
     class Documents(list):
@@ -203,8 +230,13 @@ def test_a_batch_is_read_when_it_is_answered(adapter, simple, documents, monkeyp
     monkeypatch.setattr(simple, "batch_size", 2)
     monkeypatch.setitem(simple.task_dict, "grid", {"test": Documents(documents)})
     numbers = [0, 1, 2] * 2
-    chat_requests = [request("", to_messages, {"max_new_tokens": 8}, number, "grid", "test") for number in numbers]
-    choices = [request(QUESTION, "A1 ground navy\n", visuals, number, "grid", "test") for number in numbers]
+    chat_requests = [
+        request("", to_messages, {"max_new_tokens": 8}, number, "grid", "test")
+        for number in numbers
+    ]
+    choices = [
+        request(QUESTION, "A1 ground navy\n", visuals, number, "grid", "test") for number in numbers
+    ]
     for ask_all in (
         lambda: simple.generate_until([ask(number) for number in numbers]),
         lambda: as_chat(adapter, simple).generate_until(chat_requests),
@@ -225,13 +257,17 @@ def test_without_the_branch(adapter, workplace, documents, greedy, tmp_path):
     said = []
     for pvm in ("on", "off"):
         path = str(workplace / "checkpoint")
-        model = adapter.PVM(path, branch=str(tmp_path / "loud"), dtype="float32", batch_size=3, pvm=pvm)
+        model = adapter.PVM(
+            path, branch=str(tmp_path / "loud"), dtype="float32", batch_size=3, pvm=pvm
+        )
         model.task_dict["grid"] = {"test": documents}
         said.append(model.generate_until([ask(number) for number in range(3)]))
     assert said[0] != said[1] == greedy
 
 
-def test_devices_that_share_the_model_answer_as_one(adapter, simple, greedy, workplace, documents, monkeypatch):
+def test_devices_that_share_the_model_answer_as_one(
+    adapter, simple, greedy, workplace, documents, monkeypatch
+):
     shared = adapter.PVM(str(workplace / "checkpoint"), dtype="float32", batch_size=3, tensor="2")
     shared.task_dict["grid"] = {"test": documents}
     assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(shared.model)))
@@ -247,35 +283,60 @@ def test_devices_that_share_the_model_answer_as_one(adapter, simple, greedy, wor
     monkeypatch.setattr(adapter.Answerer, "answers", watched(adapter.Answerer.answers))
     monkeypatch.setattr(adapter, "continuation_scores", watched(adapter.continuation_scores))
     assert shared.generate_until([ask(number) for number in range(3)]) == greedy
-    choices = [request(QUESTION, choice, visuals, 0, "grid", "test") for choice in documents[0]["choices"][:3]]
-    values, expected = ([value for value, _ in model.loglikelihood(choices)] for model in (shared, simple))
+    choices = [
+        request(QUESTION, choice, visuals, 0, "grid", "test")
+        for choice in documents[0]["choices"][:3]
+    ]
+    values, expected = (
+        [value for value, _ in model.loglikelihood(choices)] for model in (shared, simple)
+    )
     assert_close(values, expected, 1e-5)
     assert axes == [2, 2, None]
 
 
 def test_likelihoods_are_those_of_a_teacher_forced_forward_pass(simple, workplace, documents):
-    """The adapter's batches are padded; the reference reads one conversation at a time. lmms-eval takes the least value."""
+    """The adapter's batches are padded; the reference reads one conversation at a time. lmms-eval
+    takes the least value."""
     cases = [(number, choice) for number in range(3) for choice in documents[number]["choices"]]
-    requests = [request(QUESTION, choice, visuals, number, "grid", "test") for number, choice in cases]
+    requests = [
+        request(QUESTION, choice, visuals, number, "grid", "test") for number, choice in cases
+    ]
     found = simple.loglikelihood(requests)
-    model, processor = load(workplace / "checkpoint", dtype="float32"), Processor.from_pretrained(workplace / "checkpoint")
+    model, processor = (
+        load(workplace / "checkpoint", dtype="float32"),
+        Processor.from_pretrained(workplace / "checkpoint"),
+    )
     graphdef, params = nnx.split(model)
     forward = jax.jit(lambda batch: nnx.merge(graphdef, params)(batch))
     for (number, choice), (value, is_greedy) in list(zip(cases, found, strict=True))[::4]:
-        content = [{"type": "image", "image": documents[number]["image"]}, {"type": "text", "text": QUESTION}]
+        content = [
+            {"type": "image", "image": documents[number]["image"]},
+            {"type": "text", "text": QUESTION},
+        ]
         arrays = processor([[{"role": "user", "content": content}]])
         tokens = processor.tokenizer(choice, add_special_tokens=False)["input_ids"]
         prompt = arrays["input_ids"].shape[1]
         arrays["input_ids"] = np.append(arrays["input_ids"], [tokens], axis=1)
         arrays["attention_mask"] = np.ones_like(arrays["input_ids"])
-        logits = np.asarray(forward(Batch.from_hf(arrays, model.config)), np.float64)[0, prompt - 1 : prompt - 1 + len(tokens)]
+        logits = np.asarray(forward(Batch.from_hf(arrays, model.config)), np.float64)[
+            0, prompt - 1 : prompt - 1 + len(tokens)
+        ]
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         assert_close(value, -logprobs[np.arange(len(tokens)), tokens].sum(), 1e-5)
         assert is_greedy == (logits.argmax(-1) == tokens).all()
-    values = {number: [value for (n, _), (value, _) in zip(cases, found, strict=True) if n == number] for number in range(3)}
-    assert sum(np.argmin(values[number]) == 0 for number in values) >= 2  # the right choice comes first
-    by_function = request(QUESTION, lambda document: document["choices"][0], visuals, 0, "grid", "test")
-    again, alone, first = simple.loglikelihood([by_function, request("", "A1 ground navy\n"), requests[0]])
+    values = {
+        number: [value for (n, _), (value, _) in zip(cases, found, strict=True) if n == number]
+        for number in range(3)
+    }
+    assert (
+        sum(np.argmin(values[number]) == 0 for number in values) >= 2
+    )  # the right choice comes first
+    by_function = request(
+        QUESTION, lambda document: document["choices"][0], visuals, 0, "grid", "test"
+    )
+    again, alone, first = simple.loglikelihood(
+        [by_function, request("", "A1 ground navy\n"), requests[0]]
+    )
     assert_close(again[0], found[0][0], 1e-5)
     assert first[0] == again[0]
     assert alone[0] > 0
@@ -299,17 +360,23 @@ def test_frames_are_spread_over_a_video(adapter, tmp_path):
         stream = video.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 64
         for number in range(21):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * number, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((64, 64, 3), 10 * number, np.uint8), format="rgb24"
+            )
             video.mux(stream.encode(frame))
         video.mux(stream.encode())
     frames, seconds = adapter.read_frames(str(tmp_path / "video.mp4"), 5)
     assert seconds == pytest.approx([0, 0.5, 1, 1.5, 2])
-    assert [np.asarray(frame).mean() for frame in frames] == pytest.approx([0, 50, 100, 150, 200], abs=6)
+    assert [np.asarray(frame).mean() for frame in frames] == pytest.approx(
+        [0, 50, 100, 150, 200], abs=6
+    )
     with pytest.raises(FileNotFoundError, match=r"no\.mp4"):
         adapter.read_frames(str(tmp_path / "no.mp4"), 5)
 
 
-def test_a_video_file_is_read_as_frames_with_their_seconds(adapter, simple, greedy, documents, monkeypatch):
+def test_a_video_file_is_read_as_frames_with_their_seconds(
+    adapter, simple, greedy, documents, monkeypatch
+):
     def two_frames(path, count):
         assert (path, count) == ("clip.mp4", 32)
         return [documents[0]["image"], documents[1]["image"]], [0.0, 1.0]
@@ -329,18 +396,25 @@ def test_a_video_file_is_read_as_frames_with_their_seconds(adapter, simple, gree
         ("", "right", True),
         pytest.param(
             *("_choice", "acc", True),
-            marks=pytest.mark.xfail(strict=True, reason="lmms-eval 0.7.3 makes text of every model's (likelihood, greedy)"),
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="lmms-eval 0.7.3 makes text of every model's (likelihood, greedy)",
+            ),
         ),
     ],
 )
-def test_lmms_eval_itself_runs_a_local_task(workplace, monkeypatch, tmp_path, task, metric, force_simple):
+def test_lmms_eval_itself_runs_a_local_task(
+    workplace, monkeypatch, tmp_path, task, metric, force_simple
+):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
     from pvm_jax.apps.lmms_eval import manifest
 
-    MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)  # the entry point does it where pvm-jax is installed
+    MODEL_REGISTRY_V2.register_manifest(
+        manifest(), overwrite=True
+    )  # the entry point does it where pvm-jax is installed
     shutil.copytree(TASK, tmp_path / "task")
     monkeypatch.chdir(workplace)
     results = simple_evaluate(

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pvm_jax import LoRAConfig, ModelConfig, Qwen3VL, abstract_model, add_lora, generate, load, load_lora, save, save_lora
+from pvm_jax import (
+    LoRAConfig,
+    ModelConfig,
+    Qwen3VL,
+    abstract_model,
+    add_lora,
+    generate,
+    load,
+    load_lora,
+    save,
+    save_lora,
+)
 from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.store import save_branch
 from pvm_jax.data.batch import Batch
@@ -29,7 +40,13 @@ def base(tmp_path_factory) -> Path:
     vision = replace(config.vision, depth=2, deepstack_visual_indexes=(0,))
     graphdef, params = nnx.split(abstract_model(replace(config, text=text, vision=vision)))
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("base") / "base"
-    save(path, nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), params)))
+    save(
+        path,
+        nnx.merge(
+            graphdef,
+            jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), params),
+        ),
+    )
     return path
 
 
@@ -58,7 +75,9 @@ def with_updates(model: Qwen3VL) -> Qwen3VL:
     def fill(path, leaf):
         if not (is_adapter(path) and path[-1] == "b"):
             return leaf
-        return leaf.replace(jnp.asarray(np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape), leaf.dtype))
+        return leaf.replace(
+            jnp.asarray(np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape), leaf.dtype)
+        )
 
     return nnx.merge(graphdef, nnx.map_state(fill, params))
 
@@ -72,7 +91,11 @@ def dense(model: Qwen3VL) -> Qwen3VL:
     def weight(path, _):
         name = "/".join(map(str, path))
         a, b = (params.get(f"{name.removesuffix('/weight')}/lora/{part}") for part in "ab")
-        return params[name] if a is None else params[name] + scale * jnp.einsum("...or,...ri->...oi", b, a)
+        return (
+            params[name]
+            if a is None
+            else params[name] + scale * jnp.einsum("...or,...ri->...oi", b, a)
+        )
 
     return nnx.merge(graphdef, nnx.map_state(weight, state))
 
@@ -107,15 +130,24 @@ class TestAdapters:
         assert {path for path in adapted if part_of(path) != "lora"} == backbone.keys()
 
     def test_compute_what_dense_weights_would(self, trained):
-        """Stacks that are scanned, the mergers that are mapped over, single Linears; read and written."""
+        """Stacks that are scanned, the mergers that are mapped over, single Linears; read and
+        written."""
         inputs = batch(trained.config)
         expected = dense(trained)
         assert_close(trained(inputs), expected(inputs), 1e-5)
-        written = [generate(model, inputs, max_new_tokens=6, temperature=0.0).tokens for model in (trained, expected)]
+        written = [
+            generate(model, inputs, max_new_tokens=6, temperature=0.0).tokens
+            for model in (trained, expected)
+        ]
         np.testing.assert_array_equal(*written)
 
     def test_are_beside_what_the_pattern_names(self, model):
-        paths = parameters(add_lora(model, LoRAConfig(targets=r"language_model/layers/self_attn/[qv]_proj|visual/merger/.*")))
+        paths = parameters(
+            add_lora(
+                model,
+                LoRAConfig(targets=r"language_model/layers/self_attn/[qv]_proj|visual/merger/.*"),
+            )
+        )
         linears = {path.removesuffix("/lora/a") for path in paths if path.endswith("/lora/a")}
         attention = {f"language_model/layers/self_attn/{name}_proj" for name in "qv"}
         assert linears == attention | {"visual/merger/linear_fc1", "visual/merger/linear_fc2"}
@@ -169,9 +201,15 @@ class TestStored:
             np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
     def test_holds_the_adapter_alone(self, base, adapter, trained, model, tmp_path):
-        values = sum(leaf.nbytes for path, leaf in parameters(trained).items() if part_of(path) == "lora")
-        assert sum(file.stat().st_size for file in adapter.rglob("*") if file.is_file()) < 2 * values
-        with pytest.raises(CheckpointError, match=r"a LoRA adapter alone: load its backbone, with lora="):
+        values = sum(
+            leaf.nbytes for path, leaf in parameters(trained).items() if part_of(path) == "lora"
+        )
+        assert (
+            sum(file.stat().st_size for file in adapter.rglob("*") if file.is_file()) < 2 * values
+        )
+        with pytest.raises(
+            CheckpointError, match=r"a LoRA adapter alone: load its backbone, with lora="
+        ):
             load(adapter)
         with pytest.raises(CheckpointError, match="no PVM branch"):
             load(base, branch=adapter)
@@ -184,7 +222,9 @@ class TestStored:
 
     def test_another_backbone_is_refused(self, adapter, model):
         graphdef, params = nnx.split(model)
-        other = nnx.map_state(lambda path, leaf: leaf.at[0].add(0.5) if path[-2] == "pos_embed" else leaf, params)
+        other = nnx.map_state(
+            lambda path, leaf: leaf.at[0].add(0.5) if path[-2] == "pos_embed" else leaf, params
+        )
         with pytest.raises(CheckpointError, match="was trained on the backbone"):
             load_lora(adapter, nnx.merge(graphdef, other))
 
@@ -194,6 +234,10 @@ class TestStored:
         save_branch(tmp_path / "other", nnx.merge(graphdef, other))
         with pytest.raises(CheckpointError, match="was trained on the branch"):
             load(base, branch=tmp_path / "other", lora=adapter)
-        silent = nnx.map_state(lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params)
+        silent = nnx.map_state(
+            lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params
+        )
         save_lora(tmp_path / "lora", add_lora(nnx.merge(graphdef, silent), EVERYWHERE))
-        assert load(base, branch=tmp_path / "other", lora=tmp_path / "lora").config.lora == EVERYWHERE
+        assert (
+            load(base, branch=tmp_path / "other", lora=tmp_path / "lora").config.lora == EVERYWHERE
+        )

@@ -1,4 +1,5 @@
-"""Properties that need no reference: neutrality of a fresh branch, packing, caching, static shapes, meshes."""
+"""Properties that need no reference: neutrality of a fresh branch, packing, caching, static shapes,
+meshes."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -60,8 +61,11 @@ CONFIG = ModelConfig(
 )
 
 
-def example(seed: int, *, text: tuple[int, ...], grids: tuple[tuple[int, int], ...] = ()) -> Example:
-    """Random text runs around images of the given (rows, columns) of patches; every text token but the first is learned."""
+def example(
+    seed: int, *, text: tuple[int, ...], grids: tuple[tuple[int, int], ...] = ()
+) -> Example:
+    """Random text runs around images of the given (rows, columns) of patches; every text token but
+    the first is learned."""
     rng = np.random.default_rng(seed)
     pieces, pixels = [], []
     for number, length in enumerate(text):
@@ -69,7 +73,9 @@ def example(seed: int, *, text: tuple[int, ...], grids: tuple[tuple[int, int], .
         if number < len(grids):
             rows, columns = grids[number]
             pieces.append([92, *[90] * (rows * columns // 4), 93])
-            pixels.append(rng.normal(size=(rows * columns, CONFIG.vision.patch_dim)).astype(np.float32))
+            pixels.append(
+                rng.normal(size=(rows * columns, CONFIG.vision.patch_dim)).astype(np.float32)
+            )
     ids = np.concatenate(pieces).astype(np.int32)
     return Example(
         input_ids=ids,
@@ -98,7 +104,11 @@ def randomized(config: ModelConfig = CONFIG, scale: float = 0.2) -> Qwen3VL:
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):
-        mean = 1.0 if any(name in jax.tree_util.keystr(path) for name in ("norm", "gate_alpha")) else 0.0
+        mean = (
+            1.0
+            if any(name in jax.tree_util.keystr(path) for name in ("norm", "gate_alpha"))
+            else 0.0
+        )
         return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), leaf.dtype)
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
@@ -107,22 +117,29 @@ def randomized(config: ModelConfig = CONFIG, scale: float = 0.2) -> Qwen3VL:
 def run(model: Qwen3VL, method: str, *args, **static):
     """A method of the model under jit."""
     graphdef, params = nnx.split(model)
-    call = jax.jit(lambda params, *args: getattr(nnx.merge(graphdef, params), method)(*args, **static))
+    call = jax.jit(
+        lambda params, *args: getattr(nnx.merge(graphdef, params), method)(*args, **static)
+    )
     return call(nnx.as_pure(params), *args)
 
 
 def test_packed_rows_give_the_same_logits(model):
-    """Segments confine decoder attention, the PVM branch and the tower to the example's own tokens and frames."""
+    """Segments confine decoder attention, the PVM branch and the tower to the example's own tokens
+    and frames."""
     alone = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
     packed = Batch.from_rows([EXAMPLES[:2], EXAMPLES[2:]], CONFIG, length=80, patches=64)
     want, got = model(alone), model(packed)
-    for number, (row, start) in enumerate([(0, 0), (0, len(EXAMPLES[0].input_ids)), (1, 0), (1, len(EXAMPLES[2].input_ids))]):
+    for number, (row, start) in enumerate(
+        [(0, 0), (0, len(EXAMPLES[0].input_ids)), (1, 0), (1, len(EXAMPLES[2].input_ids))]
+    ):
         length = len(EXAMPLES[number].input_ids)
         assert_close(got[row, start : start + length], want[number, :length], 1e-5)
 
 
 def test_a_row_without_images_gets_no_update(model):
-    batch = Batch.from_rows([[EXAMPLES[0]], [EXAMPLES[1]], [EXAMPLES[1], EXAMPLES[0]]], CONFIG, length=64, patches=32)
+    batch = Batch.from_rows(
+        [[EXAMPLES[0]], [EXAMPLES[1]], [EXAMPLES[1], EXAMPLES[0]]], CONFIG, length=64, patches=32
+    )
     trace = run(model, "trace", batch)
     for update in trace.updates.values():
         text_only = len(EXAMPLES[1].input_ids)
@@ -134,7 +151,8 @@ def test_a_row_without_images_gets_no_update(model):
 
 @pytest.mark.parametrize("visibility", ["all", "preceding"])
 def test_a_hidden_image_reaches_the_text_through_the_branch_alone(model, visibility):
-    """Without the branch, other pixels change nothing in a row whose images are hidden; with it they do."""
+    """Without the branch, other pixels change nothing in a row whose images are hidden; with it
+    they do."""
     text = dataclasses.replace(model.config.text, pvm_visibility=visibility)
     graphdef = nnx.graphdef(abstract_model(dataclasses.replace(model.config, text=text)))
     model = nnx.merge(graphdef, nnx.state(model))
@@ -169,12 +187,15 @@ def test_a_fresh_branch_is_the_base_model_and_can_learn():
     def loss(branch):
         return jnp.sum(jnp.sin(nnx.merge(graphdef, branch, rest)(batch)))
 
-    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(nnx.as_pure(branch))):
+    for path, gradient in jax.tree_util.tree_leaves_with_path(
+        jax.jit(jax.grad(loss))(nnx.as_pure(branch))
+    ):
         assert bool(jnp.any(gradient != 0)) == ("gate_alpha" in jax.tree_util.keystr(path)), path
 
 
 def test_decoding_equals_the_full_forward(model):
-    """Teacher-forced, two samples of every prompt: each step of the cache against one forward pass."""
+    """Teacher-forced, two samples of every prompt: each step of the cache against one forward
+    pass."""
     rows = [[EXAMPLES[0]], [EXAMPLES[3]], [EXAMPLES[1]]]
     prompt = Batch.from_rows(rows, CONFIG, length=32, patches=32)
     continuation = np.random.default_rng(5).integers(1, 80, (len(rows), 2, 12))
@@ -183,7 +204,9 @@ def test_decoding_equals_the_full_forward(model):
     @jax.jit
     def decode(tokens, positions, cache, samples, slot):
         model = nnx.merge(graphdef, params)
-        hidden, samples = model.decode(tokens, positions, jnp.ones(len(rows), int), cache, samples, slot)
+        hidden, samples = model.decode(
+            tokens, positions, jnp.ones(len(rows), int), cache, samples, slot
+        )
         return model.logits(hidden), samples
 
     hidden, cache = run(model, "prefill", prompt)
@@ -197,7 +220,11 @@ def test_decoding_equals_the_full_forward(model):
         stepwise.append(logits)
     for sample in range(2):
         longer = [
-            [dataclasses.replace(row[0], input_ids=np.append(row[0].input_ids, more), loss_mask=None)]
+            [
+                dataclasses.replace(
+                    row[0], input_ids=np.append(row[0].input_ids, more), loss_mask=None
+                )
+            ]
             for row, more in zip(rows, continuation[:, sample], strict=True)
         ]
         batch = Batch.from_rows(longer, CONFIG, length=48, patches=32)
@@ -211,14 +238,18 @@ def test_decoding_equals_the_full_forward(model):
 
 
 def test_a_prompt_read_in_chunks_is_the_prompt_read_at_once(model):
-    """Images on a chunk's edges, a last chunk that is part padding, rows that end in an earlier one."""
+    """Images on a chunk's edges, a last chunk that is part padding, rows that end in an earlier
+    one."""
     prompt = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
     want, cache = run(model, "prefill", prompt)
     for chunk in (5, 20):
         got, chunked = run(model, "prefill", prompt, chunk=chunk)
         assert_close(got, want, 1e-5)
         chex.assert_trees_all_equal(chunked.memories, cache.memories)
-        for a, b in ((chunked.prompts.keys, cache.prompts.keys), (chunked.prompts.values, cache.prompts.values)):
+        for a, b in (
+            (chunked.prompts.keys, cache.prompts.keys),
+            (chunked.prompts.values, cache.prompts.values),
+        ):
             valid = (prompt.segment_ids > 0)[None, :, None, :, None]
             assert_close(np.where(valid, a[..., :48, :], 0), np.where(valid, b, 0), 1e-5)
 
@@ -231,7 +262,8 @@ def preceding(shallow) -> Qwen3VL:
 
 
 def test_with_visibility_preceding_nothing_depends_on_what_comes_later(shallow, preceding):
-    """A conversation cut before its second image, packed behind another one; with "all", as published, it does depend on it."""
+    """A conversation cut before its second image, packed behind another one; with "all", as
+    published, it does depend on it."""
     whole = example(5, text=(2, 6, 8), grids=((4, 4), (2, 6)))
     length = 2 + 6 + 6  # <vision_start>, four visual tokens, <vision_end>
     assert whole.pixel_values is not None
@@ -254,7 +286,8 @@ def test_with_visibility_preceding_nothing_depends_on_what_comes_later(shallow, 
 
 
 def test_visibility_is_the_same_where_the_images_come_first(shallow, preceding):
-    """No token at all before the image: one there, a <vision_start>, would recall it with "all" alone."""
+    """No token at all before the image: one there, a <vision_start>, would recall it with "all"
+    alone."""
     first = example(6, text=(0, 9), grids=((4, 4),))
     first = dataclasses.replace(first, input_ids=first.input_ids[1:], loss_mask=first.loss_mask[1:])
     batch = Batch.from_rows([[first]], CONFIG, length=32, patches=16)
@@ -264,7 +297,8 @@ def test_visibility_is_the_same_where_the_images_come_first(shallow, preceding):
 
 def test_a_kernel_that_cannot_limit_visibility_refuses(preceding):
     asked = nnx.merge(
-        nnx.graphdef(abstract_model(dataclasses.replace(preceding.config, attention="splash"))), nnx.state(preceding)
+        nnx.graphdef(abstract_model(dataclasses.replace(preceding.config, attention="splash"))),
+        nnx.state(preceding),
     )
     with pytest.raises(ValueError, match="pvm_visibility 'preceding'"):
         asked(Batch.from_rows([[EXAMPLES[0]]], CONFIG, length=32, patches=32))
@@ -283,9 +317,16 @@ def test_compilations_are_bounded_by_the_buckets(model):
 
     for seed in range(50):
         rows, columns = 2 * rng.integers(1, 5, 2)
-        e = example(seed, text=(int(rng.integers(1, 30)), int(rng.integers(1, 28))), grids=((rows, columns),))
+        e = example(
+            seed,
+            text=(int(rng.integers(1, 30)), int(rng.integers(1, 28))),
+            grids=((rows, columns),),
+        )
         ids = e.input_ids[None]
-        batch = Batch.from_hf({"input_ids": ids, "pixel_values": e.pixel_values, "image_grid_thw": e.image_grid_thw}, CONFIG)
+        batch = Batch.from_hf(
+            {"input_ids": ids, "pixel_values": e.pixel_values, "image_grid_thw": e.image_grid_thw},
+            CONFIG,
+        )
         shapes.add((batch.tokens.shape, batch.patches.shape))
         forward(params, batch)
     assert len(shapes) > 1
@@ -301,7 +342,8 @@ def shallow() -> Qwen3VL:
 
 @pytest.fixture(scope="module")
 def smallest(shallow) -> Qwen3VL:
-    """Every parameter and every operation in one layer: what sharding needs to be tested, and no more to compile."""
+    """Every parameter and every operation in one layer: what sharding needs to be tested, and no
+    more to compile."""
     text = dataclasses.replace(shallow.config.text, num_hidden_layers=1, pvm_layers=(0,))
     return randomized(dataclasses.replace(shallow.config, text=text))
 
@@ -329,7 +371,9 @@ def test_sharded_equals_unsharded(smallest, unsharded, shape):
     shardings = param_shardings(params, mesh)
     with jax.set_mesh(mesh):
         placed = jax.device_put(nnx.as_pure(params), shardings)
-        got = jax.jit(step, out_shardings=(shardings, None))(placed, jax.device_put(batch, batch_sharding(mesh)))
+        got = jax.jit(step, out_shardings=(shardings, None))(
+            placed, jax.device_put(batch, batch_sharding(mesh))
+        )
     largest = max(jax.tree.leaves(placed), key=lambda leaf: leaf.size)
     assert not largest.sharding.is_fully_replicated
     assert_close(got, want, 5e-5)
@@ -337,7 +381,8 @@ def test_sharded_equals_unsharded(smallest, unsharded, shape):
 
 @pytest.fixture(scope="module")
 def sampled(smallest):
-    """Two samples of each prompt, read in chunks, in a cache that grows twice: a function of the model, and what it gives."""
+    """Two samples of each prompt, read in chunks, in a cache that grows twice: a function of the
+    model, and what it gives."""
     batch = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
     settings = {"max_new_tokens": 16, "num_samples": 2, "prefill_chunk": 20, "seeds": (5, 6, 7, 8)}
     with pytest.MonkeyPatch.context() as patch:
@@ -346,13 +391,18 @@ def sampled(smallest):
         yield sample, sample(smallest)
 
 
-@pytest.mark.parametrize("make", [lambda: make_mesh(2, 2, 2), lambda: jax.make_mesh((2, 2, 2), MESH_AXES)])
+@pytest.mark.parametrize(
+    "make", [lambda: make_mesh(2, 2, 2), lambda: jax.make_mesh((2, 2, 2), MESH_AXES)]
+)
 def test_sharded_generation_gives_the_same_tokens(smallest, sampled, make):
-    """With the mesh in context; and with `jax.make_mesh`, whose axes are Explicit, only placing the weights."""
+    """With the mesh in context; and with `jax.make_mesh`, whose axes are Explicit, only placing the
+    weights."""
     sample, want = sampled
     mesh = make()
     graphdef, params = nnx.split(smallest)
-    sharded = nnx.merge(graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh)))
+    sharded = nnx.merge(
+        graphdef, jax.device_put(nnx.as_pure(params), param_shardings(params, mesh))
+    )
     with jax.set_mesh(mesh) if AxisType.Explicit not in mesh.axis_types else nullcontext():
         got = sample(sharded)
     np.testing.assert_array_equal(got.tokens, want.tokens)

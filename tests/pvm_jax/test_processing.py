@@ -1,4 +1,5 @@
-"""Conversations -> arrays, against transformers' Qwen3VLProcessor (its text part, which runs without torchvision)."""
+"""Conversations -> arrays, against transformers' Qwen3VLProcessor (its text part, which runs
+without torchvision)."""
 
 import json
 import pickle
@@ -29,7 +30,10 @@ SPECIAL = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
-QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Qwen3-VL's template without its tools: the parts that place turns, images and videos.
 TEMPLATE = """\
 {%- for message in messages %}
@@ -41,7 +45,8 @@ TEMPLATE = """\
             {%- for content in message.content %}
                 {%- if message.role == 'user' and (content.type == 'image' or 'image' in content) %}
                     {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-                {%- elif message.role == 'user' and (content.type == 'video' or 'video' in content) %}
+                {%- elif message.role == 'user' and
+                        (content.type == 'video' or 'video' in content) %}
                     {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
                 {%- elif 'text' in content %}
                     {{- content.text }}
@@ -84,7 +89,8 @@ VIDEOS = PIXELS | {
 
 
 def write_checkpoint(folder, template=TEMPLATE):
-    """A byte-level BPE tokenizer with Qwen's word splitting, and the side files of a Qwen3-VL directory."""
+    """A byte-level BPE tokenizer with Qwen's word splitting, and the side files of a Qwen3-VL
+    directory."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -99,11 +105,17 @@ def write_checkpoint(folder, template=TEMPLATE):
         special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["user\n\n assistant\n\n system\n\n <0.0 seconds> what is this picture"] * 3, trainer)
+    tokenizer.train_from_iterator(
+        ["user\n\n assistant\n\n system\n\n <0.0 seconds> what is this picture"] * 3, trainer
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+        },
     )
     (folder / "chat_template.jinja").write_text(template)
     write_json(folder / "preprocessor_config.json", IMAGES)
@@ -126,7 +138,8 @@ def processor(folder):
 
 
 class Reference(Qwen3VLProcessor):
-    """transformers' processor with the PIL image processor, and prepared videos in place of its video processor."""
+    """transformers' processor with the PIL image processor, and prepared videos in place of its
+    video processor."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
         pass
@@ -135,8 +148,12 @@ class Reference(Qwen3VLProcessor):
 @pytest.fixture(scope="module")
 def reference(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = Qwen2VLImageProcessorPil(**{key: value for key, value in IMAGES.items() if "proc" not in key})
-    return Reference(image_processor, tokenizer, SimpleNamespace(merge_size=2, temporal_patch_size=2), TEMPLATE)
+    image_processor = Qwen2VLImageProcessorPil(
+        **{key: value for key, value in IMAGES.items() if "proc" not in key}
+    )
+    return Reference(
+        image_processor, tokenizer, SimpleNamespace(merge_size=2, temporal_patch_size=2), TEMPLATE
+    )
 
 
 def image(part, **also):
@@ -150,14 +167,20 @@ def text(words):
 ASTRONAUT, CAMERA = Image.fromarray(data.astronaut()), Image.fromarray(data.camera()[:100])
 LONG = [
     {"role": "system", "content": [text("You are brief.")]},
-    {"role": "user", "content": [image(ASTRONAUT), text("What is this?\nAnd this: "), image(CAMERA)]},
+    {
+        "role": "user",
+        "content": [image(ASTRONAUT), text("What is this?\nAnd this: "), image(CAMERA)],
+    },
     {"role": "assistant", "content": "An astronaut, and a man with a camera."},
     {"role": "user", "content": "And this? Größe 漢字 🙂"},
     {"role": "user", "content": [text("this:"), image(CAMERA)]},
     {"role": "assistant", "content": [text("<think>\nhm\n</think>\n\n"), text("The same man.\n")]},
 ]
 SHORT = [{"role": "user", "content": "Hello"}]
-TURNS = ["An astronaut, and a man with a camera.<|im_end|>", "<think>\nhm\n</think>\n\nThe same man.\n<|im_end|>"]
+TURNS = [
+    "An astronaut, and a man with a camera.<|im_end|>",
+    "<think>\nhm\n</think>\n\nThe same man.\n<|im_end|>",
+]
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
@@ -217,8 +240,12 @@ def test_loss_mask_is_the_assistants_turns(processor, add_generation_prompt):
 
 
 def test_loss_mask_of_turns_that_repeat_others(processor):
-    """Turns whose text is the user's, or a role's name, or empty, are found by their place and not by their words."""
-    messages = [{"role": role, "content": "assistant\nHello"} for role in ("user", "assistant", "assistant", "user")]
+    """Turns whose text is the user's, or a role's name, or empty, are found by their place and not
+    by their words."""
+    messages = [
+        {"role": role, "content": "assistant\nHello"}
+        for role in ("user", "assistant", "assistant", "user")
+    ]
     messages.append({"role": "assistant", "content": ""})
     example = processor.encode(messages)
     assert learned_runs(example, processor) == ["assistant\nHello<|im_end|>"] * 2 + ["<|im_end|>"]
@@ -227,7 +254,9 @@ def test_loss_mask_of_turns_that_repeat_others(processor):
 def test_template_that_rewrites_turns_is_refused(tmp_path):
     processor = Processor.from_pretrained(write_checkpoint(tmp_path, THINKING_TEMPLATE))
     one = [*SHORT, {"role": "assistant", "content": "Hi."}]
-    assert learned_runs(processor.encode(one), processor) == ["<think>\n\n</think>\n\nHi.<|im_end|>"]
+    assert learned_runs(processor.encode(one), processor) == [
+        "<think>\n\n</think>\n\nHi.<|im_end|>"
+    ]
     with pytest.raises(ValueError, match=r"messages\[1\]: what is learned has no exact place"):
         processor.encode(one * 2)
     assert processor([one * 2])["input_ids"].shape[0] == 1
@@ -251,7 +280,9 @@ def test_template_without_borders_is_refused(tmp_path, template, method):
 @pytest.mark.parametrize("method", ["encode", "count"])
 def test_turn_whose_first_token_is_shared_with_the_header_is_refused(processor, method):
     assert processor.tokenizer.tokenize("assistant\n\n")[-1] == "ĊĊ"
-    with pytest.raises(ValueError, match="merges characters across the border of an assistant turn"):
+    with pytest.raises(
+        ValueError, match="merges characters across the border of an assistant turn"
+    ):
         getattr(processor, method)([*SHORT, {"role": "assistant", "content": "\nHi."}])
 
 
@@ -263,15 +294,19 @@ def video(**also):
 
 
 def film(**also):
-    return [{"role": "user", "content": [video(**also), text("What?")]}, {"role": "assistant", "content": "A face."}]
+    return [
+        {"role": "user", "content": [video(**also), text("What?")]},
+        {"role": "assistant", "content": "A face."},
+    ]
 
 
 def test_video_layout(processor):
     example = processor.encode(film(fps=2))
     written = processor.decode(example.input_ids, skip_special_tokens=False)
     run = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
-    assert written == (
-        f"<|im_start|>user\n<0.2 seconds>{run}<1.2 seconds>{run}<2.0 seconds>{run}What?<|im_end|>\n"
+    assert (
+        written == f"<|im_start|>user\n<0.2 seconds>{run}<1.2 seconds>{run}<2.0"
+        f" seconds>{run}What?<|im_end|>\n"
         "<|im_start|>assistant\nA face.<|im_end|>\n"
     )
     assert np.array_equal(example.video_grid_thw, [[3, 4, 6]])
@@ -314,7 +349,10 @@ def test_images_and_videos_keep_their_order(processor):
         },
     )
     batch = Batch.from_hf(arrays, config)
-    assert int((batch.visual_index >= 0).sum()) == (len(arrays["pixel_values"]) + len(arrays["pixel_values_videos"])) // 4
+    assert (
+        int((batch.visual_index >= 0).sum())
+        == (len(arrays["pixel_values"]) + len(arrays["pixel_values_videos"])) // 4
+    )
 
 
 @pytest.mark.parametrize("messages", [SHORT, LONG, film(fps=2)], ids=["text", "images", "video"])
@@ -339,7 +377,9 @@ def test_count_decodes_no_pixels(processor, tmp_path):
     expected = processor.count(messages)
     path.write_bytes(path.read_bytes()[:200])
     assert processor.count(messages) == expected
-    with pytest.raises(ValueError, match=r"messages\[0\]: content\[0\]: .*photo\.png cannot be decoded"):
+    with pytest.raises(
+        ValueError, match=r"messages\[0\]: content\[0\]: .*photo\.png cannot be decoded"
+    ):
         processor.encode(messages)
 
 
@@ -362,21 +402,45 @@ def user(*parts):
         ({"role": "user", "content": "Hello"}, "must be a list"),
         (["Hello"], r"messages\[0\]: a message must be"),
         ([{"content": "Hello"}], r"messages\[0\]: a message must be"),
-        ([{"role": "user", "content": None}], r"messages\[0\]: content must be a string or a list of parts"),
+        (
+            [{"role": "user", "content": None}],
+            r"messages\[0\]: content must be a string or a list of parts",
+        ),
         ([{"role": "user", "content": 3}], r"messages\[0\]: content must be"),
         (user("Hello"), r"messages\[0\]: content\[0\]: a part must be"),
-        (user({"type": "audio", "audio": "a.wav"}), r"unknown part type 'audio': there are text, image and video"),
+        (
+            user({"type": "audio", "audio": "a.wav"}),
+            r"unknown part type 'audio': there are text, image and video",
+        ),
         (user(text("a"), {"type": "text"}), r"content\[1\]: a text part needs a string"),
         (user({"type": "image"}), "an image part needs one source, .* got none"),
-        (user({"type": "image", "image": "a.png", "url": "b.png"}), r"one source, .* got \['image', 'url'\]"),
+        (
+            user({"type": "image", "image": "a.png", "url": "b.png"}),
+            r"one source, .* got \['image', 'url'\]",
+        ),
         (user(image("a.png", max_pixels=100)), "image parts have no max_pixels"),
-        (user(image("https://example.org/a.png")), r"messages\[0\]: content\[0\]: .*a\.png: images are not fetched"),
-        (user(image(Image.new("RGB", (1000, 4)))), r"messages\[0\]: content\[0\]: absolute aspect ratio"),
+        (
+            user(image("https://example.org/a.png")),
+            r"messages\[0\]: content\[0\]: .*a\.png: images are not fetched",
+        ),
+        (
+            user(image(Image.new("RGB", (1000, 4)))),
+            r"messages\[0\]: content\[0\]: absolute aspect ratio",
+        ),
         (user(text("a <|image_pad|> b")), r"messages\[0\]: the text holds <\|image_pad\|>"),
-        ([*SHORT, {"role": "assistant", "content": "Yes.<|im_end|>"}], r"messages\[1\]: the text holds <\|im_end\|>"),
+        (
+            [*SHORT, {"role": "assistant", "content": "Yes.<|im_end|>"}],
+            r"messages\[1\]: the text holds <\|im_end\|>",
+        ),
         ([{"role": "user", "content": "<|vision_start|>"}], r"the text holds <\|vision_start\|>"),
-        ([{"role": "system", "content": [image(CAMERA)]}, *SHORT], "wrote 0 placeholders for 1 images"),
-        ([{"role": "poet", "content": "Hello"}], "the chat template refuses the first 1 messages: unknown role poet"),
+        (
+            [{"role": "system", "content": [image(CAMERA)]}, *SHORT],
+            "wrote 0 placeholders for 1 images",
+        ),
+        (
+            [{"role": "poet", "content": "Hello"}],
+            "the chat template refuses the first 1 messages: unknown role poet",
+        ),
         ([{"role": "assistant", "content": "Hello"}], "cannot begin with the assistant"),
         (user({"type": "video", "video": "a.mp4"}), "video files are not decoded here"),
         (user({"type": "video", "video": []}), "needs its list of frames"),
@@ -385,7 +449,10 @@ def user(*parts):
         (user(video(timestamps=[0, 1])), "timestamps must be 5 ascending seconds"),
         (user(video(timestamps=[0, 1, 3, 2, 4])), "timestamps must be 5 ascending seconds"),
         (user({"type": "video", "video": FRAMES[:1], "fps": 1}), "a video needs 2 frames or more"),
-        (user({"type": "video", "video": [FRAMES[0], CAMERA], "fps": 1}), r"content\[0\]: the frames .* one size"),
+        (
+            user({"type": "video", "video": [FRAMES[0], CAMERA], "fps": 1}),
+            r"content\[0\]: the frames .* one size",
+        ),
     ],
 )
 def test_bad_messages_are_named(processor, messages, message):
@@ -396,7 +463,9 @@ def test_bad_messages_are_named(processor, messages, message):
 def test_missing_image_is_named(processor):
     messages = [*SHORT, {"role": "user", "content": [text("a"), image("gone/away.jpg")]}]
     for use in (processor.encode, processor.count, lambda messages: processor([messages])):
-        with pytest.raises(FileNotFoundError, match=r"messages\[1\]: content\[1\]: gone/away\.jpg does not exist"):
+        with pytest.raises(
+            FileNotFoundError, match=r"messages\[1\]: content\[1\]: gone/away\.jpg does not exist"
+        ):
             use(messages)
     with pytest.raises(FileNotFoundError, match="conversation 1: "):
         processor([SHORT, messages])
@@ -426,13 +495,23 @@ def test_pixel_settings_files_in_the_order_of_transformers(tmp_path):
     (tmp_path / "video_preprocessor_config.json").unlink()
     write_json(tmp_path / "preprocessor_config.json", IMAGES | {"max_pixels": 5000})
     processor = Processor.from_pretrained(tmp_path)
-    assert (processor.image_settings.max_pixels, processor.video_settings.max_pixels) == (5000, 65536)
-    nested = {"image_processor": IMAGES | {"max_pixels": 6000}, "video_processor": VIDEOS | {"merge_size": 4}}
+    assert (processor.image_settings.max_pixels, processor.video_settings.max_pixels) == (
+        5000,
+        65536,
+    )
+    nested = {
+        "image_processor": IMAGES | {"max_pixels": 6000},
+        "video_processor": VIDEOS | {"merge_size": 4},
+    }
     write_json(tmp_path / "processor_config.json", nested)
     processor = Processor.from_pretrained(tmp_path)
     assert (processor.image_settings.max_pixels, processor.video_settings.merge_size) == (6000, 4)
-    write_json(tmp_path / "processor_config.json", {"image_processor": IMAGES | {"do_rescale": False}})
-    with pytest.raises(ValueError, match=r"processor_config\.json: do_rescale = False is not supported"):
+    write_json(
+        tmp_path / "processor_config.json", {"image_processor": IMAGES | {"do_rescale": False}}
+    )
+    with pytest.raises(
+        ValueError, match=r"processor_config\.json: do_rescale = False is not supported"
+    ):
         Processor.from_pretrained(tmp_path)
 
 

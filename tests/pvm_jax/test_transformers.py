@@ -1,4 +1,5 @@
-"""Against transformers' own Qwen3-VL in PyTorch: random weights, no branch, through the exported checkpoint."""
+"""Against transformers' own Qwen3-VL in PyTorch: random weights, no branch, through the exported
+checkpoint."""
 
 import json
 
@@ -15,11 +16,14 @@ torch = pytest.importorskip("torch")
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_and_tokens(tmp_path, tied):
-    """A prompt of more than 500 tokens, two images and a row without any: KL, the five likeliest, and greedy tokens."""
+    """A prompt of more than 500 tokens, two images and a row without any: KL, the five likeliest,
+    and greedy tokens."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     settings = CONFIG.without_pvm().to_hf() | {"tie_word_embeddings": tied}
-    settings["text_config"]["initializer_range"] = settings["vision_config"]["initializer_range"] = 0.2
+    settings["text_config"]["initializer_range"] = settings["vision_config"][
+        "initializer_range"
+    ] = 0.2
     torch.manual_seed(0)
     reference = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**settings)).float().eval()
     reference.save_pretrained(tmp_path / "hf")
@@ -31,18 +35,36 @@ def test_logits_and_tokens(tmp_path, tied):
     rng = np.random.default_rng(0)
     grids = np.array([[1, 8, 12], [1, 4, 6]])
     images = [[92, *[90] * (rows * columns // 4), 93] for _, rows, columns in grids]
-    first = np.concatenate([rng.integers(1, 80, 40), images[0], rng.integers(1, 80, 440), images[1], rng.integers(1, 80, 60)])
+    first = np.concatenate(
+        [
+            rng.integers(1, 80, 40),
+            images[0],
+            rng.integers(1, 80, 440),
+            images[1],
+            rng.integers(1, 80, 60),
+        ]
+    )
     second = rng.integers(1, 80, 530)
     length = max(len(first), len(second))
     ids, mask = np.zeros((2, length), np.int64), np.zeros((2, length), np.int64)
     for row, tokens in enumerate((first, second)):
         ids[row, length - len(tokens) :], mask[row, length - len(tokens) :] = tokens, 1
-    patches = rng.normal(size=(int(grids.prod(1).sum()), CONFIG.vision.patch_dim)).astype(np.float32)
-    arrays = {"input_ids": ids, "attention_mask": mask, "pixel_values": patches, "image_grid_thw": grids}
+    patches = rng.normal(size=(int(grids.prod(1).sum()), CONFIG.vision.patch_dim)).astype(
+        np.float32
+    )
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": patches,
+        "image_grid_thw": grids,
+    }
 
     with torch.no_grad():
         kinds = torch.from_numpy((ids == CONFIG.image_token_id).astype(np.int64))
-        want = reference(**{name: torch.from_numpy(array) for name, array in arrays.items()}, mm_token_type_ids=kinds).logits
+        want = reference(
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            mm_token_type_ids=kinds,
+        ).logits
     got = np.asarray(model(Batch.from_hf(arrays, model.config)))[:, :length]
     valid = mask.astype(bool)
     want, got = want.numpy()[valid], got[valid]

@@ -1,4 +1,5 @@
-"""Runs of `python -m train.sft` and `train.grpo` in processes of their own, on a tiny checkpoint."""
+"""Runs of `python -m train.sft` and `train.grpo` in processes of their own, on a tiny
+checkpoint."""
 
 import json
 import os
@@ -26,7 +27,8 @@ LONG, STEPS = "--epochs=6", 24  # of 32 examples in batches of 8
 
 
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
-    """Writes base/ (a tiny checkpoint, its model is returned) and data.jsonl with images into `root`."""
+    """Writes base/ (a tiny checkpoint, its model is returned) and data.jsonl with images into
+    `root`."""
     config = write_assets(root / "hf").with_pvm((0,), 64)
     text = replace(config.text, num_hidden_layers=1)
     vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
@@ -36,18 +38,27 @@ def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
     with open(root / "data.jsonl", "w") as file:
         for index in range(examples):
             size = (32, 32) if index % 3 else (64, 32)
-            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / f"{index}.png")
+            Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+                root / f"{index}.png"
+            )
             content = [{"type": "image", "image": f"{index}.png"}, {"type": "text", "text": "List"}]
             answer = "B3 ground navy\n" * (1 + index % 2)
-            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+            messages = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": answer},
+            ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return model
 
 
 @contextmanager
 def programs_kept(root: Path) -> Iterator[None]:
-    """Programs that this process compiles meanwhile are kept in `root`, where `start` has its processes look for them too."""
-    settings = {"jax_compilation_cache_dir": str(root / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
+    """Programs that this process compiles meanwhile are kept in `root`, where `start` has its
+    processes look for them too."""
+    settings = {
+        "jax_compilation_cache_dir": str(root / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -57,10 +68,18 @@ def programs_kept(root: Path) -> Iterator[None]:
 
 
 def arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
-    """Of train.sft, for a run of the workplace `root` in float32, rows of two shapes, a checkpoint every two steps."""
+    """Of train.sft, for a run of the workplace `root` in float32, rows of two shapes, a checkpoint
+    every two steps."""
     return [
-        *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.sources={root / 'data.jsonl'}"),
-        *("--data.packing=false", "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]"),
+        *(
+            f"--checkpoint={root / 'base'}",
+            f"--run_dir={root / run_dir}",
+            f"--data.sources={root / 'data.jsonl'}",
+        ),
+        *(
+            "--data.packing=false",
+            "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]",
+        ),
         *("--batch_size=8", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2"),
         *("--log_every=2", "--checkpoint_every=2"),
         *more,
@@ -68,28 +87,60 @@ def arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
 
 
 def grpo_arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
-    """Of train.grpo, for a run of the workplace `root` in float32: steps of 8 prompts with 2 completions each."""
+    """Of train.grpo, for a run of the workplace `root` in float32: steps of 8 prompts with 2
+    completions each."""
     return [
-        *(f"--checkpoint={root / 'base'}", f"--run_dir={root / run_dir}", f"--data.sources={root / 'data.jsonl'}"),
-        *("--data.buckets=[{tokens: 24, patches: 8}]", "--prompts_per_step=8", "--group_size=2", "--max_completion_tokens=16"),
-        *("--rewards=[{function: 'tests.train.reward_functions:letters'}]", "--reward_workers=1", "--mask_truncated=false"),
-        *("--trainable=pvm", "--dtype=float32", "--remat=none", "--optimizer.learning_rate=1e-2", "--temperature=0.8"),
+        *(
+            f"--checkpoint={root / 'base'}",
+            f"--run_dir={root / run_dir}",
+            f"--data.sources={root / 'data.jsonl'}",
+        ),
+        *(
+            "--data.buckets=[{tokens: 24, patches: 8}]",
+            "--prompts_per_step=8",
+            "--group_size=2",
+            "--max_completion_tokens=16",
+        ),
+        *(
+            "--rewards=[{function: 'tests.train.reward_functions:letters'}]",
+            "--reward_workers=1",
+            "--mask_truncated=false",
+        ),
+        *(
+            "--trainable=pvm",
+            "--dtype=float32",
+            "--remat=none",
+            "--optimizer.learning_rate=1e-2",
+            "--temperature=0.8",
+        ),
         *("--checkpoint_every=2", "--epochs=2"),
         *more,
     ]
 
 
 def start(
-    root: Path, run_dir: str | Path, *more: str, processes: int = 1, devices: int = 1, module: str = "train.sft"
+    root: Path,
+    run_dir: str | Path,
+    *more: str,
+    processes: int = 1,
+    devices: int = 1,
+    module: str = "train.sft",
 ) -> list[subprocess.Popen]:
-    """Starts a run on `processes` x `devices` simulated devices, programs cached in `root`; output goes to files in `root`."""
+    """Starts a run on `processes` x `devices` simulated devices, programs cached in `root`; output
+    goes to files in `root`."""
     make = {"train.sft": arguments, "train.grpo": grpo_arguments}[module]
     coordinator = f"127.0.0.1:{free_port()}"
     started = []
     for process in range(processes):
-        found = [f"--distributed.coordinator_address={coordinator}", f"--distributed.process_id={process}"]
+        found = [
+            f"--distributed.coordinator_address={coordinator}",
+            f"--distributed.process_id={process}",
+        ]
         found = [f"--distributed.num_processes={processes}", *(found if processes > 1 else [])]
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         with open(output_file(root, run_dir, process), "a") as output:
             started.append(
                 subprocess.Popen(
@@ -103,8 +154,11 @@ def start(
     return started
 
 
-def finish(root: Path, run_dir: str | Path, started: Sequence[subprocess.Popen], *, code: int = 0) -> list[str]:
-    """Waits for the processes of a run to exit with `code`. What each of them (and earlier ones of the run) said."""
+def finish(
+    root: Path, run_dir: str | Path, started: Sequence[subprocess.Popen], *, code: int = 0
+) -> list[str]:
+    """Waits for the processes of a run to exit with `code`. What each of them (and earlier ones of
+    the run) said."""
     try:
         codes = [process.wait(timeout=900) for process in started]
     finally:

@@ -19,7 +19,8 @@ from train.sft.held_out import first_conversations
 
 @dataclass(frozen=True)
 class FakeBatch:
-    """Stands for pvm_jax.data.batch.Batch: which examples, in which shape, in rows whose images are hidden or not."""
+    """Stands for pvm_jax.data.batch.Batch: which examples, in which shape, in rows whose images are
+    hidden or not."""
 
     rows: list[list[int]]
     shape: tuple[int, int]
@@ -48,7 +49,9 @@ class FakeProcessor:
 @pytest.fixture(autouse=True)
 def fake_batch(monkeypatch):
     monkeypatch.setattr(train_data, "Batch", FakeBatch)
-    monkeypatch.setattr(train_data, "hide_images", lambda batch, rows: replace(batch, hidden=tuple(rows)))
+    monkeypatch.setattr(
+        train_data, "hide_images", lambda batch, rows: replace(batch, hidden=tuple(rows))
+    )
 
 
 @pytest.fixture
@@ -57,7 +60,9 @@ def write(tmp_path):
 
     def write(sizes, name="data.jsonl", first=0):
         lines = [
-            json.dumps({"messages": [{"role": "assistant", "content": f"{index} {tokens} {patches}"}]})
+            json.dumps(
+                {"messages": [{"role": "assistant", "content": f"{index} {tokens} {patches}"}]}
+            )
             for index, (tokens, patches) in enumerate(sizes, first)
         ]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
@@ -70,9 +75,13 @@ def write(tmp_path):
 def open_data(write):
     """(sizes, options of DataConfig and of load_training_data) -> TrainingData."""
 
-    def open_data(sizes, *, buckets=((10, 4), (20, 16)), packing=False, too_long="drop", hide=0.0, **options):
+    def open_data(
+        sizes, *, buckets=((10, 4), (20, 16)), packing=False, too_long="drop", hide=0.0, **options
+    ):
         buckets = [Bucket(*bucket) for bucket in buckets]
-        config = DataConfig(write(sizes), buckets, packing=packing, too_long=too_long, hide_images=hide)
+        config = DataConfig(
+            write(sizes), buckets, packing=packing, too_long=too_long, hide_images=hide
+        )
         return load_training_data(config, FakeProcessor(), None, **{"batch_size": 4} | options)
 
     return open_data
@@ -97,7 +106,9 @@ def test_every_example_once_in_the_smallest_bucket_that_holds_it(read):
     assert sorted(np.concatenate([batch.ids for batch in batches])) == list(range(64))
     for batch in batches:
         assert batch.shape == ((10, 4) if max(batch.ids) < 40 else (20, 16))
-    assert [batch.shape for batch in batches] != sorted(batch.shape for batch in batches)  # the buckets are mixed
+    assert [batch.shape for batch in batches] != sorted(
+        batch.shape for batch in batches
+    )  # the buckets are mixed
 
 
 def test_every_epoch_reads_every_example_in_another_order(read):
@@ -139,8 +150,12 @@ def test_images_are_hidden_in_a_share_of_the_whole_batchs_rows(read, share, hidd
 def test_measured_sizes_are_kept_for_the_next_start(read, open_data, write, tmp_path):
     expected = read(SIZES, sizes_file=tmp_path / "sizes.npy")
     (tmp_path / "data.jsonl").write_text("{}\n" * len(SIZES))  # nothing is measured again
-    config = DataConfig(str(tmp_path / "data.jsonl"), [Bucket(10, 4), Bucket(20, 16)], packing=False)
-    data = load_training_data(config, FakeProcessor(), None, batch_size=4, sizes_file=tmp_path / "sizes.npy")
+    config = DataConfig(
+        str(tmp_path / "data.jsonl"), [Bucket(10, 4), Bucket(20, 16)], packing=False
+    )
+    data = load_training_data(
+        config, FakeProcessor(), None, batch_size=4, sizes_file=tmp_path / "sizes.npy"
+    )
     assert len(data.batches) == len(expected)
 
 
@@ -168,7 +183,9 @@ def test_too_long_examples_are_counted_or_refused(open_data):
     data = open_data(sizes, batch_size=2)
     assert sorted(data.batches[0].ids) == [0, 3]
     assert "2 examples are too long" in data.report
-    with pytest.raises(ValueError, match=r"2 examples fit no bucket, the first is .*data.jsonl:2 with 99 tokens"):
+    with pytest.raises(
+        ValueError, match=r"2 examples fit no bucket, the first is .*data.jsonl:2 with 99 tokens"
+    ):
         open_data(sizes, batch_size=2, too_long="error")
 
 
@@ -179,14 +196,18 @@ def test_a_last_batch_is_completed_by_smaller_examples_or_given_up(open_data):
     large = [example for batch in batches if batch.shape == (20, 16) for example in batch.ids]
     assert sum(example < 8 for example in large) == 3
     assert "1 readings fill no batch" in data.report
-    data = open_data([(5, 4)] * 2 + [(15, 4)] * 5)  # too few to complete: they are tried in their own bucket
+    data = open_data(
+        [(5, 4)] * 2 + [(15, 4)] * 5
+    )  # too few to complete: they are tried in their own bucket
     assert len(data.batches) == 1
     assert min(data.batches[0].ids) >= 2
     assert "3 readings fill no batch" in data.report
 
 
 def test_max_steps_cuts_the_run(read):
-    assert [batch.rows for batch in read(SIZES, max_steps=3)] == [batch.rows for batch in read(SIZES)][:3]
+    assert [batch.rows for batch in read(SIZES, max_steps=3)] == [
+        batch.rows for batch in read(SIZES)
+    ][:3]
 
 
 def test_too_few_examples_for_a_batch_is_an_error(read):
@@ -204,7 +225,10 @@ def test_the_iterator_starts_at_any_step(open_data):
 def test_a_step_names_the_examples_of_its_whole_batch(open_data):
     data = open_data(SIZES, rows=(0, 1), packing=True)
     for step in range(len(data.batches)):
-        names = [[int(name.rpartition("data.jsonl:")[2]) - 1 for name in row] for row in data.examples(step)]
+        names = [
+            [int(name.rpartition("data.jsonl:")[2]) - 1 for name in row]
+            for row in data.examples(step)
+        ]
         assert len(names) == 4
         assert names[:2] == data.batches[step].rows
 
@@ -212,8 +236,12 @@ def test_a_step_names_the_examples_of_its_whole_batch(open_data):
 def test_packed_rows_hold_several_whole_examples(read):
     batches = read([(5, 4)] * 42 + [(12, 0)] * 18, packing=True, buckets=((16, 12),))
     assert sorted(np.concatenate([batch.ids for batch in batches])) == list(range(60))
-    tokens = [[5 if example < 42 else 12 for example in row] for batch in batches for row in batch.rows]
-    assert all(sum(row) <= 16 and len(row) <= 3 for row in tokens)  # a third of 5 tokens fits, its patches too
+    tokens = [
+        [5 if example < 42 else 12 for example in row] for batch in batches for row in batch.rows
+    ]
+    assert all(
+        sum(row) <= 16 and len(row) <= 3 for row in tokens
+    )  # a third of 5 tokens fits, its patches too
     assert len(batches) == (42 // 3 + 18) // 4
 
 
@@ -240,7 +268,10 @@ def test_a_weight_says_how_often_an_epoch_reads_a_source(write):
     data = load_training_data(config, FakeProcessor(), None, batch_size=4)
     ids = np.concatenate([data.batches[step].ids for step in range(len(data.batches))])
     assert sorted(ids) == sorted([*range(4)] * 3 + [*range(100, 108)])
-    assert {name.rpartition("/")[2][:7] for row in data.examples(0) for name in row} <= {"a.jsonl", "b.jsonl"}
+    assert {name.rpartition("/")[2][:7] for row in data.examples(0) for name in row} <= {
+        "a.jsonl",
+        "b.jsonl",
+    }
 
 
 def test_an_example_that_is_refused_is_named(read):
@@ -252,12 +283,16 @@ def test_an_example_without_an_assistant_turn_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "0 1 4"}]}')
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no assistant turn"):
-        train_data.measure(open_conversations(path), partial(size_of, count=FakeProcessor().count), 1)
+        train_data.measure(
+            open_conversations(path), partial(size_of, count=FakeProcessor().count), 1
+        )
 
 
 def test_samples_are_the_first_conversations_that_fit(open_data, write):
     def first(data, count):
-        return [int(messages[0]["content"].split()[0]) for messages in first_conversations(data, count)]
+        return [
+            int(messages[0]["content"].split()[0]) for messages in first_conversations(data, count)
+        ]
 
     sizes = [(99, 4), (5, 4), (5, 99), (15, 4), (5, 4)]
     data = open_data(sizes, fill_last=True)
@@ -269,10 +304,15 @@ def test_samples_are_the_first_conversations_that_fit(open_data, write):
 
 
 def test_a_sample_shows_all_texts_and_images():
-    red, blue = (Image.new("RGB", size, colour) for size, colour in (((3, 2), "red"), ((1, 4), "blue")))
+    red, blue = (
+        Image.new("RGB", size, colour) for size, colour in (((3, 2), "red"), ((1, 4), "blue"))
+    )
     video = {"type": "video", "video": [blue, red], "fps": 2}
     messages = [
-        {"role": "user", "content": [video, {"type": "text", "text": "a"}, {"type": "image", "image": red}]},
+        {
+            "role": "user",
+            "content": [video, {"type": "text", "text": "a"}, {"type": "image", "image": red}],
+        },
         {"role": "assistant", "tool_calls": [{"name": "zoom"}]},
         {"role": "tool", "content": "b"},
         {"role": "assistant", "content": None, "tool_calls": [{"name": "zoom"}]},

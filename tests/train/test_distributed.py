@@ -1,4 +1,5 @@
-"""Runs of several processes: they compute what one computes, stop together, and one alone can go on."""
+"""Runs of several processes: they compute what one computes, stop together, and one alone can go
+on."""
 
 import signal
 import subprocess
@@ -28,7 +29,8 @@ def shared(losses, others):
 
 
 def test_two_processes_stop_together_and_one_goes_on(root):
-    """Eight devices of two processes (data 2, fsdp 2, tensor 2) against one device; SIGTERM to process 1 alone."""
+    """Eight devices of two processes (data 2, fsdp 2, tensor 2) against one device; SIGTERM to
+    process 1 alone."""
     mesh = [f"--mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     started = runs.start(root, "two", runs.LONG, *mesh, processes=2, devices=4)
     try:
@@ -70,7 +72,8 @@ from train.run.preemption import stop_requests
 
 address, process = sys.argv[1], int(sys.argv[2])
 with joined(DistributedConfig(address, 2, process)):
-    devices = np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(4, 2, 1)  # as a slice's wires may have it
+    order = [0, 4, 1, 5, 2, 6, 3, 7]  # as a slice's wires may have it
+    devices = np.array(jax.devices())[order].reshape(4, 2, 1)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     sharding, count = batch_sharding(mesh), 16
     rows = local_rows(sharding, count)
@@ -127,10 +130,18 @@ def test_a_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
 
 
 def test_who_waits_in_vain_says_for_whom(root):
-    where = [f"--distributed.coordinator_address=127.0.0.1:{runs.free_port()}", "--distributed.process_id=1"]
-    started = runs.start(root, "lonely", "--distributed.num_processes=2", "--distributed.timeout=1", *where)
+    where = [
+        f"--distributed.coordinator_address=127.0.0.1:{runs.free_port()}",
+        "--distributed.process_id=1",
+    ]
+    started = runs.start(
+        root, "lonely", "--distributed.num_processes=2", "--distributed.timeout=1", *where
+    )
     (said,) = runs.finish(root, "lonely", started, code=1)
-    assert "process 1 of 2 waited 1 s (distributed.timeout) for the other processes at 127.0.0.1:" in said
+    assert (
+        "process 1 of 2 waited 1 s (distributed.timeout) for the other processes at 127.0.0.1:"
+        in said
+    )
     assert "Traceback" not in said
 
 
@@ -140,7 +151,10 @@ def test_who_waits_in_vain_says_for_whom(root):
         ({"num_processes": 2}, "coordinator_address is missing"),
         ({"process_id": 1}, "coordinator_address is missing"),
         ({"coordinator_address": "10.0.0.1"}, "is host:port, got '10.0.0.1'"),
-        ({"coordinator_address": "10.0.0.1:1234", "num_processes": 2}, "needs num_processes and process_id, got 2 and None"),
+        (
+            {"coordinator_address": "10.0.0.1:1234", "num_processes": 2},
+            "needs num_processes and process_id, got 2 and None",
+        ),
         (
             {"coordinator_address": "10.0.0.1:1234", "num_processes": 2, "process_id": 2},
             "counts from 0 to num_processes - 1 = 1",
@@ -176,5 +190,8 @@ def test_a_cluster_that_does_not_say_enough_is_an_error(monkeypatch):
         raise ValueError("Number of processes must be defined.")
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
-    with pytest.raises(ValueError, match=r"Number of processes must be defined.*give distributed\.coordinator_address"):
+    with pytest.raises(
+        ValueError,
+        match=r"Number of processes must be defined.*give distributed\.coordinator_address",
+    ):
         join(DistributedConfig())

@@ -1,4 +1,5 @@
-"""What a run takes of each device, ahead of time: compiled for this machine's simulated devices; for a TPU where libtpu is."""
+"""What a run takes of each device, ahead of time: compiled for this machine's simulated devices;
+for a TPU where libtpu is."""
 
 import importlib.util
 import json
@@ -30,20 +31,29 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 def fit_config(**kwargs) -> FitConfig:
     data = DataConfig("", [BUCKET, Bucket(16, 16)])
-    return FitConfig(**{"checkpoint": "", "run_dir": "", "data": data, "topology": "v5e:4x4", "batch_size": 32} | kwargs)
+    return FitConfig(
+        **{"checkpoint": "", "run_dir": "", "data": data, "topology": "v5e:4x4", "batch_size": 32}
+        | kwargs
+    )
 
 
 @pytest.fixture(scope="module")
 def model_config() -> ModelConfig:
     config = ModelConfig.from_hf(GOLDEN)
     text = replace(config.text, num_hidden_layers=1, pvm_layers=(0,))
-    return replace(config, text=text, vision=replace(config.vision, depth=1, deepstack_visual_indexes=(0,)))
+    return replace(
+        config, text=text, vision=replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
+    )
 
 
 @pytest.fixture(scope="module")
 def branch(model_config):
-    """Config, mesh and footprint of fine-tuning the branch on data 2 x fsdp 2, two rows of a device at a time."""
-    config, mesh = fit_config(batch_size=16, accumulation=2, remat="none"), make_mesh(2, 2, devices=jax.devices()[:4])
+    """Config, mesh and footprint of fine-tuning the branch on data 2 x fsdp 2, two rows of a device
+    at a time."""
+    config, mesh = (
+        fit_config(batch_size=16, accumulation=2, remat="none"),
+        make_mesh(2, 2, devices=jax.devices()[:4]),
+    )
     return config, mesh, measure(config, model_config, BUCKET, mesh, usable=GIB)
 
 
@@ -53,20 +63,35 @@ def test_parts_are_what_a_device_holds_of_real_arrays(branch, model_config):
 
     def held(tree) -> int:
         arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), tree)
-        return sum(shard.data.nbytes for x in jax.tree.leaves(arrays) for shard in x.addressable_shards[:1])
+        return sum(
+            shard.data.nbytes for x in jax.tree.leaves(arrays) for shard in x.addressable_shards[:1]
+        )
 
     assert footprint.rows == 2
     assert footprint.frozen == held(program.frozen) > 0
     assert footprint.params == held(program.state.params)
-    assert footprint.moments == held((program.state.opt_state, program.state.step)) > 2 * footprint.params
+    assert (
+        footprint.moments
+        == held((program.state.opt_state, program.state.step))
+        > 2 * footprint.params
+    )
     assert footprint.batch == held(program.abstract_batch(BUCKET, config.batch_size))
-    assert footprint.temporaries > 2 * footprint.params  # gradients, and their sum over micro-batches
+    assert (
+        footprint.temporaries > 2 * footprint.params
+    )  # gradients, and their sum over micro-batches
 
 
 def test_what_does_not_fit_says_what_would_help(branch):
     config = replace(branch[0], trainable="all", remat="full")
     footprint = replace(
-        branch[2], config=config, frozen=0, params=GIB, moments=2 * GIB, temporaries=10 * GIB, batch=0, usable=14 * GIB
+        branch[2],
+        config=config,
+        frozen=0,
+        params=GIB,
+        moments=2 * GIB,
+        temporaries=10 * GIB,
+        batch=0,
+        usable=14 * GIB,
     )
     assert footprint.fits
     assert footprint.verdict()[-1] == "fits: 1.00 GiB of 14.00 GiB are left"
@@ -77,7 +102,10 @@ def test_what_does_not_fit_says_what_would_help(branch):
     # Of 10 GiB of temporaries two are gradients; half of the rest goes with one of two rows.
     assert "accumulation: 4, 1 rows at a time in place of 2 (about 4.00 GiB less, enough)" in advice
     # 5 GiB of parameters, moments and gradients lie in two copies.
-    assert "mesh: {data: 1, fsdp: -1}, parameters in 2 times as many parts (about 2.50 GiB less)" in advice
+    assert (
+        "mesh: {data: 1, fsdp: -1}, parameters in 2 times as many parts (about 2.50 GiB less)"
+        in advice
+    )
     # 8 GiB go with rows, so 1 GiB of 9 is left for what four devices hold 5 GiB each of.
     assert "20 such chips" in advice
     assert "trainable: pvm or lora (about 4.50 GiB less, enough)" in advice
@@ -95,9 +123,12 @@ def test_what_does_not_fit_says_what_would_help(branch):
 
 def test_the_compilers_refusals_are_read():
     used = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+        " Exceeded hbm capacity by 4.75G."
     )
-    temporaries = "the total memory required for HLO temporaries (512.0M) exceeds available HBM (15.75G)."
+    temporaries = (
+        "the total memory required for HLO temporaries (512.0M) exceeds available HBM (15.75G)."
+    )
     assert _refused(used, 0) == 20.5 * GIB
     assert _refused(temporaries, GIB) == 1.5 * GIB
     assert _refused("INTERNAL: Mosaic failed to compile", 0) is None
@@ -105,10 +136,19 @@ def test_the_compilers_refusals_are_read():
 
 def test_command_prints_the_table_and_exits_by_whether_it_fits(branch, monkeypatch, capsys):
     monkeypatch.setattr(fit, "tpu_devices", lambda topology: jax.devices())
-    arguments = ["--config", str(ROOT / "configs" / "sft_qwen3_vl_8b.yaml"), "--model", "8b", "--topology", "v5e:2x4"]
+    arguments = [
+        "--config",
+        str(ROOT / "configs" / "sft_qwen3_vl_8b.yaml"),
+        "--model",
+        "8b",
+        "--topology",
+        "v5e:2x4",
+    ]
     for usable, status in ((GIB, 0), (10, 1)):
         monkeypatch.setattr(fit, "usable_bytes", lambda mesh, usable=usable: usable)
-        monkeypatch.setattr("train.fit.sft.measure", lambda *args: replace(branch[2], usable=args[-1]))
+        monkeypatch.setattr(
+            "train.fit.sft.measure", lambda *args: replace(branch[2], usable=args[-1])
+        )
         with pytest.raises(SystemExit) as exit_:
             fit.main(arguments)
         assert exit_.value.code == status
@@ -128,7 +168,10 @@ def test_command_prints_the_table_and_exits_by_whether_it_fits(branch, monkeypat
     with pytest.raises(SystemExit) as exit_:
         fit.main([*arguments, "--accumulation", "64"])
     assert exit_.value.code == 2
-    assert "1 rows do not divide over the mesh's data x fsdp = 8: accumulation must divide 8" in capsys.readouterr().err
+    assert (
+        "1 rows do not divide over the mesh's data x fsdp = 8: accumulation must divide 8"
+        in capsys.readouterr().err
+    )
 
 
 def test_only_shapes_that_no_other_covers_are_compiled():
@@ -146,9 +189,14 @@ def test_model_is_the_checkpoints_or_a_preset_or_a_config_file(tmp_path):
     preceding = replace(golden, text=replace(golden.text, pvm_visibility="preceding"))
     (tmp_path / "config.json").write_text(json.dumps(preceding.to_hf()))
     branched = read_model_config(replace(plain, branch=str(tmp_path))).text
-    assert (branched.pvm_layers, branched.pvm_hidden_size) == (golden.text.pvm_layers, golden.text.pvm_hidden_size)
+    assert (branched.pvm_layers, branched.pvm_hidden_size) == (
+        golden.text.pvm_layers,
+        golden.text.pvm_hidden_size,
+    )
     assert branched.pvm_visibility == "preceding"  # which decides what kernel attends
-    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere: say what it will be, as in --model 8b"):
+    with pytest.raises(
+        FileNotFoundError, match="no checkpoint at nowhere: say what it will be, as in --model 8b"
+    ):
         read_model_config(fit_config(checkpoint="nowhere"))
     with pytest.raises(ValueError, match="model '9b': no such file, and unknown preset"):
         read_model_config(fit_config(model="9b"))
@@ -174,16 +222,31 @@ def test_a_program_for_tpus_has_their_attention_kernel(model_config):
     config = fit_config()
     program = SFTProgram.of(config, model_config, 1, mesh)
     with jax.set_mesh(mesh):
-        lowered = program.step.lower(program.state, program.frozen, program.abstract_batch(BUCKET, config.batch_size))
+        lowered = program.step.lower(
+            program.state, program.frozen, program.abstract_batch(BUCKET, config.batch_size)
+        )
     assert "tpu_custom_call" in lowered.as_text()
 
 
 @needs_libtpu
 def test_a_tpu_slice_without_a_tpu():
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        data = ("--data.sources", "", "--data.buckets", "[{tokens: 128, patches: 128}]", "--checkpoint", "", "--run_dir", "")
+        data = (
+            "--data.sources",
+            "",
+            "--data.buckets",
+            "[{tokens: 128, patches: 128}]",
+            "--checkpoint",
+            "",
+            "--run_dir",
+            "",
+        )
         command = (sys.executable, "-m", "train.fit", "--model", str(GOLDEN), *data, *arguments)
-        environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("XLA_FLAGS", "JAX_PLATFORMS")
+        }
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     small = run("--topology", "v5e:2x2", "--batch_size", "4")

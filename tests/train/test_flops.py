@@ -1,4 +1,5 @@
-"""The FLOP counter on programs whose cost is known, and what a step costs on a batch with padding."""
+"""The FLOP counter on programs whose cost is known, and what a step costs on a batch with
+padding."""
 
 from dataclasses import replace
 from functools import partial
@@ -39,7 +40,10 @@ def test_product_and_its_gradients():
 
 
 def test_batched_product():
-    a, b = jax.ShapeDtypeStruct((7, 5, 3), jnp.float32), jax.ShapeDtypeStruct((7, 3, 2), jnp.float32)
+    a, b = (
+        jax.ShapeDtypeStruct((7, 5, 3), jnp.float32),
+        jax.ShapeDtypeStruct((7, 3, 2), jnp.float32),
+    )
     assert count_flops(jnp.matmul, a, b) == 2 * 7 * 5 * 3 * 2
 
 
@@ -61,7 +65,9 @@ def test_jit_remat_and_custom_rules_are_entered():
     product = jax.custom_vjp(jnp.dot)
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda res, g: (g @ res[1].T, res[0].T @ g))
     assert count_flops(jax.jit(product), X, W) == PRODUCT
-    assert count_flops(jax.grad(lambda x, w: product(x, w).sum(), argnums=(0, 1)), X, W) == 3 * PRODUCT
+    assert (
+        count_flops(jax.grad(lambda x, w: product(x, w).sum(), argnums=(0, 1)), X, W) == 3 * PRODUCT
+    )
     recomputed = jax.checkpoint(lambda x, w: jnp.sin(x @ w) @ w)
     loss = lambda x, w: recomputed(x, w).sum()  # noqa: E731
     assert count_flops(loss, X, W) == 2 * PRODUCT
@@ -69,7 +75,10 @@ def test_jit_remat_and_custom_rules_are_entered():
 
 
 def test_convolution():
-    x, kernel = jax.ShapeDtypeStruct((2, 3, 8, 8), jnp.float32), jax.ShapeDtypeStruct((4, 3, 2, 2), jnp.float32)
+    x, kernel = (
+        jax.ShapeDtypeStruct((2, 3, 8, 8), jnp.float32),
+        jax.ShapeDtypeStruct((4, 3, 2, 2), jnp.float32),
+    )
     convolve = lambda x, kernel: jax.lax.conv(x, kernel, (2, 2), "VALID")  # noqa: E731
     assert count_flops(convolve, x, kernel) == 2 * (2 * 4 * 4 * 4) * (3 * 2 * 2)
 
@@ -87,16 +96,21 @@ def test_peak_flops_by_device_kind():
 
 
 def counted_step(config, trainable, rows, tokens, patches):
-    """FLOPs of loss and gradient at this shape, every column counted, without the logits that the backward pass repeats."""
+    """FLOPs of loss and gradient at this shape, every column counted, without the logits that the
+    backward pass repeats."""
     graphdef, trained, frozen = split_model(abstract_model(config), trainable)
     loss = partial(loss_and_gradient, make_loss(graphdef, chunk=tokens), accumulation=1)
-    batch = Batch.empty(config, rows=rows, length=tokens + 1, patches=patches)  # tokens + 1: the first one is no target
+    batch = Batch.empty(
+        config, rows=rows, length=tokens + 1, patches=patches
+    )  # tokens + 1: the first one is no target
     repeated = 2 * rows * tokens * config.text.hidden_size * config.text.vocab_size
     return count_flops(loss, nnx.as_pure(trained), nnx.as_pure(frozen), batch) - repeated
 
 
 def costs_of(config, trainable):
-    return step_costs(SFTConfig("", "", DataConfig("", [Bucket(1, 4)]), trainable=trainable), config)
+    return step_costs(
+        SFTConfig("", "", DataConfig("", [Bucket(1, 4)]), trainable=trainable), config
+    )
 
 
 @pytest.mark.parametrize("trainable", ["pvm", "all"])
@@ -104,12 +118,17 @@ def test_work_without_padding_costs_what_the_program_counts(trainable):
     config, (rows, tokens, patches) = replace(CONFIG, remat="none", attention="xla"), (3, 40, 24)
     costs = costs_of(config, trainable)
     work = Work.full(rows, tokens + 1, patches, 4)._replace(loss_tokens=rows * tokens)
-    unseen = rows * (tokens + 1) ** 2 - work.token_pairs  # pairs that the causal mask hides and the program computes
-    assert work.flops(costs) + unseen * costs.token_pairs == counted_step(config, trainable, rows, tokens, patches)
+    unseen = (
+        rows * (tokens + 1) ** 2 - work.token_pairs
+    )  # pairs that the causal mask hides and the program computes
+    assert work.flops(costs) + unseen * costs.token_pairs == counted_step(
+        config, trainable, rows, tokens, patches
+    )
 
 
 def test_published_shape_costs_two_flops_a_weight_forward_and_four_backward():
-    """8B, all of it: 6 FLOPs a token for each weight of its 36 layers, as every estimate of training cost has it."""
+    """8B, all of it: 6 FLOPs a token for each weight of its 36 layers, as every estimate of
+    training cost has it."""
     config = ModelConfig.preset("8b")
     c = config.text
     heads = c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
@@ -131,13 +150,23 @@ def test_work_of_packed_rows_is_their_examples_and_no_padding():
 
     def example(grids, length):
         images = [
-            [config.vision_start_token_id, *[config.image_token_id] * (rows * columns // 4), config.vision_end_token_id]
+            [
+                config.vision_start_token_id,
+                *[config.image_token_id] * (rows * columns // 4),
+                config.vision_end_token_id,
+            ]
             for rows, columns in grids
         ]
         ids = np.concatenate([*images, np.arange(length - sum(map(len, images)))]).astype(np.int32)
-        pixels = np.zeros((sum(rows * columns for rows, columns in grids), config.vision.patch_dim), np.float32)
+        pixels = np.zeros(
+            (sum(rows * columns for rows, columns in grids), config.vision.patch_dim), np.float32
+        )
         thw = np.array([(1, *grid) for grid in grids])
-        return Example(ids, *((pixels, thw) if grids else (None, None)), loss_mask=np.arange(length) >= length - 5)
+        return Example(
+            ids,
+            *((pixels, thw) if grids else (None, None)),
+            loss_mask=np.arange(length) >= length - 5,
+        )
 
     first, second, third = map(example, grids, lengths)
     batch = Batch.from_rows([[first, second], [third], []], config, length=64, patches=48)

@@ -3,7 +3,12 @@
 # ruff: noqa: RUF001 (letters that look like others are cases)
 import pytest
 
-from train.rewards.functions import accuracy_reward, format_reward, load_reward_function, same_answer
+from train.rewards.functions import (
+    accuracy_reward,
+    format_reward,
+    load_reward_function,
+    same_answer,
+)
 
 WHOLE = "<think>4 sides</think>\n<answer>4</answer>"
 
@@ -35,7 +40,9 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize(("completion", "value"), [case[1:] for case in FORMATS], ids=[case[0] for case in FORMATS])
+@pytest.mark.parametrize(
+    ("completion", "value"), [case[1:] for case in FORMATS], ids=[case[0] for case in FORMATS]
+)
 def test_the_format_reward_is_that_of_the_paper(completion, value):
     assert format_reward(completion, {}) == value
 
@@ -47,7 +54,12 @@ ANSWERS = [  # where it stands
     ("the first counts", "<answer>4</answer><answer>5</answer>", "4", 1),
     ("not the second", "<answer>5</answer><answer>4</answer>", "4", 0),
     ("within the thoughts is first", "<think><answer>5</answer></think><answer>4</answer>", "4", 0),
-    ("nested: what stands in the first is no number", "<answer><answer>4</answer></answer>", "4", 0),
+    (
+        "nested: what stands in the first is no number",
+        "<answer><answer>4</answer></answer>",
+        "4",
+        0,
+    ),
     ("not closed", "<answer>4", "4", 0),
     ("no tags", "4", "4", 0),
     ("empty", "<answer></answer>", "4", 0),
@@ -58,7 +70,11 @@ ANSWERS = [  # where it stands
 ]
 
 
-@pytest.mark.parametrize(("completion", "solution", "value"), [case[1:] for case in ANSWERS], ids=[case[0] for case in ANSWERS])
+@pytest.mark.parametrize(
+    ("completion", "solution", "value"),
+    [case[1:] for case in ANSWERS],
+    ids=[case[0] for case in ANSWERS],
+)
 def test_the_first_answer_is_graded(completion, solution, value):
     assert accuracy_reward(completion, {"solution": solution}) == value
 

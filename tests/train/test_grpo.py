@@ -1,4 +1,5 @@
-"""Whole runs of `train.grpo` on a tiny checkpoint: rollouts, updates, interruption and continuation, several processes."""
+"""Whole runs of `train.grpo` on a tiny checkpoint: rollouts, updates, interruption and
+continuation, several processes."""
 
 import json
 import os
@@ -26,7 +27,8 @@ PROMPTS, GROUP, STEPS = 8, 2, 4
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
+    """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all
+    its runs."""
     root = tmp_path_factory.mktemp("grpo")
     runs.write_workplace(root, examples=PROMPTS * STEPS // 2)
     with runs.programs_kept(root):
@@ -35,13 +37,16 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grpo_run(workplace):
-    """(run_dir, *arguments, stop_at) -> ({step: metrics}, [completions of each rollout]) of what the command did."""
+    """(run_dir, *arguments, stop_at) -> ({step: metrics}, [completions of each rollout]) of what
+    the command did."""
 
     def run(run_dir, *more, stop_at=None):
         metrics, rollouts, add, sample = {}, [], RunLog.add, Sampler.__call__
 
         def record(log, step, values, **options):
-            metrics[step] = {name: value for name, value in values.items() if "per_second" not in name}
+            metrics[step] = {
+                name: value for name, value in values.items() if "per_second" not in name
+            }
             add(log, step, values, **options)
             if step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -55,7 +60,9 @@ def grpo_run(workplace):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RunLog, "add", record)
             patch.setattr(Sampler, "__call__", keep)
-            grpo.main(runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more))
+            grpo.main(
+                runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more)
+            )
         return metrics, rollouts
 
     return run
@@ -66,7 +73,8 @@ UPDATES = ("--num_iterations=2", "--beta=0.1")
 
 @pytest.fixture(scope="module")
 def whole(grpo_run):
-    """A run of four steps with two updates each: metrics, rollouts, and the rows of every call of the vision tower."""
+    """A run of four steps with two updates each: metrics, rollouts, and the rows of every call of
+    the vision tower."""
     encoded, encode = [], VisionTower.__call__
 
     def count(self, patches, *rest):
@@ -86,14 +94,19 @@ def test_trainer_and_sampler_agree_on_what_was_drawn(workplace, whole):
         assert 0 < values["policy/largest_gap"] < 1e-4
         assert values["policy/gap"] <= values["policy/largest_gap"]
         assert (rollout.logprobs[rollout.mask] < 0).all()
-        np.testing.assert_array_equal(rollout.truncated, ~np.isin(rollout.tokens, stop_tokens).any(1))
-        assert values["loss_tokens"] == 2 * rollout.lengths.sum()  # in two updates, none of them masked
+        np.testing.assert_array_equal(
+            rollout.truncated, ~np.isin(rollout.tokens, stop_tokens).any(1)
+        )
+        assert (
+            values["loss_tokens"] == 2 * rollout.lengths.sum()
+        )  # in two updates, none of them masked
     assert metrics[STEPS - 1]["policy/kl"] > metrics[0]["policy/kl"] >= 0
     assert metrics[STEPS - 1]["gate/0"] != 0
 
 
 def test_a_group_shares_the_encoding_of_its_prompt(whole):
-    """One program reads the prompts, a row for each; those that train have a row for each completion."""
+    """One program reads the prompts, a row for each; those that train have a row for each
+    completion."""
     _, rollouts, encoded = whole
     assert rollouts[0].tokens.shape == (PROMPTS * GROUP, 16)
     assert encoded.count(PROMPTS) == 1
@@ -107,8 +120,12 @@ def test_the_completions_of_a_group_and_of_two_steps_differ(whole):
 
 @pytest.fixture(scope="module")
 def parts(workplace, grpo_run, whole):
-    """The same run, stopped after two steps and continued, with held-out measurements between its steps."""
-    held_out = f"--held_out={{sources: {workplace / 'data.jsonl'}, every: 2, temperature: 0.8, samples: 2, shown: 2}}"
+    """The same run, stopped after two steps and continued, with held-out measurements between its
+    steps."""
+    held_out = (
+        f"--held_out={{sources: {workplace / 'data.jsonl'}, every: 2, temperature: 0.8, samples: 2,"
+        " shown: 2}"
+    )
     return grpo_run("parts", *UPDATES, held_out, stop_at=1), grpo_run("parts", *UPDATES, held_out)
 
 
@@ -118,7 +135,10 @@ def test_an_interrupted_run_continues_bit_for_bit(workplace, grpo_run, whole, pa
     assert metrics | more_metrics == whole[0]
     for one, other in zip(rollouts + more_rollouts, whole[1], strict=True):
         chex.assert_trees_all_equal(one, other)
-    branches = [nnx.state(load(workplace / "base", branch=workplace / run / "branch"))["pvm"] for run in ("whole", "parts")]
+    branches = [
+        nnx.state(load(workplace / "base", branch=workplace / run / "branch"))["pvm"]
+        for run in ("whole", "parts")
+    ]
     chex.assert_trees_all_equal(*branches)
     with pytest.raises(ValueError, match="another clip_low"):
         grpo_run("parts", *UPDATES, "--clip_low=0.1")
@@ -126,9 +146,20 @@ def test_an_interrupted_run_continues_bit_for_bit(workplace, grpo_run, whole, pa
 
 def test_meshes_and_parts_change_nothing_but_the_last_bits(grpo_run, whole):
     elsewhere = ("--mesh.fsdp=2", "--mesh.tensor=4", "--rollout_mesh={data: 4, fsdp: 1, tensor: 2}")
-    metrics, (rollout,) = grpo_run("spread", *UPDATES, *elsewhere, "--rollout_parts=2", "--accumulation=4", "--max_steps=1")
+    metrics, (rollout,) = grpo_run(
+        "spread", *UPDATES, *elsewhere, "--rollout_parts=2", "--accumulation=4", "--max_steps=1"
+    )
     np.testing.assert_array_equal(rollout.tokens, whole[1][0].tokens)
-    same = ("loss", "grad_norm", "reward/mean", "policy/entropy", "policy/kl", "tokens", "patches", "loss_tokens")
+    same = (
+        "loss",
+        "grad_norm",
+        "reward/mean",
+        "policy/entropy",
+        "policy/kl",
+        "tokens",
+        "patches",
+        "loss_tokens",
+    )
     for name in same:
         assert metrics[0][name] == pytest.approx(whole[0][0][name], rel=1e-4, abs=1e-6), name
 
@@ -145,15 +176,20 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole
     assert "weights that generate" in said
     assert not (workplace / "dry").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        grpo_run("dry", *UPDATES, "--dry-run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}")
+        grpo_run(
+            "dry", *UPDATES, "--dry-run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}"
+        )
 
 
 def test_what_would_end_the_run_late_is_refused_at_its_start(workplace, grpo_run, tmp_path):
-    """A solution that the last step would miss, and a checkpoint whose completions could not end."""
+    """A solution that the last step would miss, and a checkpoint whose completions could not
+    end."""
     *records, last = (workplace / "data.jsonl").read_text().splitlines()
     data = workplace / "no_solution.jsonl"
     data.write_text("\n".join([*records, json.dumps(json.loads(last) | {"solution": ""})]))
-    with pytest.raises(ValueError, match=rf"no_solution.jsonl:{len(records) + 1}: the solution must be"):
+    with pytest.raises(
+        ValueError, match=rf"no_solution.jsonl:{len(records) + 1}: the solution must be"
+    ):
         grpo_run("unsolved", f"--data.sources={data}")
     shutil.copytree(workplace / "base", tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": null}')
@@ -170,8 +206,19 @@ def test_held_out_prompts_are_answered_and_graded(workplace, parts):
     assert "B3 ground navy" in values["sample/1/text_summary"][0][1]
     assert "sample/2" not in values
     assert values["rollout/sample"][0][1].startswith(b"\x89PNG")
-    names = {"reward/std", "reward/zero_spread", "completion/truncated", "policy/ratio", "gate/0", "time/rollout"}
-    assert names | {"rollout/tokens_per_second", "train/tokens_per_second", "policy/entropy"} <= set(values)
+    names = {
+        "reward/std",
+        "reward/zero_spread",
+        "completion/truncated",
+        "policy/ratio",
+        "gate/0",
+        "time/rollout",
+    }
+    assert names | {
+        "rollout/tokens_per_second",
+        "train/tokens_per_second",
+        "policy/entropy",
+    } <= set(values)
 
 
 def test_two_processes_compute_what_one_does(workplace, whole):
@@ -180,10 +227,15 @@ def test_two_processes_compute_what_one_does(workplace, whole):
     values, alone = (read_values(workplace / run / "log") for run in ("two", "whole"))
     for name in ("completion/length", "reward/mean", "train/tokens"):
         assert values[name] == alone[name], name
-    losses, expected = (np.array([value for _, value in log["train/loss"]]) for log in (values, alone))
-    assert_close(losses, expected, 1e-6, scale=1)  # sums of terms of the size of 1 that cancel each other
-    # Means over all tokens of all completions. The divergence is that of parameters which Adam moves a whole step wherever a
-    # gradient is next to nothing, whatever its sign: its last bits grow from update to update.
+    losses, expected = (
+        np.array([value for _, value in log["train/loss"]]) for log in (values, alone)
+    )
+    assert_close(
+        losses, expected, 1e-6, scale=1
+    )  # sums of terms of the size of 1 that cancel each other
+    # Means over all tokens of all completions. The divergence is that of parameters which Adam
+    # moves a whole step wherever a gradient is next to nothing, whatever its sign: its last bits
+    # grow from update to update.
     for name, bar in (("policy/entropy", 1e-4), ("policy/kl", 2e-3)):
         assert_close(*(np.array([value for _, value in log[name]]) for log in (values, alone)), bar)
     texts = [[text for _, text in log["rollout/sample/text_summary"]] for log in (values, alone)]

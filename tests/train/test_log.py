@@ -8,7 +8,12 @@ from train.run.log import RunLog
 
 
 def metrics(loss=1.0, **more):
-    return {"loss": np.float32(loss), "grad_norm": np.float32(2), "learning_rate": np.float32(0.1), "tokens": 50} | more
+    return {
+        "loss": np.float32(loss),
+        "grad_norm": np.float32(2),
+        "learning_rate": np.float32(0.1),
+        "tokens": 50,
+    } | more
 
 
 @pytest.fixture
@@ -29,7 +34,9 @@ def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
             pass
         log.sample(4, "sample/0", "what it says", np.zeros((4, 6, 3), np.uint8))
     values = read_values(tmp_path)
-    assert values["train/loss"] == [(step, float(step)) for step in range(4)]  # the fifth waits for a sixth
+    assert values["train/loss"] == [
+        (step, float(step)) for step in range(4)
+    ]  # the fifth waits for a sixth
     assert values["gate/1"] == [(step, 0.5) for step in range(4)]
     assert values["held_out/loss"] == [(4, 3.0)]
     for name in ("train/tokens_per_second", "time/step", "time/data"):
@@ -41,14 +48,18 @@ def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
     assert "train/mfu" not in values
 
 
-def test_mfu_is_the_work_over_the_peak_and_the_live_line_shows_it(open_log, tmp_path, monkeypatch, capsys):
+def test_mfu_is_the_work_over_the_peak_and_the_live_line_shows_it(
+    open_log, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     monkeypatch.setenv("COLUMNS", "200")
     with open_log(peak=1e9) as log:
         for step in range(4):
             log.add(step, metrics(step, flops=np.float32(3e6)))
     values = read_values(tmp_path)
-    for (_, mfu), (_, speed) in zip(values["train/mfu"], values["train/tokens_per_second"], strict=True):
+    for (_, mfu), (_, speed) in zip(
+        values["train/mfu"], values["train/tokens_per_second"], strict=True
+    ):
         assert mfu == pytest.approx(speed / 50 * 3e6 / 1e9, rel=1e-5)
     shown = capsys.readouterr().out
     assert "loss 3.0000" in shown
@@ -60,7 +71,8 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_its_examples(open_log
     with open_log(examples=lambda step: [["a.jsonl:3", "b.jsonl:9"], [f"c.jsonl:{step}"]]) as log:
         log.add(6, metrics())
         with pytest.raises(
-            FloatingPointError, match=r"step 7: loss nan.*a\.jsonl:3, b\.jsonl:9; c\.jsonl:7.*not_finite to skip"
+            FloatingPointError,
+            match=r"step 7: loss nan.*a\.jsonl:3, b\.jsonl:9; c\.jsonl:7.*not_finite to skip",
         ):
             log.add(7, metrics(np.nan))
 

@@ -1,4 +1,5 @@
-"""Whole runs of `train.sft` on a tiny checkpoint: results, interruption and continuation, refusals."""
+"""Whole runs of `train.sft` on a tiny checkpoint: results, interruption and continuation,
+refusals."""
 
 import os
 import signal
@@ -32,7 +33,8 @@ ONE_SHAPE = "--data.buckets=[{tokens: 48, patches: 8}]"
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all its runs."""
+    """A folder with base/ (a tiny checkpoint) and data.jsonl; programs are compiled once for all
+    its runs."""
     root = tmp_path_factory.mktemp("sft")
     model = runs.write_workplace(root, examples=8 * STEPS)
     model.pvm["0"].gate_alpha[...] = np.nan * model.pvm["0"].gate_alpha[...]
@@ -43,7 +45,8 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def sft_run(workplace, monkeypatch):
-    """(run_dir, *arguments, stop_at, by) -> {step: loss} of the steps that the command did; stopped by this signal."""
+    """(run_dir, *arguments, stop_at, by) -> {step: loss} of the steps that the command did; stopped
+    by this signal."""
 
     def run(run_dir, *arguments, stop_at=None, by=signal.SIGTERM):
         losses, write, add = {}, RunLog.scalars, RunLog.add
@@ -59,7 +62,11 @@ def sft_run(workplace, monkeypatch):
 
         monkeypatch.setattr(RunLog, "scalars", record)
         monkeypatch.setattr(RunLog, "add", stop)
-        sft.main(runs.arguments(workplace, run_dir, "--distributed.num_processes=1", ONE_SHAPE, *arguments))
+        sft.main(
+            runs.arguments(
+                workplace, run_dir, "--distributed.num_processes=1", ONE_SHAPE, *arguments
+            )
+        )
         monkeypatch.undo()
         return losses
 
@@ -71,7 +78,9 @@ def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys)
     assert sorted(whole) == list(range(len(whole)))
     assert step_checkpoints(workplace / "whole") == [str(len(whole))]
     assert len(whole) >= STEPS - 1
-    with pytest.raises(FileNotFoundError, match="nowhere"):  # a start that failed does not hold the directory
+    with pytest.raises(
+        FileNotFoundError, match="nowhere"
+    ):  # a start that failed does not hold the directory
         sft_run("parts", f"--checkpoint={workplace / 'nowhere'}")
     before = sft_run("parts", stop_at=2)
     assert sorted(before) == [0, 1, 2]
@@ -83,7 +92,9 @@ def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys)
     assert len(step_checkpoints(workplace / "parts")) == 2
 
     base = load(workplace / "base")
-    trained = [load(workplace / "base", branch=workplace / run / "branch") for run in ("whole", "parts")]
+    trained = [
+        load(workplace / "base", branch=workplace / run / "branch") for run in ("whole", "parts")
+    ]
     branches = [jax.tree.leaves(nnx.state(model)["pvm"]) for model in (base, *trained)]
     assert all(np.array_equal(a, b) for a, b in zip(*branches[1:], strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(*branches[:2], strict=True))
@@ -105,7 +116,9 @@ def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace
     before = sft_run("lora_parts", *lora, stop_at=1, by=signal.SIGINT)  # Ctrl-C
     assert sorted(before) == [0, 1]
     assert before | sft_run("lora_parts", *lora) == whole
-    trained = [load(workplace / "base", lora=workplace / run / "lora") for run in ("lora", "lora_parts")]
+    trained = [
+        load(workplace / "base", lora=workplace / run / "lora") for run in ("lora", "lora_parts")
+    ]
     chex.assert_trees_all_equal(*(nnx.as_pure(nnx.state(model)) for model in trained))
     adapters = jax.tree.leaves(nnx.state(trained[0], is_adapter))
     assert adapters
@@ -122,20 +135,27 @@ def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
         model = load(config.checkpoint, mesh=mesh)
         program = SFTProgram.of(config, model.config, 1, mesh)
         state, frozen = program.begin(model)
-        chex.assert_trees_all_equal_shapes_and_dtypes((state, frozen), (program.state, program.frozen))
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            (state, frozen), (program.state, program.frozen)
+        )
         state = replace(state, params=jax.jit(partial(jax.tree.map, lambda x: x + 1))(state.params))
         export(config, mesh, program.model(state, frozen), workplace / "model")
     base, model = (nnx.as_pure(nnx.state(load(workplace / name))) for name in ("base", "model"))
-    chex.assert_trees_all_equal(model["visual"], base["visual"])  # not rounded to the run's bfloat16
+    chex.assert_trees_all_equal(
+        model["visual"], base["visual"]
+    )  # not rounded to the run's bfloat16
     for part in ("language_model", "pvm"):
-        chex.assert_trees_all_equal(model[part], jax.tree.map(lambda x: np.asarray(x) + 1, base[part]))
+        chex.assert_trees_all_equal(
+            model[part], jax.tree.map(lambda x: np.asarray(x) + 1, base[part])
+        )
     assert (workplace / "model" / "tokenizer.json").exists()
 
 
 def test_held_out_conversations_are_measured_and_answered(workplace, sft_run):
     sft_run(
         "watched",
-        f"--held_out={{sources: {workplace / 'data.jsonl'}, every: 3, samples: 3, max_new_tokens: 4}}",
+        f"--held_out={{sources: {workplace / 'data.jsonl'}, every: 3, samples: 3,"
+        " max_new_tokens: 4}",
         "--max_steps=4",
     )
     values = read_values(workplace / "watched" / "log")
@@ -156,7 +176,14 @@ def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
     held_out = HeldOutConfig(str(workplace / "data.jsonl"))
     losses = []
     for batch_size in (8, 32):  # 48 examples
-        config = SFTConfig(str(workplace / "base"), "", data, dtype="float32", batch_size=batch_size, held_out=held_out)
+        config = SFTConfig(
+            str(workplace / "base"),
+            "",
+            data,
+            dtype="float32",
+            batch_size=batch_size,
+            held_out=held_out,
+        )
         mesh = make_mesh()
         with jax.set_mesh(mesh):
             work = prepare(config, mesh)
@@ -180,7 +207,9 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(workplace, sft_run):
-    with pytest.raises(FloatingPointError, match=r"step 0: loss nan.*Its examples: .*data\.jsonl:\d+"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: loss nan.*Its examples: .*data\.jsonl:\d+"
+    ):
         sft_run("nan", f"--checkpoint={workplace / 'broken'}")
     assert not [path for path in (workplace / "nan" / "steps").iterdir() if path.name.isdigit()]
 

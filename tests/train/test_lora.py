@@ -1,4 +1,5 @@
-"""Training LoRA adapters: the gradients, what else a step touches (nothing), the mesh, the result, the configs."""
+"""Training LoRA adapters: the gradients, what else a step touches (nothing), the mesh, the result,
+the configs."""
 
 import math
 from dataclasses import replace
@@ -37,7 +38,11 @@ def adapted(model):
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
-        return leaf.replace(jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype)) if path[-1] == "b" else leaf
+        return (
+            leaf.replace(jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype))
+            if path[-1] == "b"
+            else leaf
+        )
 
     return nnx.merge(graphdef, nnx.map_state(fill, params))
 
@@ -58,7 +63,11 @@ def test_gradients_are_those_of_the_dense_weights(adapted, eight_rows):
         def weight(path, _):
             name = "/".join(map(str, path))
             a, b = (params.get(f"{name.removesuffix('/weight')}/lora/{part}") for part in "ab")
-            return params[name] if a is None else params[name] + EVERYWHERE.scale * jnp.einsum("...or,...ri->...oi", b, a)
+            return (
+                params[name]
+                if a is None
+                else params[name] + EVERYWHERE.scale * jnp.einsum("...or,...ri->...oi", b, a)
+            )
 
         return nnx.as_pure(nnx.map_state(weight, plain))
 
@@ -79,12 +88,27 @@ def test_gradients_are_those_of_the_dense_weights(adapted, eight_rows):
 def sft_config(**values) -> SFTConfig:
     data = DataConfig("unused.jsonl", [Bucket(48, 16)])
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
-    settings = {"checkpoint": "unused", "lora": IN_THE_DECODER, "dtype": "float32", "remat": "none", "loss_chunk": 16}
-    return SFTConfig(run_dir="", data=data, trainable="lora", batch_size=8, optimizer=optimizer, **settings | values)
+    settings = {
+        "checkpoint": "unused",
+        "lora": IN_THE_DECODER,
+        "dtype": "float32",
+        "remat": "none",
+        "loss_chunk": 16,
+    }
+    return SFTConfig(
+        run_dir="",
+        data=data,
+        trainable="lora",
+        batch_size=8,
+        optimizer=optimizer,
+        **settings | values,
+    )
 
 
 def one_device():
-    return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return jax.make_mesh(
+        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
 
 
 def train(model, batch, mesh, *, steps, **values):
@@ -93,7 +117,9 @@ def train(model, batch, mesh, *, steps, **values):
     with jax.set_mesh(mesh):
         program = SFTProgram.of(config, model.config, steps, mesh)
         state, frozen = program.begin(add_lora(model, config.lora, mesh=mesh))
-        chex.assert_trees_all_equal_shapes_and_dtypes((state, frozen), (program.state, program.frozen))
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            (state, frozen), (program.state, program.frozen)
+        )
         batch, losses = jax.device_put(batch, batch_sharding(mesh)), []
         for _ in range(steps):
             state, metrics = program.step(state, frozen, batch)
@@ -114,21 +140,29 @@ def test_sharded_steps_equal_unsharded_and_only_the_adapters_train(model, eight_
 
 
 def test_the_base_has_no_gradient_even_in_passing(model):
-    """The backward pass costs what the activations' gradients cost: no product yields the gradient of a weight."""
+    """The backward pass costs what the activations' gradients cost: no product yields the gradient
+    of a weight."""
     config = replace(model.config, remat="none", lora=LoRAConfig(rank=1))
 
     def costs(config, trainable):
         graphdef, trained, frozen = split_model(abstract_model(config), trainable)
 
         batch = Batch.empty(config, rows=32, length=8, patches=0)
-        loss, args = make_loss(graphdef, chunk=8), (nnx.as_pure(trained), nnx.as_pure(frozen), batch)
+        loss, args = (
+            make_loss(graphdef, chunk=8),
+            (nnx.as_pure(trained), nnx.as_pure(frozen), batch),
+        )
         forward = count_flops(loss, *args)
-        return forward, count_flops(lambda *args: loss_and_gradient(loss, *args, accumulation=1), *args) - forward
+        return forward, count_flops(
+            lambda *args: loss_and_gradient(loss, *args, accumulation=1), *args
+        ) - forward
 
     forward, backward = costs(config, "lora")
     whole, whole_backward = costs(replace(config, lora=None), "decoder")
     assert forward == pytest.approx(whole, rel=0.1)
-    assert backward < 1.4 * forward  # attention and the head, recomputed in chunks, cost more than once
+    assert (
+        backward < 1.4 * forward
+    )  # attention and the head, recomputed in chunks, cost more than once
     assert whole_backward > 1.9 * whole
 
 
@@ -138,12 +172,20 @@ def read(file: Path) -> SFTConfig:
 
 @pytest.mark.parametrize("size", ["4b", "8b"])
 def test_published_lora_has_as_many_parameters_as_the_branch(size):
-    config, branch = (read(CONFIGS / f"{name}_qwen3_vl_{size}.yaml") for name in ("sft_lora", "sft"))
+    config, branch = (
+        read(CONFIGS / f"{name}_qwen3_vl_{size}.yaml") for name in ("sft_lora", "sft")
+    )
     model_config = ModelConfig.preset(size)
     counts = {}
     for trainable in ("pvm", "lora"):
-        _, trained, _ = split_model(abstract_model(replace(model_config, lora=config.lora)), trainable)
+        _, trained, _ = split_model(
+            abstract_model(replace(model_config, lora=config.lora)), trainable
+        )
         counts[trainable] = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     assert config.trainable == "lora"
     assert counts["lora"] == pytest.approx(counts["pvm"], rel=0.03)
-    assert (config.data, config.batch_size, config.accumulation) == (branch.data, branch.batch_size, branch.accumulation)
+    assert (config.data, config.batch_size, config.accumulation) == (
+        branch.data,
+        branch.batch_size,
+        branch.accumulation,
+    )

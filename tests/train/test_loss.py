@@ -17,7 +17,9 @@ B, S, D, V = 8, 37, 16, 211
 
 def dense_cross_entropy(hidden, head, tokens, loss_weights):
     logits = jnp.einsum("bsd,vd->bsv", hidden[:, :-1], head)
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[
+        ..., 0
+    ]
     return -(log_probs * loss_weights[:, 1:]).sum(), loss_weights[:, 1:].sum()
 
 
@@ -44,7 +46,9 @@ def test_loss_and_gradients_equal_the_dense_formula(inputs, chunk):
         return total / weight
 
     chunked = lambda *args: chunked_cross_entropy(*args, chunk=chunk)  # noqa: E731
-    expected = jax.value_and_grad(lambda *a: mean(dense_cross_entropy, *a), argnums=(0, 1))(hidden, head)
+    expected = jax.value_and_grad(lambda *a: mean(dense_cross_entropy, *a), argnums=(0, 1))(
+        hidden, head
+    )
     actual = jax.jit(jax.value_and_grad(lambda *a: mean(chunked, *a), argnums=(0, 1)))(hidden, head)
     assert_close(actual, expected, 1e-5)
 
@@ -64,13 +68,19 @@ def test_sharded_loss_and_gradients_equal_unsharded(inputs, vocab):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         hidden, tokens, weights = jax.device_put((hidden, tokens, weights), batch_sharding(mesh))
-        head = jax.device_put(head, jax.NamedSharding(mesh, jax.P("tensor" if vocab == 208 else None, "fsdp")))
+        head = jax.device_put(
+            head, jax.NamedSharding(mesh, jax.P("tensor" if vocab == 208 else None, "fsdp"))
+        )
         compiled = program.lower(hidden, head, tokens, weights).compile()
         actual = compiled(hidden, head, tokens, weights)
     assert_close(actual, expected, 1e-5)
     text = compiled.as_text()
-    rows = {int(rows) for rows in re.findall(rf"f32\[(\d+),{D}\]", text)}  # of arrays as wide as the head
-    assert rows, f"XLA writes shapes in another way: teach the pattern above to read them\n{text[:2000]}"
+    rows = {
+        int(rows) for rows in re.findall(rf"f32\[(\d+),{D}\]", text)
+    }  # of arrays as wide as the head
+    assert rows, (
+        f"XLA writes shapes in another way: teach the pattern above to read them\n{text[:2000]}"
+    )
     assert rows & {vocab, vocab // 2, vocab // 4} == {vocab if vocab == V else vocab // 4}
 
 
@@ -94,7 +104,10 @@ def test_logprobs_and_entropy_equal_the_dense_formulas(inputs, chunk, temperatur
     hidden, head, tokens, weights = inputs
     wanted = weights != 0
     chunked = jax.jit(lambda *args: chunked_logprobs(*args, temperature=temperature, chunk=chunk))
-    actual, expected = chunked(hidden, head, tokens, wanted), dense_logprobs(hidden, head, tokens, wanted, temperature)
+    actual, expected = (
+        chunked(hidden, head, tokens, wanted),
+        dense_logprobs(hidden, head, tokens, wanted, temperature),
+    )
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, 1e-5)
         assert not np.asarray(a)[~np.asarray(wanted)].any()
@@ -102,7 +115,9 @@ def test_logprobs_and_entropy_equal_the_dense_formulas(inputs, chunk, temperatur
 
 def test_entropy_passes_no_gradient_on(inputs):
     hidden, head, tokens, weights = inputs
-    gradient = jax.grad(lambda h: chunked_logprobs(h, head, tokens, weights != 0, chunk=8)[1].sum())(hidden)
+    gradient = jax.grad(
+        lambda h: chunked_logprobs(h, head, tokens, weights != 0, chunk=8)[1].sum()
+    )(hidden)
     assert not gradient.any()
 
 
@@ -113,7 +128,9 @@ def test_sharded_logprobs_equal_unsharded(inputs):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         rows = jax.device_put((hidden, tokens, wanted), batch_sharding(mesh))
-        actual = jax.jit(lambda h, w, t, n: chunked_logprobs(h, w, t, n, chunk=8))(rows[0], head, *rows[1:])
+        actual = jax.jit(lambda h, w, t, n: chunked_logprobs(h, w, t, n, chunk=8))(
+            rows[0], head, *rows[1:]
+        )
     assert_close(actual, expected, 1e-5)
 
 

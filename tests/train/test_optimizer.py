@@ -21,25 +21,56 @@ def test_without_warmup_the_first_rate_is_the_peak(schedule):
 
 
 def test_constant_stays():
-    schedule = make_schedule(OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0.5), 10)
-    np.testing.assert_allclose([float(schedule(step)) for step in (0, 5, 9)], [0, 1e-3, 1e-3], atol=1e-12)
+    schedule = make_schedule(
+        OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0.5), 10
+    )
+    np.testing.assert_allclose(
+        [float(schedule(step)) for step in (0, 5, 9)], [0, 1e-3, 1e-3], atol=1e-12
+    )
 
 
 def test_matrices_alone_decay():
     params = {
-        "pvm": {"8": {"gate_alpha": 1.0, "input_norm": {"weight": 1.0}, "cross_attn": {"q_norm": {"weight": 1.0}}}},
+        "pvm": {
+            "8": {
+                "gate_alpha": 1.0,
+                "input_norm": {"weight": 1.0},
+                "cross_attn": {"q_norm": {"weight": 1.0}},
+            }
+        },
         "visual": {"proj": {"weight": 1.0, "bias": 1.0}, "norm1": {"weight": 1.0, "bias": 1.0}},
-        "language_model": {"layers": {"post_attention_layernorm": {"weight": 1.0}, "mlp": {"up_proj": {"weight": 1.0}}}},
+        "language_model": {
+            "layers": {
+                "post_attention_layernorm": {"weight": 1.0},
+                "mlp": {"up_proj": {"weight": 1.0}},
+            }
+        },
         "lora": {"q_proj": {"lora": {"a": 1.0, "b": 1.0}}},
     }
     assert decays(params) == {
-        "pvm": {"8": {"gate_alpha": False, "input_norm": {"weight": False}, "cross_attn": {"q_norm": {"weight": False}}}},
-        "visual": {"proj": {"weight": True, "bias": False}, "norm1": {"weight": False, "bias": False}},
-        "language_model": {"layers": {"post_attention_layernorm": {"weight": False}, "mlp": {"up_proj": {"weight": True}}}},
+        "pvm": {
+            "8": {
+                "gate_alpha": False,
+                "input_norm": {"weight": False},
+                "cross_attn": {"q_norm": {"weight": False}},
+            }
+        },
+        "visual": {
+            "proj": {"weight": True, "bias": False},
+            "norm1": {"weight": False, "bias": False},
+        },
+        "language_model": {
+            "layers": {
+                "post_attention_layernorm": {"weight": False},
+                "mlp": {"up_proj": {"weight": True}},
+            }
+        },
         "lora": {"q_proj": {"lora": {"a": True, "b": True}}},
     }
     params = {"proj": {"weight": jnp.ones(3), "bias": jnp.ones(3)}}
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5))
-    updates, _ = optimizer.update({"proj": {"weight": jnp.zeros(3), "bias": jnp.zeros(3)}}, optimizer.init(params), params)
+    updates, _ = optimizer.update(
+        {"proj": {"weight": jnp.zeros(3), "bias": jnp.zeros(3)}}, optimizer.init(params), params
+    )
     np.testing.assert_allclose(updates["proj"]["weight"], 0.5)
     np.testing.assert_allclose(updates["proj"]["bias"], 0)

@@ -1,4 +1,5 @@
-"""Plans of rows, and that packing, accumulation and padding change no loss and no gradient, on real images of many sizes."""
+"""Plans of rows, and that packing, accumulation and padding change no loss and no gradient, on real
+images of many sizes."""
 
 from dataclasses import replace
 from functools import partial
@@ -34,13 +35,18 @@ def mix(tmp_path_factory):
 def plan_of(sizes, buckets=BUCKETS, *, epochs=1, batch_size=4, packing=True, seed=0, **options):
     rng = np.random.default_rng(seed)
     readings = [rng.permutation(len(sizes)).astype(np.int32) for _ in range(epochs)]
-    return make_plan(sizes, readings, buckets, batch_size=batch_size, packing=packing, seed=seed, **options)
+    return make_plan(
+        sizes, readings, buckets, batch_size=batch_size, packing=packing, seed=seed, **options
+    )
 
 
 @pytest.mark.parametrize("buckets", [BUCKETS, BUCKETS[-1:]], ids=["five buckets", "one bucket"])
 def test_under_a_tenth_of_packed_rows_is_padding(mix, buckets):
     sizes = mix[1]
-    packed, single = padding(plan_of(sizes, buckets), sizes, buckets), padding_of_single_examples(sizes, buckets)
+    packed, single = (
+        padding(plan_of(sizes, buckets), sizes, buckets),
+        padding_of_single_examples(sizes, buckets),
+    )
     assert max(packed) < 0.1
     assert min(single) > 0.45
 
@@ -58,7 +64,9 @@ def test_a_plan_reads_every_example_once_an_epoch_and_overfills_no_row(mix, pack
             assert row
             assert (sizes[row].sum(0) <= (bucket.tokens, bucket.patches)).all()
             assert packing or len(row) == 1
-    readings = np.bincount([example for batch in rows for row in batch for example in row], minlength=len(sizes))
+    readings = np.bincount(
+        [example for batch in rows for row in batch for example in row], minlength=len(sizes)
+    )
     held = (sizes <= (BUCKETS[-1].tokens, BUCKETS[-1].patches)).all(1)
     assert held.sum() < len(sizes)
     assert readings.max() <= 2
@@ -80,7 +88,9 @@ def test_large_rows_are_filled_up_with_small_examples():
     sizes = np.array([(60, 0)] * 8 + [(5, 0)] * 64)
     plan = plan_of(sizes, [Bucket(10, 4), Bucket(100, 4)])
     assert [plan.bucket(step) for step in range(len(plan))] == [1, 1]
-    assert all(sum(example < 8 for example in row) == 1 for step in (0, 1) for row in plan.rows(step))
+    assert all(
+        sum(example < 8 for example in row) == 1 for step in (0, 1) for row in plan.rows(step)
+    )
     assert plan.left_over == 0
 
 
@@ -96,14 +106,20 @@ TOKENS, PATCHES = 448, 256
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The smallest model that reads the demo's tokens, its gate open, a processor, and ten short conversations of the mix."""
+    """The smallest model that reads the demo's tokens, its gate open, a processor, and ten short
+    conversations of the mix."""
     folder = tmp_path_factory.mktemp("exact")
     config = write_assets(folder / "model").with_pvm((0,), 64)
     text = replace(config.text, num_hidden_layers=1)
     vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision, remat="none"), rngs=nnx.Rngs(0)))()
+    model = nnx.jit(
+        lambda: Qwen3VL(replace(config, text=text, vision=vision, remat="none"), rngs=nnx.Rngs(0))
+    )()
     model.pvm["0"].gate_alpha[...] = jnp.ones(1)
-    processor, file = Processor.from_pretrained(folder / "model"), write_mix(folder / "data", 24, seed=3)
+    processor, file = (
+        Processor.from_pretrained(folder / "model"),
+        write_mix(folder / "data", 24, seed=3),
+    )
     sizes = measure(open_conversations(file), processor.count, threads=1)
     short = np.flatnonzero((sizes <= (TOKENS, PATCHES)).all(1))[:10]
     lines = file.read_text().splitlines()
@@ -129,26 +145,38 @@ def packed(world):
 @pytest.fixture(scope="module")
 def loss_and_branch_gradient(world):
     graphdef, trained, frozen = split_model(world[0], "pvm")
-    step = jax.jit(partial(loss_and_gradient, make_loss(graphdef, chunk=128)), static_argnames="accumulation")
+    step = jax.jit(
+        partial(loss_and_gradient, make_loss(graphdef, chunk=128)), static_argnames="accumulation"
+    )
 
     def run(batch, accumulation=1):
-        mean, gradients = step(nnx.as_pure(trained), nnx.as_pure(frozen), batch, accumulation=accumulation)
+        mean, gradients = step(
+            nnx.as_pure(trained), nnx.as_pure(frozen), batch, accumulation=accumulation
+        )
         return float(mean), jax.tree.map(np.asarray, gradients)
 
     return run
 
 
-def test_packed_rows_have_the_loss_and_gradients_of_single_examples(world, packed, loss_and_branch_gradient):
+def test_packed_rows_have_the_loss_and_gradients_of_single_examples(
+    world, packed, loss_and_branch_gradient
+):
     single = batch_of(world, Bucket(TOKENS, PATCHES), packing=False, batch_size=10)
     assert packed.segment_ids.max() > 2
     assert not packed.segment_ids.any(1).all()  # a row is all padding
-    assert len({(frames > 0).sum() for frames in single.patch_segment_ids}) > 5  # images of many sizes
+    assert (
+        len({(frames > 0).sum() for frames in single.patch_segment_ids}) > 5
+    )  # images of many sizes
     assert len(set(single.loss_weights.sum(1))) > 5
     expected = loss_and_branch_gradient(single)
     assert_close(loss_and_branch_gradient(packed), expected, 2e-5)
     assert_close(loss_and_branch_gradient(packed, accumulation=4), expected, 2e-5)
 
 
-def test_the_comparison_would_notice_an_example_that_sees_its_neighbour(packed, loss_and_branch_gradient):
+def test_the_comparison_would_notice_an_example_that_sees_its_neighbour(
+    packed, loss_and_branch_gradient
+):
     merged = replace(packed, segment_ids=np.minimum(packed.segment_ids, 1))
-    assert loss_and_branch_gradient(merged)[0] != pytest.approx(loss_and_branch_gradient(packed)[0], rel=1e-3)
+    assert loss_and_branch_gradient(merged)[0] != pytest.approx(
+        loss_and_branch_gradient(packed)[0], rel=1e-3
+    )

@@ -12,7 +12,11 @@ USER = "tests.train.graders_of_a_user:"
 
 
 def test_built_in_rewards_are_weighted_and_an_explosion_scores_0():
-    completions = ["<think>a</think><answer>4</answer>", "<answer>4</answer>", "<think>a</think><answer>10^{10^{10}}</answer>"]
+    completions = [
+        "<think>a</think><answer>4</answer>",
+        "<answer>4</answer>",
+        "<think>a</think><answer>10^{10^{10}}</answer>",
+    ]
     configs = [RewardConfig("format", 0.1), RewardConfig("accuracy", 0.9)]
     with Rewards(configs, time_limit=3, workers=1) as rewards:
         table = rewards(completions, [{"solution": "4"}] * 3)
@@ -27,7 +31,19 @@ def test_built_in_rewards_are_weighted_and_an_explosion_scores_0():
 
 def test_a_grader_that_fails_scores_0_and_is_counted(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
-    names = [USER + name for name in ("length", "sleeps", "raises", "dies", "is_nan", "is_none", "imports_jax", "is_huge")]
+    names = [
+        USER + name
+        for name in (
+            "length",
+            "sleeps",
+            "raises",
+            "dies",
+            "is_nan",
+            "is_none",
+            "imports_jax",
+            "is_huge",
+        )
+    ]
     with Rewards([RewardConfig(name) for name in names], time_limit=2, workers=2) as rewards:
         table = rewards(["sleep", "die", "four"], [{"bonus": 0}, {"bonus": 1}, {"bonus": 0.5}])
     expected = [[5, 0, 0, 1, 0, 0, 0, 0], [4, 1, 0, 0, 0, 0, 0, 0], [4.5, 1, 0, 1, 0, 0, 0, 0]]
@@ -73,7 +89,12 @@ def test_a_function_that_is_not_there_ends_the_run_at_its_start():
 
 def test_settings_and_examples_that_cannot_be_are_refused():
     accuracy = [RewardConfig("accuracy")]
-    for configs, settings in (([], {}), (accuracy * 2, {}), (accuracy, {"time_limit": 0}), (accuracy, {"workers": 0})):
+    for configs, settings in (
+        ([], {}),
+        (accuracy * 2, {}),
+        (accuracy, {"time_limit": 0}),
+        (accuracy, {"workers": 0}),
+    ):
         with pytest.raises(ValueError, match="rewards: needs"):
             Rewards(configs, **settings)
     rewards = Rewards(accuracy)

@@ -1,4 +1,5 @@
-"""Configuration by files and options: what is refused, and with which words; the shipped recipes."""
+"""Configuration by files and options: what is refused, and with which words; the shipped
+recipes."""
 
 from pathlib import Path
 
@@ -27,14 +28,20 @@ def read(tmp_path):
     def read(*options, text=FILE):
         file = tmp_path / "config.yaml"
         file.write_text(text)
-        return parse(SFTConfig, ["--config", str(file), *options], prog="sft", description="", examples="")[0]
+        return parse(
+            SFTConfig, ["--config", str(file), *options], prog="sft", description="", examples=""
+        )[0]
 
     return read
 
 
 def test_options_override_the_file(read):
     config = read("--optimizer.learning_rate", "2e-5", "--trainable=all", "--mesh.tensor=2")
-    assert (config.optimizer.learning_rate, config.trainable, config.mesh.tensor) == (2e-5, "all", 2)
+    assert (config.optimizer.learning_rate, config.trainable, config.mesh.tensor) == (
+        2e-5,
+        "all",
+        2,
+    )
     assert config.data.buckets == [Bucket(128, 64)]
 
 
@@ -43,17 +50,29 @@ def test_options_override_the_file(read):
     [
         (["--optimizer.learnin_rate=1"], FILE, "Did you mean 'optimizer.learning_rate'?"),
         (["--bacth_size=1"], FILE, "Did you mean 'batch_size'?"),
-        ([], FILE.replace("run_dir", "run_dr"), "Option 'run_dr' is not accepted. Did you mean 'run_dir'?"),
+        (
+            [],
+            FILE.replace("run_dir", "run_dr"),
+            "Option 'run_dr' is not accepted. Did you mean 'run_dir'?",
+        ),
         ([], FILE.replace("sources:", "sourses:"), "Did you mean 'data.sources'?"),
         ([], FILE.replace("tokens", "tokns"), "Did you mean 'tokens'?"),
         ([], FILE.replace("checkpoint: ckpt", ""), "required: checkpoint"),
         (["--trainable=pwm"], FILE, "trainable"),
-        (["--batch_size=10", "--accumulation=4"], FILE, "batch_size 10 must be a multiple of accumulation 4"),
+        (
+            ["--batch_size=10", "--accumulation=4"],
+            FILE,
+            "batch_size 10 must be a multiple of accumulation 4",
+        ),
         (["--optimizer.warmup=10"], FILE, "optimizer.warmup is a share of the steps"),
         (["--optimizer.learning_rate=-1"], FILE, "optimizer.learning_rate must not be negative"),
         (["--optimizer.b2=1"], FILE, "optimizer.b2 must be in [0, 1)"),
         (["--optimizer.clip_norm=.nan"], FILE, "optimizer.clip_norm must be finite, got nan"),
-        (["--data.sources=[{path: a, weight: .inf}]"], FILE, "data.sources.0.weight must be finite, got inf"),
+        (
+            ["--data.sources=[{path: a, weight: .inf}]"],
+            FILE,
+            "data.sources.0.weight must be finite, got inf",
+        ),
         (["--seed=-1"], FILE, "seed must not be negative"),
         ([], FILE.replace("64}", "63}"), "patches a multiple of 4"),
     ],
@@ -70,13 +89,23 @@ def test_help_has_examples_and_print_config_is_complete(capsys):
             sft.main(["--config", str(CONFIGS / "sft_qwen3_vl_4b.yaml"), option])
         assert exit_info.value.code == 0
     output = capsys.readouterr().out
-    assert "python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --trainable decoder --mesh.tensor 4\n" in output
+    assert (
+        "python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --trainable decoder"
+        " --mesh.tensor 4\n" in output
+    )
     assert "eps: 1.0e-08" in output
 
 
 @pytest.mark.parametrize("name", ["sft_qwen3_vl_4b", "sft_qwen3_vl_8b"])
 def test_shipped_recipes_are_the_published_one(name):
-    config, _ = parse(SFTConfig, [f"--config={CONFIGS / name}.yaml"], prog="sft", description="", examples="")
+    config, _ = parse(
+        SFTConfig, [f"--config={CONFIGS / name}.yaml"], prog="sft", description="", examples=""
+    )
     optimizer = config.optimizer
-    assert (config.trainable, config.batch_size, config.epochs, config.dtype) == ("pvm", 64, 1, "bfloat16")
+    assert (config.trainable, config.batch_size, config.epochs, config.dtype) == (
+        "pvm",
+        64,
+        1,
+        "bfloat16",
+    )
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup) == (1e-4, "cosine", 0.1)

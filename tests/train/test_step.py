@@ -1,4 +1,5 @@
-"""Training steps: the reference's gradients and losses, accumulation, sharding, and what a step costs."""
+"""Training steps: the reference's gradients and losses, accumulation, sharding, and what a step
+costs."""
 
 import dataclasses
 from functools import partial
@@ -49,7 +50,9 @@ def test_branch_gradients_equal_the_reference(golden, golden_model, golden_batch
 
 
 def one_device():
-    return jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return jax.make_mesh(
+        (1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
 
 
 def set_up(model, trainable, *, mesh, accumulation=1, steps=20, schedule=None):
@@ -82,7 +85,11 @@ def test_twenty_steps_equal_the_reference(golden, golden_model, golden_batch):
     expected = load_file(golden / "train_outputs.safetensors")
     losses, state = train(golden_model, golden_batch, "pvm", steps=20)
     assert_close(np.array(losses), expected["losses"], 5e-5)
-    gates = [float(gate[0]) for name, gate in by_path(state.params).items() if name.endswith("gate_alpha")]
+    gates = [
+        float(gate[0])
+        for name, gate in by_path(state.params).items()
+        if name.endswith("gate_alpha")
+    ]
     assert_close(np.array(gates), expected["gates"], 1e-5)
 
 
@@ -94,7 +101,10 @@ def gradient(model, batch, accumulation):
 
 
 def test_accumulated_gradients_equal_those_of_one_big_batch(model, eight_rows):
-    (whole, expected), (mean, actual) = gradient(model, eight_rows, 1), gradient(model, eight_rows, 4)
+    (whole, expected), (mean, actual) = (
+        gradient(model, eight_rows, 1),
+        gradient(model, eight_rows, 4),
+    )
     assert_close(mean, whole, 1e-6)
     assert_close(actual, expected, 1e-5)
 
@@ -107,12 +117,16 @@ def unsharded(model, eight_rows):
 def test_sharded_steps_equal_unsharded(model, eight_rows, unsharded):
     """In two parts besides."""
     expected, expected_state = unsharded
-    losses, state = train(model, eight_rows, "all", steps=5, mesh=make_mesh(2, 2, 2), accumulation=2)
+    losses, state = train(
+        model, eight_rows, "all", steps=5, mesh=make_mesh(2, 2, 2), accumulation=2
+    )
     assert_close(losses, expected, 1e-5)
     moments = optax.tree.get(expected_state.opt_state, "mu"), optax.tree.get(state.opt_state, "mu")
     assert_close(*moments, 5e-4)
     for tree in (state.params, optax.tree.get(state.opt_state, "mu")):  # split alike, not copied
-        assert not by_path(tree)["language_model/layers/mlp/up_proj/weight"].sharding.is_fully_replicated
+        assert not by_path(tree)[
+            "language_model/layers/mlp/up_proj/weight"
+        ].sharding.is_fully_replicated
 
 
 def test_bfloat16_run_keeps_trained_weights_and_moments_in_float32(model, eight_rows, unsharded):
@@ -121,14 +135,16 @@ def test_bfloat16_run_keeps_trained_weights_and_moments_in_float32(model, eight_
     with jax.set_mesh(mesh):
         step, state, frozen = set_up(model, "pvm", mesh=mesh)
         state, metrics = step(state, cast(frozen, "bfloat16"), eight_rows)
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, optax.tree.get(state.opt_state, "mu")))} == {
-        jnp.float32.dtype
-    }
+    assert {
+        leaf.dtype
+        for leaf in jax.tree.leaves((state.params, optax.tree.get(state.opt_state, "mu")))
+    } == {jnp.float32.dtype}
     assert_close(metrics["loss"], unsharded[0][0], 1e-3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model, eight_rows):
-    """The schedule goes on by that count: the step after it has the rate that its number says, and counts what it reads."""
+    """The schedule goes on by that count: the step after it has the rate that its number says, and
+    counts what it reads."""
     mesh = one_device()
     with jax.set_mesh(mesh):
         step, state, frozen = set_up(model, "pvm", mesh=mesh, schedule=lambda step: 1e-3 * step)
@@ -140,10 +156,17 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model, eight_ro
         chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), before)
         state, metrics = step(state, frozen, eight_rows)
         assert np.isfinite(metrics["loss"])
-        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), jax.device_get(state.params), before[0])
+        moved = jax.tree.map(
+            lambda a, b: np.abs(a - b).max(), jax.device_get(state.params), before[0]
+        )
         assert float(metrics["learning_rate"]) == pytest.approx(1e-3)
-        assert max(jax.tree.leaves(moved)) == pytest.approx(1e-3, rel=1e-2)  # as far as Adam's first step goes
-    for name, segment_ids in (("tokens", eight_rows.segment_ids), ("patches", eight_rows.patch_segment_ids)):
+        assert max(jax.tree.leaves(moved)) == pytest.approx(
+            1e-3, rel=1e-2
+        )  # as far as Adam's first step goes
+    for name, segment_ids in (
+        ("tokens", eight_rows.segment_ids),
+        ("patches", eight_rows.patch_segment_ids),
+    ):
         assert int(metrics[name]) == np.count_nonzero(segment_ids)
         assert float(metrics[f"padding/{name}"]) == pytest.approx(np.mean(segment_ids == 0))
 
@@ -155,7 +178,11 @@ def test_no_more_compilations_than_buckets(model):
 
     def example(length, patches):
         grid = np.array([[1, 2, 2 * rng.integers(1, patches // 4 + 1)]])
-        image = [config.vision_start_token_id, *[config.image_token_id] * (grid.prod() // 4), config.vision_end_token_id]
+        image = [
+            config.vision_start_token_id,
+            *[config.image_token_id] * (grid.prod() // 4),
+            config.vision_end_token_id,
+        ]
         text = rng.integers(0, 400, rng.integers(10, length - len(image)))
         ids = np.concatenate([image, text])
         pixels = rng.normal(size=(grid.prod(), config.vision.patch_dim)).astype(np.float32)
@@ -184,7 +211,9 @@ class TestCost:
         batch = Batch.empty(config, rows=2, length=32, patches=16)
         loss = make_loss(graphdef, chunk=16)
         forward = count_flops(loss, trained, frozen, batch)
-        return forward, count_flops(partial(loss_and_gradient, loss, accumulation=1), trained, frozen, batch)
+        return forward, count_flops(
+            partial(loss_and_gradient, loss, accumulation=1), trained, frozen, batch
+        )
 
     @pytest.fixture
     def config(self, model):
@@ -192,7 +221,10 @@ class TestCost:
         return dataclasses.replace(model.config, text=text, remat="none")
 
     def test_branch_step_is_cheaper_than_decoder_than_all(self, config):
-        costs = {trainable: self.forward_and_step(config, trainable) for trainable in ("pvm", "decoder", "all")}
+        costs = {
+            trainable: self.forward_and_step(config, trainable)
+            for trainable in ("pvm", "decoder", "all")
+        }
         assert len({forward for forward, _ in costs.values()}) == 1
         backward = {trainable: step - forward for trainable, (forward, step) in costs.items()}
         assert backward["pvm"] < backward["decoder"] < backward["all"]
@@ -204,7 +236,9 @@ class TestCost:
         """Layers under the branch make the forward pass dearer and the backward pass not at all."""
 
         def costs(layers):
-            text = dataclasses.replace(config.text, num_hidden_layers=layers, pvm_layers=(layers - 1,))
+            text = dataclasses.replace(
+                config.text, num_hidden_layers=layers, pvm_layers=(layers - 1,)
+            )
             return self.forward_and_step(dataclasses.replace(config, text=text), "pvm")
 
         (shallow, shallow_step), (deep, deep_step) = costs(4), costs(8)

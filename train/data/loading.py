@@ -1,7 +1,9 @@
-"""Sources of conversations -> batches of few static shapes, in an order that the seed alone decides.
+"""Sources of conversations -> batches of few static shapes, in an order that the seed alone
+decides.
 
-`pvm_jax.data.conversations` reads the sources, `train.data.packing` lays the examples out in rows. Loss falls on assistant
-turns. An example is never truncated: it goes into a row that holds all of it, or nowhere.
+`pvm_jax.data.conversations` reads the sources, `train.data.packing` lays the examples out in rows.
+Loss falls on assistant turns. An example is never truncated: it goes into a row that holds all of
+it, or nowhere.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,13 @@ from pvm_jax.data.conversations import Conversations, open_conversations, size_o
 from pvm_jax.data.messages import Messages
 from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig, ExamplesConfig, Source
-from train.data.packing import Plan, bucket_of_examples, make_plan, padding, padding_of_single_examples
+from train.data.packing import (
+    Plan,
+    bucket_of_examples,
+    make_plan,
+    padding,
+    padding_of_single_examples,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class PlannedExamples:
     report: str
 
     def examples(self, step: int) -> list[list[str]]:
-        """File and place of the examples in each row of the whole batch of `step`, whatever part of it this host reads."""
+        """File and place of the examples in each row of the whole batch of `step`, whatever part of
+        it this host reads."""
         return [[_where(self.sources, example) for example in row] for row in self.plan.rows(step)]
 
 
@@ -62,7 +71,9 @@ class TrainingData(PlannedExamples):
         return read_ahead(self.batches, start, threads, prefetch)
 
 
-def read_ahead(steps: grain.MapDataset[Any], start: int, threads: int, prefetch: int) -> Iterator[Any]:
+def read_ahead(
+    steps: grain.MapDataset[Any], start: int, threads: int, prefetch: int
+) -> Iterator[Any]:
     """What `steps` holds from step `start` on, read ahead in `threads` threads."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(steps[start:].to_iter_dataset(options))
@@ -83,7 +94,8 @@ def load_training_data(
 ) -> TrainingData:
     """Measures every example, sorts them into rows and lays out all batches of the run.
 
-    Every host gets the same shape at every step, and the order does not depend on how many hosts there are.
+    Every host gets the same shape at every step, and the order does not depend on how many hosts
+    there are.
 
     Args:
         batch_size: rows of a batch, over all hosts.
@@ -92,11 +104,12 @@ def load_training_data(
         seed: of the order.
         rows: those of a batch that this host reads (None: all).
         sizes_file: keeps the measured sizes for the next start on the same data (an .npy file).
-        fill_last: the last batch of each bucket is filled with rows that are all padding, so that no example is left over.
+        fill_last: the last batch of each bucket is filled with rows that are all padding, so that
+            no example is left over.
 
     Raises:
-        FileNotFoundError, ValueError: for a bad source or record (named), for an example that no bucket holds with `too_long`
-            "error", or if no bucket can fill a batch.
+        FileNotFoundError, ValueError: for a bad source or record (named), for an example that no
+            bucket holds with `too_long` "error", or if no bucket can fill a batch.
         OSError: if `sizes_file` cannot be written.
     """
     sources = [open_conversations(source.path) for source in data.mixture]
@@ -118,14 +131,19 @@ def load_training_data(
     def read(step: int) -> Batch:
         bucket = planned.buckets[planned.plan.bucket(step)]
         members = planned.plan.rows(step)
-        examples = [[_encode(sources, processor, example) for example in members[row]] for row in mine]
-        batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+        examples = [
+            [_encode(sources, processor, example) for example in members[row]] for row in mine
+        ]
+        batch = Batch.from_rows(
+            examples, model_config, length=bucket.tokens, patches=bucket.patches
+        )
         return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
 
     report = planned.report
     if stale:
         report += (
-            f". Measured here, since convert.dataset measured with another tokenizer or image settings: {', '.join(stale)}"
+            ". Measured here, since convert.dataset measured with another tokenizer or image"
+            f" settings: {', '.join(stale)}"
         )
     batches = grain.MapDataset.range(len(planned.plan)).map(read)
     return TrainingData(planned.plan, planned.buckets, sources, report, batches)
@@ -144,19 +162,24 @@ def plan_examples(
     sizes_file: Path | None = None,
     fill_last: bool = False,
 ) -> PlannedExamples:
-    """The plan of `load_training_data`, by its arguments; `measure_all` gives (tokens, patches) of all examples, [N, 2]."""
+    """The plan of `load_training_data`, by its arguments; `measure_all` gives (tokens, patches) of
+    all examples, [N, 2]."""
     sizes = _cached(sizes_file, measure_all)
     buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
     too_long = np.flatnonzero(bucket_of_examples(sizes, buckets) < 0)
     if len(too_long) and data.too_long == "error":
         tokens, patches = sizes[too_long[0]]
         raise ValueError(
-            f"{len(too_long)} examples fit no bucket, the first is {_where(sources, too_long[0])} with {tokens} tokens and "
-            f"{patches} patches: add a larger bucket to data.buckets or set data.too_long to drop"
+            f"{len(too_long)} examples fit no bucket, the first is {_where(sources, too_long[0])}"
+            f" with {tokens} tokens and {patches} patches: add a larger bucket to data.buckets or"
+            " set data.too_long to drop"
         )
     plan = make_plan(
         sizes,
-        [epoch_readings(data.mixture, list(map(len, sources)), seed, epoch) for epoch in range(epochs)],
+        [
+            epoch_readings(data.mixture, list(map(len, sources)), seed, epoch)
+            for epoch in range(epochs)
+        ],
         buckets,
         batch_size=batch_size,
         packing=packing,
@@ -166,20 +189,24 @@ def plan_examples(
     )
     if not len(plan):
         raise ValueError(
-            f"{', '.join(source.path for source in data.mixture)}: no bucket has the {batch_size} rows of one batch; "
-            f"{len(too_long)} of {len(sizes)} examples are too long. Make the batch smaller, or change data.buckets"
-            f"{' or data.packing' if packing else ''}"
+            f"{', '.join(source.path for source in data.mixture)}: no bucket has the {batch_size}"
+            f" rows of one batch; {len(too_long)} of {len(sizes)} examples are too long. Make the"
+            f" batch smaller, or change data.buckets{' or data.packing' if packing else ''}"
         )
     return PlannedExamples(plan, buckets, sources, _report(plan, sizes, buckets, epochs, too_long))
 
 
 def _is_hidden(row: int, share: float) -> bool:
-    """Whether a row of the whole batch is one of those whose images are hidden: they are spread evenly."""
+    """Whether a row of the whole batch is one of those whose images are hidden: they are spread
+    evenly."""
     return int((row + 1) * share) > int(row * share)
 
 
-def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The examples that an epoch reads, shuffled: [readings] int32, places in the sources one after the other.
+def epoch_readings(
+    mixture: Sequence[Source], lengths: Sequence[int], seed: int, epoch: int
+) -> np.ndarray:
+    """The examples that an epoch reads, shuffled: [readings] int32, places in the sources one after
+    the other.
 
     Args:
         lengths: examples of each source.
@@ -192,8 +219,14 @@ def epoch_readings(mixture: Sequence[Source], lengths: Sequence[int], seed: int,
         whole = int(source.weight)
         part = round((source.weight - whole) * length)
         if not whole and not part:
-            raise ValueError(f"data.sources: weight {source.weight} of the {length} examples of {source.path} is none")
-        readings += [np.tile(np.arange(length), whole) + first, rng.permutation(length)[:part] + first]
+            raise ValueError(
+                f"data.sources: weight {source.weight} of the {length} examples of {source.path} is"
+                " none"
+            )
+        readings += [
+            np.tile(np.arange(length), whole) + first,
+            rng.permutation(length)[:part] + first,
+        ]
         first += length
     return rng.permutation(np.concatenate(readings)).astype(np.int32)
 
@@ -205,10 +238,13 @@ def measure(
     *,
     read: Callable[[Conversations, int], Messages] = Conversations.__getitem__,
 ) -> np.ndarray:
-    """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal. `read` refuses what it must."""
+    """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal.
+    `read` refuses what it must."""
 
     def sizes(start: int) -> list[tuple[int, int]]:
-        return [size(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))]
+        return [
+            size(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))
+        ]
 
     def size(index: int) -> tuple[int, int]:
         messages = read(conversations, index)
@@ -239,7 +275,9 @@ def _sizes(conversations: Conversations, processor: Processor, threads: int) -> 
 
 
 def _measured_by_another(conversations: Conversations, processor: Processor) -> bool:
-    return conversations.measured_by is not None and conversations.measured_by != processor.fingerprint
+    return (
+        conversations.measured_by is not None and conversations.measured_by != processor.fingerprint
+    )
 
 
 def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -252,7 +290,9 @@ def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
             np.save(aside, array)
             aside.replace(file)
         except OSError as error:
-            raise OSError(f"{file} cannot be written ({error}): free space there, or give another --run_dir") from error
+            raise OSError(
+                f"{file} cannot be written ({error}): free space there, or give another --run_dir"
+            ) from error
     return array
 
 
@@ -277,13 +317,16 @@ def place_of(sources: Sequence[Conversations], example: int) -> tuple[Conversati
     raise IndexError(f"the sources hold no example {example} more")
 
 
-def _report(plan: Plan, sizes: np.ndarray, buckets: Sequence[Bucket], epochs: int, too_long: np.ndarray) -> str:
+def _report(
+    plan: Plan, sizes: np.ndarray, buckets: Sequence[Bucket], epochs: int, too_long: np.ndarray
+) -> str:
     rows = len(plan.row_starts) - 1
     now, single = padding(plan, sizes, buckets), padding_of_single_examples(sizes, buckets)
     held = np.delete(sizes, too_long, axis=0).sum(0)
     return (
-        f"{len(sizes):,} examples, {epochs} epochs, {len(plan):,} steps of {plan.batch_size} rows with "
-        f"{len(plan.examples) / rows:.1f} examples each. Padding: {now.tokens:.1%} of tokens, {now.patches:.1%} of patches "
-        f"({single.tokens:.1%}, {single.patches:.1%} with one example a row); the data have {held[1] / held[0]:.2f} patches a "
-        f"token. {len(too_long):,} examples are too long for every bucket, {plan.left_over:,} readings fill no batch"
+        f"{len(sizes):,} examples, {epochs} epochs, {len(plan):,} steps of {plan.batch_size} rows"
+        f" with {len(plan.examples) / rows:.1f} examples each. Padding: {now.tokens:.1%} of tokens,"
+        f" {now.patches:.1%} of patches ({single.tokens:.1%}, {single.patches:.1%} with one example"
+        f" a row); the data have {held[1] / held[0]:.2f} patches a token. {len(too_long):,}"
+        f" examples are too long for every bucket, {plan.left_over:,} readings fill no batch"
     )

@@ -1,6 +1,7 @@
 """Examples -> rows -> batches, decided before training by the measured sizes and the seed alone.
 
-A plan knows every batch of a run, so that a run goes on at any step, and any number of hosts reads the same batches.
+A plan knows every batch of a run, so that a run goes on at any step, and any number of hosts reads
+the same batches.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ class Plan:
         batch_size: rows of a batch.
         batches: [steps] int32: the batch of each step.
         bucket_of_batch: [batches] int32.
-        row_starts: [batches * batch_size + 1] int64: row r holds examples[row_starts[r] : row_starts[r + 1]].
+        row_starts: [batches * batch_size + 1] int64: row r holds examples[row_starts[r] :
+            row_starts[r + 1]].
         examples: [readings] int32.
         left_over: readings that fill no batch.
     """
@@ -63,10 +65,11 @@ def make_plan(
 ) -> Plan:
     """Lays the readings of all epochs out in rows and batches.
 
-    An example belongs to the first bucket that holds it. The largest bucket comes first: with `packing` its rows begin with its
-    own examples and are filled up with those of smaller buckets too. Its last batch is completed by rows of smaller buckets'
-    examples (`fill_last`: by rows that are all padding); where these are too few, the rows in it are given up. In each bucket
-    an epoch's readings come before the next one's; the buckets' batches are mixed at random.
+    An example belongs to the first bucket that holds it. The largest bucket comes first: with
+    `packing` its rows begin with its own examples and are filled up with those of smaller buckets
+    too. Its last batch is completed by rows of smaller buckets' examples (`fill_last`: by rows that
+    are all padding); where these are too few, the rows in it are given up. In each bucket an
+    epoch's readings come before the next one's; the buckets' batches are mixed at random.
 
     Args:
         sizes: [N, 2], (tokens, patches) of each example.
@@ -99,7 +102,9 @@ def make_plan(
                 waiting[-1] = np.concatenate([waiting[-1], given_up[~own]])
         laid_out.insert(0, rows)
     counts = np.concatenate([rows.counts for rows in laid_out])
-    bucket_of_batch = np.repeat(np.arange(len(buckets)), [len(rows.counts) // batch_size for rows in laid_out])
+    bucket_of_batch = np.repeat(
+        np.arange(len(buckets)), [len(rows.counts) // batch_size for rows in laid_out]
+    )
     order = np.random.default_rng(seed).permutation(bucket_of_batch)
     batches = np.empty(len(order), np.int32)
     batches[np.argsort(order, kind="stable")] = np.arange(len(order))
@@ -130,7 +135,9 @@ class Padding(NamedTuple):
 
 def padding(plan: Plan, sizes: np.ndarray, buckets: Sequence[Bucket]) -> Padding:
     """Of the plan's batches, over all its steps."""
-    used = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(sizes[plan.examples], 0, dtype=np.int64)])
+    used = np.concatenate(
+        [np.zeros((1, 2), np.int64), np.cumsum(sizes[plan.examples], 0, dtype=np.int64)]
+    )
     of_batch = np.diff(used[plan.row_starts[:: plan.batch_size]], axis=0)
     room = plan.batch_size * _shapes(buckets)[plan.bucket_of_batch]
     return _share(of_batch[plan.batches].sum(0), room[plan.batches].sum(0))
@@ -156,7 +163,8 @@ def _fits(sizes: np.ndarray, bucket: Bucket) -> np.ndarray:
 
 
 class _Rows(NamedTuple):
-    """Rows one after the other: their examples [readings] int32, and how many of them each row has, [rows] int64."""
+    """Rows one after the other: their examples [readings] int32, and how many of them each row has,
+    [rows] int64."""
 
     examples: np.ndarray
     counts: np.ndarray
@@ -183,10 +191,14 @@ class _Layout:
     packing: bool
     rng: np.random.Generator
 
-    def rows(self, readings: np.ndarray, begin: np.ndarray, limit: int | None = None) -> tuple[_Rows, np.ndarray]:
-        """At most `limit` rows in random order, and which of `readings` are in them, [readings] bool.
+    def rows(
+        self, readings: np.ndarray, begin: np.ndarray, limit: int | None = None
+    ) -> tuple[_Rows, np.ndarray]:
+        """At most `limit` rows in random order, and which of `readings` are in them, [readings]
+        bool.
 
-        Rows begin with the `readings` at the places `begin`, all of them if the limit allows, and are filled up with any.
+        Rows begin with the `readings` at the places `begin`, all of them if the limit allows, and
+        are filled up with any.
         """
         fits = _fits(self.sizes[readings], self.bucket)
         begin = begin[fits[begin]]
@@ -205,15 +217,20 @@ class _Layout:
         return _Rows(readings[chosen], counts), placed
 
 
-def pack(sizes: np.ndarray, bucket: Bucket, begin: int, limit: int | None = None) -> list[list[int]]:
-    """At most `limit` rows of `bucket`, each a list of examples of `sizes` [N, 2], every one of which must fit a row.
+def pack(
+    sizes: np.ndarray, bucket: Bucket, begin: int, limit: int | None = None
+) -> list[list[int]]:
+    """At most `limit` rows of `bucket`, each a list of examples of `sizes` [N, 2], every one of
+    which must fit a row.
 
-    Without a limit each of the first `begin` examples is in a row, and each row begins with one of these, the one that has
-    waited longest. As long as one of the next `WINDOW` examples fits (of the first `begin`, and of the others), the row takes
-    the one that leaves least of it, tokens and patches weighed as shares of the row (norm-based greedy: Panigrahy, Talwar,
-    Uyeda and Wieder, "Heuristics for Vector Bin Packing", 2011).
+    Without a limit each of the first `begin` examples is in a row, and each row begins with one of
+    these, the one that has waited longest. As long as one of the next `WINDOW` examples fits (of
+    the first `begin`, and of the others), the row takes the one that leaves least of it, tokens and
+    patches weighed as shares of the row (norm-based greedy: Panigrahy, Talwar, Uyeda and Wieder,
+    "Heuristics for Vector Bin Packing", 2011).
     """
-    # Two windows side by side; a slot whose stream has ended holds the number N, of an example that fits nowhere.
+    # Two windows side by side; a slot whose stream has ended holds the number N, of an example that
+    # fits nowhere.
     streams = iter(range(begin)), iter(range(begin, len(sizes)))
     window = np.array([next(stream, len(sizes)) for stream in streams for _ in range(WINDOW)])
     all_tokens, all_patches = np.concatenate([sizes.T, np.full((2, 1), np.inf)], axis=1)
@@ -228,9 +245,15 @@ def pack(sizes: np.ndarray, bucket: Bucket, begin: int, limit: int | None = None
             row.append(int(window[slot]))
             free_tokens, free_patches = free_tokens - tokens[slot], free_patches - patches[slot]
             following = next(streams[slot >= WINDOW], len(sizes))
-            window[slot], tokens[slot], patches[slot] = following, all_tokens[following], all_patches[following]
+            window[slot], tokens[slot], patches[slot] = (
+                following,
+                all_tokens[following],
+                all_patches[following],
+            )
             left_tokens, left_patches = free_tokens - tokens, free_patches - patches
-            waste = np.square(left_tokens / bucket.tokens) + np.square(left_patches / max(bucket.patches, 1))
+            waste = np.square(left_tokens / bucket.tokens) + np.square(
+                left_patches / max(bucket.patches, 1)
+            )
             waste[(left_tokens < 0) | (left_patches < 0)] = np.inf
             slot = int(np.argmin(waste))
             if waste[slot] == np.inf:

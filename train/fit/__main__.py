@@ -1,4 +1,5 @@
-"""Does a run fit? Compiles its real step for a TPU slice that is not here, or for more GPUs than are: no weights, no data."""
+"""Does a run fit? Compiles its real step for a TPU slice that is not here, or for more GPUs than
+are: no weights, no data."""
 
 import argparse
 import sys
@@ -20,8 +21,10 @@ from train.step.compile_ahead import gpu_devices, tpu_devices, usable_bytes
 
 EXAMPLES = """
 examples:
-  python -m train.fit --config configs/sft_qwen3_vl_8b.yaml --model 8b --topology v5e:4x4 --accumulation 4
-  python -m train.fit --config configs/sft_qwen3_vl_8b.yaml --model 8b --topology v5p:2x2x1 --accumulation 16 --trainable all
+  python -m train.fit --config configs/sft_qwen3_vl_8b.yaml --model 8b \\
+      --topology v5e:4x4 --accumulation 4
+  python -m train.fit --config configs/sft_qwen3_vl_8b.yaml --model 8b \\
+      --topology v5p:2x2x1 --accumulation 16 --trainable all
   python -m train.fit --config configs/sft_qwen3_vl_4b.yaml --devices 8
   python -m train.fit --config configs/grpo_qwen3_vl_8b.yaml --model 8b --topology v5p:2x2x2
 Takes every key of train.sft or, where one is given that only train.grpo has, every key of that.
@@ -32,13 +35,15 @@ The exit status is 0 where every shape fits, 1 where one does not, 2 for an erro
 
 @dataclass(frozen=True)
 class Target:
-    """The devices that a run might have. Nothing of `checkpoint` is read but its config.json, of `data` the buckets.
+    """The devices that a run might have. Nothing of `checkpoint` is read but its config.json, of
+    `data` the buckets.
 
     Attributes:
-        topology: TPU slice by generation and chips: v5e:4x4, v5p:2x2x1 (which is sold as v5p-8), v6e:2x4, ...
+        topology: TPU slice by generation and chips: v5e:4x4, v5p:2x2x1 (which is sold as v5p-8),
+            v6e:2x4, ...
         devices: in place of a topology: this many GPUs of the kind that this machine has.
-        model: where the checkpoint is not at hand: 2b, 4b, 8b or 32b, or a Hugging Face config.json (a plain one gets the
-            branch at its default layers).
+        model: where the checkpoint is not at hand: 2b, 4b, 8b or 32b, or a Hugging Face config.json
+            (a plain one gets the branch at its default layers).
     """
 
     _: KW_ONLY
@@ -49,7 +54,9 @@ class Target:
     def check(self) -> None:
         """Raises ValueError unless there is one kind of devices."""
         if (self.topology is None) == (self.devices is None):
-            raise ValueError("give either topology (a TPU slice, as in v5e:4x4) or devices (a number of GPUs)")
+            raise ValueError(
+                "give either topology (a TPU slice, as in v5e:4x4) or devices (a number of GPUs)"
+            )
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"devices must be at least 1, got {self.devices}")
 
@@ -77,7 +84,11 @@ def recipe(argv: Sequence[str] | None) -> type[FitConfig] | type[FitGRPOConfig]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", default=[])
     known, others = parser.parse_known_args(argv)
-    given = {option.removeprefix("--").partition("=")[0].partition(".")[0] for option in others if option.startswith("--")}
+    given = {
+        option.removeprefix("--").partition("=")[0].partition(".")[0]
+        for option in others
+        if option.startswith("--")
+    }
     for file in filter(Path.is_file, map(Path, known.config)):
         given |= set(yaml.safe_load(file.read_text()) or {})
     names, others = ({field.name for field in fields(cls)} for cls in (GRPOConfig, SFTConfig))
@@ -85,16 +96,22 @@ def recipe(argv: Sequence[str] | None) -> type[FitConfig] | type[FitGRPOConfig]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line), prints what a step takes, and exits with the status that EXAMPLES names."""
-    config, _ = parse(recipe(argv), argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES)
+    """Parses `argv` (default: the command line), prints what a step takes, and exits with the
+    status that EXAMPLES names."""
+    config, _ = parse(
+        recipe(argv), argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES
+    )
     console = Console(highlight=False, soft_wrap=True)
     try:
-        devices = tpu_devices(config.topology) if config.topology else gpu_devices(config.devices or 0)
+        devices = (
+            tpu_devices(config.topology) if config.topology else gpu_devices(config.devices or 0)
+        )
         mesh = make_mesh(**asdict(config.mesh), devices=devices)
         model_config, usable = read_model_config(config), usable_bytes(mesh)
         console.print(
-            f"{config.model or config.checkpoint}, trainable {config.trainable!r}, on {mesh.size} x {devices[0].device_kind} "
-            f"of {gib(usable)} usable, {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
+            f"{config.model or config.checkpoint}, trainable {config.trainable!r}, on {mesh.size} x"
+            f" {devices[0].device_kind} of {gib(usable)} usable,"
+            f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
         )
         if isinstance(config, FitGRPOConfig):
             fits = grpo.check(config, model_config, mesh, usable, console)
@@ -122,7 +139,10 @@ def read_model_config(config: FitConfig | FitGRPOConfig) -> ModelConfig:
         except KeyError as error:
             raise ValueError(f"model {config.model!r}: no such file, and {error.args[0]}") from None
     else:
-        raise FileNotFoundError(f"no checkpoint at {source}: say what it will be, as in --model 8b or --model DIR/config.json")
+        raise FileNotFoundError(
+            f"no checkpoint at {source}: say what it will be, as in --model 8b or --model"
+            " DIR/config.json"
+        )
     if config.branch and not (config.model and not Path(config.branch).exists()):
         return model_config.with_branch_of(ModelConfig.from_hf(config.branch).text)
     if config.model and not model_config.text.pvm_layers:

@@ -37,13 +37,15 @@ class Footprint:
     """What a run's step takes of each device, in rows of one bucket: bytes, unless said otherwise.
 
     Attributes:
-        rows: that a device computes at the same time (a group of `tensor` devices, where there is one).
+        rows: that a device computes at the same time (a group of `tensor` devices, where there is
+            one).
         frozen, params, moments, batch: the step's arguments, by their shapes.
         temporaries: what lives within a step: activations, gradients, gathered weights.
         usable: what a program may take of a device.
         refusal: what the compiler said where it refused; None where it compiled.
         seconds: of compilation.
-        flops: FLOPs of a step without padding, one example and one image a row: no step of this shape has more.
+        flops: FLOPs of a step without padding, one example and one image a row: no step of this
+            shape has more.
     """
 
     config: SFTConfig | GRPOConfig
@@ -86,20 +88,36 @@ class Footprint:
 
     def verdict(self) -> list[str]:
         """Lines below the table: time, work, whether it fits and, if not, what to change."""
-        lines = [f"compiled in {self.seconds:.0f} s; at most {self.flops / 1e12:,.0f} TFLOP a step (remat not counted)"]
+        lines = [
+            f"compiled in {self.seconds:.0f} s; at most {self.flops / 1e12:,.0f} TFLOP a step"
+            " (remat not counted)"
+        ]
         if peak := peak_flops(self.mesh.devices.flat[0].device_kind):
             fast, slow = (self.flops / self.mesh.size / peak / mfu for mfu in (0.5, 0.4))
-            lines.append(f"at 40 to 50 % MFU that would be {slow:.1f} to {fast:.1f} s: arithmetic, not a measurement")
+            lines.append(
+                f"at 40 to 50 % MFU that would be {slow:.1f} to {fast:.1f} s: arithmetic, not a"
+                " measurement"
+            )
         left = self.usable - self.total
         if self.fits:
             return [*lines, f"fits: {gib(left)} of {gib(self.usable)} are left"]
-        over = f"{gib(-left)} more than the usable {gib(self.usable)}" if left < 0 else f"the compiler refuses: {self.refusal}"
-        return [*lines, f"does not fit: {over}. What would help, by this program's own figures:", *self.advice()]
+        over = (
+            f"{gib(-left)} more than the usable {gib(self.usable)}"
+            if left < 0
+            else f"the compiler refuses: {self.refusal}"
+        )
+        return [
+            *lines,
+            f"does not fit: {over}. What would help, by this program's own figures:",
+            *self.advice(),
+        ]
 
     def advice(self) -> list[str]:
-        """What to change so that the step fits, the harmless first, with an estimate of what it saves."""
+        """What to change so that the step fits, the harmless first, with an estimate of what it
+        saves."""
         config, shape, over = self.config, self.mesh.shape, self.total - self.usable
-        # Micro-batches sum their gradients up beside their own. All other temporaries grow with the rows.
+        # Micro-batches sum their gradients up beside their own. All other temporaries grow with the
+        # rows.
         gradients = self.params * (1 if config.accumulation == 1 else 2)
         by_rows = max(self.temporaries - gradients, 0)
         by_chips = self.frozen + self.params + self.moments + gradients
@@ -109,8 +127,13 @@ class Footprint:
         if config.dtype == "float32":
             found.append(("dtype: bfloat16", (self.frozen + by_rows) // 2))
         if self.rows > 1:
-            parts = next((k for k in _divisors(self.rows) if by_rows * (k - 1) // k >= over), self.rows)
-            change = f"accumulation: {config.accumulation * parts}, {self.rows // parts} rows at a time in place of {self.rows}"
+            parts = next(
+                (k for k in _divisors(self.rows) if by_rows * (k - 1) // k >= over), self.rows
+            )
+            change = (
+                f"accumulation: {config.accumulation * parts}, {self.rows // parts} rows at a time"
+                f" in place of {self.rows}"
+            )
             found.append((change, by_rows * (parts - 1) // parts))
         if (copies := shape["data"]) > 1:
             change = f"mesh: {{data: 1, fsdp: -1}}, parameters in {copies} times as many parts"
@@ -118,13 +141,22 @@ class Footprint:
         if self.rows == 1 and shape["fsdp"] > 1:
             tensor = shape["tensor"] * 2
             change = (
-                f"mesh.tensor: {tensor} and accumulation: {config.accumulation * 2}, {tensor} chips share the work on each row"
+                f"mesh.tensor: {tensor} and accumulation: {config.accumulation * 2}, {tensor} chips"
+                " share the work on each row"
             )
             found.append((change, None))
         if (room := self.usable - (self.total - by_chips)) > 0:
             chips = -(-by_chips * self.mesh.size // room)
             what = "parameters, gradients and optimizer state"
-            found.append((f"{chips} such chips: {what} take {gib(by_chips)} of each of the {self.mesh.size}", over))
+            found.append(
+                (
+                    (
+                        f"{chips} such chips: {what} take {gib(by_chips)} of each of the"
+                        f" {self.mesh.size}"
+                    ),
+                    over,
+                )
+            )
         if config.trainable in ("decoder", "all"):
             rest = self.params // 2 if config.dtype == "bfloat16" else self.params
             found.append(("trainable: pvm or lora", by_chips - self.frozen - rest))
@@ -133,7 +165,11 @@ class Footprint:
             found.append((f"data.buckets without {largest}: longer examples are left out", None))
         return [
             f"  - {change} "
-            + ("(not estimated)" if saves is None else f"(about {gib(saves)} less{', enough' * (saves >= over)})")
+            + (
+                "(not estimated)"
+                if saves is None
+                else f"(about {gib(saves)} less{', enough' * (saves >= over)})"
+            )
             for change, saves in found
         ]
 

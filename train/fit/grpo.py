@@ -1,4 +1,5 @@
-"""What a step of GRPO takes of each device: updates in the longest rows, a rollout with every completion at its longest."""
+"""What a step of GRPO takes of each device: updates in the longest rows, a rollout with every
+completion at its longest."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.generation import FIRST_SLOTS, PREFILL_CHUNK, Sampling, decode_loop, prefill  # what `generate` runs, not run here
+from pvm_jax.generation import (
+    FIRST_SLOTS,
+    PREFILL_CHUNK,
+    Sampling,
+    decode_loop,
+    prefill,
+)  # what `generate` runs, not run here
 from pvm_jax.model.qwen3_vl import abstract_model
 from train.config import Bucket
 from train.fit.footprint import Footprint, gib, largest, table_of
@@ -30,11 +37,14 @@ class RolloutFootprint:
     Attributes:
         prompts: that a device answers at a time.
         state: trained parameters in float32 and the optimizer's moments, which wait.
-        weights: what generates, in the compute dtype, and the frozen parameters where they lie while they train.
+        weights: what generates, in the compute dtype, and the frozen parameters where they lie
+            while they train.
         prompt_cache: keys and values of the prompts, and the branches' memories.
-        sample_cache: keys and values of completions of the longest length, with the slots still empty.
-        temporaries: what lives within the reading of the prompts, a decoding step, the last growth of the cache (half of it,
-            beside the whole) or, before there is a cache, the move of the weights onto the rollout's mesh, whichever is most.
+        sample_cache: keys and values of completions of the longest length, with the slots still
+            empty.
+        temporaries: what lives within the reading of the prompts, a decoding step, the last growth
+            of the cache (half of it, beside the whole) or, before there is a cache, the move of the
+            weights onto the rollout's mesh, whichever is most.
     """
 
     config: GRPOConfig
@@ -63,7 +73,9 @@ class RolloutFootprint:
             "trained parameters in float32 and optimizer state, waiting": self.state,
             f"weights that generate, {self.config.dtype}, and frozen ones that wait": self.weights,
             "cache of the prompts, memories of their images": self.prompt_cache,
-            f"cache of the completions, {self.config.max_completion_tokens:,} tokens each": self.sample_cache,
+            f"cache of the completions, {self.config.max_completion_tokens:,} tokens each": (
+                self.sample_cache
+            ),
             "temporaries: the most of any moment": self.temporaries,
         }
         return table_of(parts, self.total)
@@ -73,21 +85,39 @@ class RolloutFootprint:
         lines, left = [f"compiled in {self.seconds:.0f} s"], self.usable - self.total
         if self.fits:
             return [*lines, f"fits: {gib(left)} of {gib(self.usable)} are left"]
-        over = f"{gib(-left)} more than the usable {gib(self.usable)}" if left < 0 else f"the compiler refuses: {self.refusal}"
+        over = (
+            f"{gib(-left)} more than the usable {gib(self.usable)}"
+            if left < 0
+            else f"the compiler refuses: {self.refusal}"
+        )
         advice = []
         if self.prompts > 1:
             parts = self.config.rollout_parts * 2
-            advice.append(f"rollout_parts: {parts} (about {gib((self.prompt_cache + self.sample_cache) // 2)} less)")
+            advice.append(
+                f"rollout_parts: {parts} (about {gib((self.prompt_cache + self.sample_cache) // 2)}"
+                " less)"
+            )
         if self.config.rollout_mesh is not None:
-            advice.append("rollout_mesh with tensor 2, or without rollout_mesh: the weights in more parts, slower")
+            advice.append(
+                "rollout_mesh with tensor 2, or without rollout_mesh: the weights in more parts,"
+                " slower"
+            )
         advice.append(
-            f"max_completion_tokens: {self.config.max_completion_tokens // 2} (about {gib(self.sample_cache // 2)} less)"
+            f"max_completion_tokens: {self.config.max_completion_tokens // 2} (about"
+            f" {gib(self.sample_cache // 2)} less)"
         )
-        return [*lines, f"does not fit: {over}. What would help:", *(f"  - {change}" for change in advice)]
+        return [
+            *lines,
+            f"does not fit: {over}. What would help:",
+            *(f"  - {change}" for change in advice),
+        ]
 
 
-def check(config: GRPOConfig, model_config: ModelConfig, mesh: Mesh, usable: int, console: Console) -> bool:
-    """Prints what updates and rollouts take, in rows of every bucket that no other covers. Whether all of it fits.
+def check(
+    config: GRPOConfig, model_config: ModelConfig, mesh: Mesh, usable: int, console: Console
+) -> bool:
+    """Prints what updates and rollouts take, in rows of every bucket that no other covers. Whether
+    all of it fits.
 
     Raises:
         ValueError: if prompts or rows do not divide over their meshes, or nothing would train.
@@ -95,17 +125,20 @@ def check(config: GRPOConfig, model_config: ModelConfig, mesh: Mesh, usable: int
     fits = True
     program = GRPOProgram.of(config, model_config, config.num_iterations, mesh)
     for bucket in largest(config.data.buckets):
-        rows = rows_per_shard(config.rows, config.accumulation, mesh, name="prompts_per_step x group_size")
+        rows = rows_per_shard(
+            config.rows, config.accumulation, mesh, name="prompts_per_step x group_size"
+        )
         longest = Bucket(bucket.tokens + config.max_completion_tokens, bucket.patches)
         console.print(
-            f"updates: rows of {longest.tokens:,} tokens and {bucket.patches:,} patches, {config.rows} a step, {rows} a "
-            "chip at a time: compiling, which takes minutes ..."
+            f"updates: rows of {longest.tokens:,} tokens and {bucket.patches:,} patches,"
+            f" {config.rows} a step, {rows} a chip at a time: compiling, which takes minutes ..."
         )
         update = measure_update(program, longest, rows, mesh, usable)
         console.print(update.table(), *update.verdict(), sep="\n")
         console.print(
-            f"rollout: {config.prompts_per_step} prompts of {bucket.tokens:,} tokens and {bucket.patches:,} patches x "
-            f"{config.group_size} completions of {config.max_completion_tokens:,} tokens: compiling ..."
+            f"rollout: {config.prompts_per_step} prompts of {bucket.tokens:,} tokens and"
+            f" {bucket.patches:,} patches x {config.group_size} completions of"
+            f" {config.max_completion_tokens:,} tokens: compiling ..."
         )
         rollout = measure_rollout(program, bucket, mesh, usable)
         console.print(rollout.table(), *rollout.verdict(), sep="\n")
@@ -113,16 +146,26 @@ def check(config: GRPOConfig, model_config: ModelConfig, mesh: Mesh, usable: int
     return fits
 
 
-def measure_update(program: GRPOProgram, bucket: Bucket, rows: int, mesh: Mesh, usable: int) -> Footprint:
-    """Compiles the gradients of a part of the batch in rows of `bucket`, beside the optimizer's state, which waits; `rows`:
-    that a device computes at the same time."""
+def measure_update(
+    program: GRPOProgram, bucket: Bucket, rows: int, mesh: Mesh, usable: int
+) -> Footprint:
+    """Compiles the gradients of a part of the batch in rows of `bucket`, beside the optimizer's
+    state, which waits; `rows`: that a device computes at the same time."""
     config = program.config
     at_once = config.rows // config.accumulation
-    batch, totals, fixed = program.abstract_rows(bucket, at_once), program.abstract_totals, program.fixed
-    compiled = compile_ahead(program.accumulate, totals, program.state.params, fixed, batch, mesh=mesh)
+    batch, totals, fixed = (
+        program.abstract_rows(bucket, at_once),
+        program.abstract_totals,
+        program.fixed,
+    )
+    compiled = compile_ahead(
+        program.accumulate, totals, program.state.params, fixed, batch, mesh=mesh
+    )
     inputs = {"frozen": fixed, "params": program.state.params, "batch": batch}
     sizes = {name: device_bytes(tree) for name, tree in inputs.items()}
-    work = Work.full(config.rows, bucket.tokens, bucket.patches, program.model_config.vision.merge_factor)
+    work = Work.full(
+        config.rows, bucket.tokens, bucket.patches, program.model_config.vision.merge_factor
+    )
     return Footprint(
         config,
         bucket,
@@ -138,7 +181,9 @@ def measure_update(program: GRPOProgram, bucket: Bucket, rows: int, mesh: Mesh, 
     )
 
 
-def measure_rollout(program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: int) -> RolloutFootprint:
+def measure_rollout(
+    program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: int
+) -> RolloutFootprint:
     """Compiles the reading of the prompts and the decoding loop with its largest cache.
 
     Raises:
@@ -148,7 +193,9 @@ def measure_rollout(program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: in
     sampler = Sampler(config, program, mesh)
     place, everywhere = sampler.mesh, NamedSharding(sampler.mesh, PartitionSpec())
     weights, batch = sampler.abstract_weights, sampler.abstract_batch(bucket)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (len(batch.tokens), config.group_size)))
+    keys = jax.eval_shape(
+        lambda: jax.random.split(jax.random.key(0), (len(batch.tokens), config.group_size))
+    )
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=everywhere)
     longest = config.max_completion_tokens
     sampling = Sampling(config.temperature, None, config.top_p if config.top_p < 1 else None, (0,))
@@ -159,10 +206,16 @@ def measure_rollout(program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: in
     read = compile_ahead(prefill, *arguments, mesh=place, slots=first, **static)
     compiled, caches = [read], (0, 0)
     if read.refusal is None:
-        shapes = jax.eval_shape(partial(prefill, graphdef, past=None, slots=longest, **static), weights, batch, keys)
+        shapes = jax.eval_shape(
+            partial(prefill, graphdef, past=None, slots=longest, **static), weights, batch, keys
+        )
         cache, state = placed(shapes, read.results)
         until = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        compiled.append(compile_ahead(decode_loop, graphdef, weights, cache, state, until, mesh=place, sampling=sampling))
+        compiled.append(
+            compile_ahead(
+                decode_loop, graphdef, weights, cache, state, until, mesh=place, sampling=sampling
+            )
+        )
         caches = device_bytes(cache), device_bytes(state.samples)
     # While the cache grows for the last time, the half that was full lies beside the whole.
     here = device_bytes(weights)

@@ -13,8 +13,11 @@ from train.step.flops import Work
 from train.step.program import rows_per_shard, step_costs
 
 
-def check(config: SFTConfig, model_config: ModelConfig, mesh: Mesh, usable: int, console: Console) -> bool:
-    """Prints what the step takes, in rows of every bucket that no other covers. Whether all of it fits.
+def check(
+    config: SFTConfig, model_config: ModelConfig, mesh: Mesh, usable: int, console: Console
+) -> bool:
+    """Prints what the step takes, in rows of every bucket that no other covers. Whether all of it
+    fits.
 
     Raises:
         ValueError: as `measure`.
@@ -23,8 +26,8 @@ def check(config: SFTConfig, model_config: ModelConfig, mesh: Mesh, usable: int,
     for bucket in largest(config.data.buckets):
         rows = rows_per_shard(config.batch_size, config.accumulation, mesh)
         console.print(
-            f"rows of {bucket.tokens:,} tokens and {bucket.patches:,} patches, {config.batch_size} a step, {rows} a chip "
-            "at a time: compiling, which takes minutes ..."
+            f"rows of {bucket.tokens:,} tokens and {bucket.patches:,} patches, {config.batch_size}"
+            f" a step, {rows} a chip at a time: compiling, which takes minutes ..."
         )
         footprint = measure(config, model_config, bucket, mesh, usable)
         console.print(footprint.table(), *footprint.verdict(), sep="\n")
@@ -32,8 +35,11 @@ def check(config: SFTConfig, model_config: ModelConfig, mesh: Mesh, usable: int,
     return fits
 
 
-def measure(config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: Mesh, usable: int) -> Footprint:
-    """Compiles the step that `train.sft` would run on `mesh`, in rows of `bucket`; `usable`: bytes of each device.
+def measure(
+    config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: Mesh, usable: int
+) -> Footprint:
+    """Compiles the step that `train.sft` would run on `mesh`, in rows of `bucket`; `usable`: bytes
+    of each device.
 
     Raises:
         ValueError: if the batch does not divide over the mesh, or nothing would train.
@@ -42,7 +48,9 @@ def measure(config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: 
     program = SFTProgram.of(config, model_config, 1, mesh)
     batch = program.abstract_batch(bucket, config.batch_size)
     compiled = compile_ahead(program.step, program.state, program.frozen, batch, mesh=mesh)
-    work = Work.full(config.batch_size, bucket.tokens, bucket.patches, model_config.vision.merge_factor)
+    work = Work.full(
+        config.batch_size, bucket.tokens, bucket.patches, model_config.vision.merge_factor
+    )
     inputs = {
         "frozen": program.frozen,
         "params": program.state.params,

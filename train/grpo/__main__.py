@@ -1,4 +1,7 @@
-"""GRPO refinement on images (decoder, PVM branch, LoRA adapters or everything): `python -m train.grpo --config FILE`."""
+"""GRPO on images: `python -m train.grpo --config FILE`.
+
+Refines the decoder, the PVM branch, LoRA adapters or everything.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -10,8 +13,10 @@ from train.run import entry
 EXAMPLES = """
 examples:
   python -m train.grpo --config configs/grpo_qwen3_vl_8b.yaml
-  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --trainable pvm --optimizer.learning_rate 1e-5
-  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --rewards '[{function: my_package.rewards:shortness}]'
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml \\
+      --trainable pvm --optimizer.learning_rate 1e-5
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml \\
+      --rewards '[{function: my_package.rewards:shortness}]'
   python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --dry-run
   python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --print_config
 A run that was stopped continues from its last checkpoint when the same command is given again.
@@ -20,7 +25,14 @@ A run that was stopped continues from its last checkpoint when the same command 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
-    entry.main(GRPOConfig, RECIPE, argv, prog="python -m train.grpo", description=__doc__ or "", examples=EXAMPLES)
+    entry.main(
+        GRPOConfig,
+        RECIPE,
+        argv,
+        prog="python -m train.grpo",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+    )
 
 
 if __name__ == "__main__":

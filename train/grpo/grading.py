@@ -1,4 +1,5 @@
-"""Rewards of completions as a run needs them: process 0 grades, all others are told; and what the log shows of it."""
+"""Rewards of completions as a run needs them: process 0 grades, all others are told; and what the
+log shows of it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ from train.run.samples import Sample, images_of, text_of
 
 
 class RolloutGrader:
-    """(completions, prompts) -> the completions' rewards [N] float32, the same on every process, and process 0's table.
+    """(completions, prompts) -> the completions' rewards [N] float32, the same on every process,
+    and process 0's table.
 
-    A limit of time that one process's grader keeps and another's misses would part the processes for good: one grades for all.
+    A limit of time that one process's grader keeps and another's misses would part the processes
+    for good: one grades for all.
     """
 
     def __init__(self, rewards: Rewards | None, processor: Processor, say: Callable[[str], None]):
@@ -28,14 +31,19 @@ class RolloutGrader:
         """
         self._rewards, self._processor, self._say = rewards, processor, say
 
-    def __call__(self, completions: Completions, prompts: Sequence[Prompt]) -> tuple[np.ndarray, RewardTable | None]:
+    def __call__(
+        self, completions: Completions, prompts: Sequence[Prompt]
+    ) -> tuple[np.ndarray, RewardTable | None]:
         count = len(completions.tokens)
         totals, table = np.zeros(count, np.float32), None
         if self._rewards is not None:
             examples = [prompts[number * len(prompts) // count].columns for number in range(count)]
             table = self._rewards(texts_of(completions, self._processor), examples)
             for name, error in table.errors.items():
-                self._say(f"reward {name} failed on {table.failures[name]} of {count} completions, which get 0: {error}")
+                self._say(
+                    f"reward {name} failed on {table.failures[name]} of {count} completions, which"
+                    f" get 0: {error}"
+                )
             totals = table.totals.astype(np.float32)
         if jax.process_count() > 1:
             totals = multihost_utils.broadcast_one_to_all(totals)
@@ -43,7 +51,9 @@ class RolloutGrader:
 
 
 @contextmanager
-def grading(config: GRPOConfig, processor: Processor, say: Callable[[str], None]) -> Iterator[RolloutGrader]:
+def grading(
+    config: GRPOConfig, processor: Processor, say: Callable[[str], None]
+) -> Iterator[RolloutGrader]:
     """A grader with its worker processes.
 
     Raises:
@@ -52,7 +62,9 @@ def grading(config: GRPOConfig, processor: Processor, say: Callable[[str], None]
     if jax.process_index() != 0:
         yield RolloutGrader(None, processor, say)
         return
-    with Rewards(config.rewards, time_limit=config.reward_time_limit, workers=config.reward_workers) as rewards:
+    with Rewards(
+        config.rewards, time_limit=config.reward_time_limit, workers=config.reward_workers
+    ) as rewards:
         yield RolloutGrader(rewards, processor, say)
 
 
@@ -63,12 +75,16 @@ def texts_of(completions: Completions, processor: Processor) -> list[str]:
 
 
 def reward_values(prefix: str, table: RewardTable | None) -> dict[str, float]:
-    """Scalars for the log: mean and std of the sum, each function's mean and failures. Nothing without a table."""
+    """Scalars for the log: mean and std of the sum, each function's mean and failures. Nothing
+    without a table."""
     if table is None:
         return {}
     values = {f"{prefix}/mean": table.totals.mean(), f"{prefix}/std": table.totals.std()}
     for name, column in zip(table.names, table.values.T, strict=True):
-        values |= {f"{prefix}/{name}": column.mean(), f"{prefix}/{name}/failures": table.failures[name]}
+        values |= {
+            f"{prefix}/{name}": column.mean(),
+            f"{prefix}/{name}/failures": table.failures[name],
+        }
     return values
 
 

@@ -1,4 +1,5 @@
-"""What a GRPO run measures on prompts that it does not train on: rewards, lengths, sample answers."""
+"""What a GRPO run measures on prompts that it does not train on: rewards, lengths, sample
+answers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,22 +28,29 @@ class Evaluation:
         grade: RolloutGrader,
         draw: Sequence[int],
     ):
-        """Raises ValueError as `load_prompts` does. `draw`: as `Sampler` takes it, the same at every measurement."""
+        """Raises ValueError as `load_prompts` does. `draw`: as `Sampler` takes it, the same at
+        every measurement."""
         self.config = held_out
         self._processor, self._sampler, self._grade, self._draw = processor, sampler, grade, draw
         data = replace(config.data, sources=held_out.sources)
-        self._prompts = load_prompts(data, processor, batch_size=config.prompts_per_step, all_of_them=True)
+        self._prompts = load_prompts(
+            data, processor, batch_size=config.prompts_per_step, all_of_them=True
+        )
         self._threads, self._prefetch = config.data.threads, config.data.prefetch
 
     def write(self, log: RunLog, step: int, model: Qwen3VL) -> None:
-        """Measures `model`, what `step` steps made of it: TensorBoard, and a line on the console."""
+        """Measures `model`, what `step` steps made of it: TensorBoard, and a line on the
+        console."""
         with log.phase("held_out", step):
             prompts, completions, tables = self.answer(model)
             values = completion_values("held_out/completion", completions)
             if tables:  # process 0
                 table = joined(tables)
                 values |= reward_values("held_out/reward", table)
-                log.print(f"step {step}: held-out reward {table.totals.mean():.4f} of {len(prompts)} prompts")
+                log.print(
+                    f"step {step}: held-out reward {table.totals.mean():.4f} of {len(prompts)}"
+                    " prompts"
+                )
                 texts = texts_of(completions, self._processor)
                 for number in range(min(self.config.shown, len(prompts))):
                     place = number * self.config.samples
@@ -51,12 +59,18 @@ class Evaluation:
             log.scalars(step, values)
 
     def answer(self, model: Qwen3VL) -> tuple[list[Prompt], Completions, list[RewardTable]]:
-        """All prompts, their completions, and process 0's tables of rewards, one after the other."""
+        """All prompts, their completions, and process 0's tables of rewards, one after the
+        other."""
         prompts, parts, tables = [], [], []
         for batch in self._prompts.iterator(0, self._threads, self._prefetch):
             seeds = range(len(prompts), len(prompts) + len(batch.prompts))
             completions = self._sampler(
-                model, batch, draw=self._draw, seeds=seeds, samples=self.config.samples, temperature=self.config.temperature
+                model,
+                batch,
+                draw=self._draw,
+                seeds=seeds,
+                samples=self.config.samples,
+                temperature=self.config.temperature,
             )
             _, table = self._grade(completions, batch.prompts)
             prompts += batch.prompts

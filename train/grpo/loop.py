@@ -34,7 +34,8 @@ _TRAINING_STREAM, _HELD_OUT_STREAM = range(2)
 
 @dataclass(frozen=True)
 class PreparedGRPO(Prepared):
-    """What a run of GRPO is made of. `reference`: the trained parameters as they were at the start, with beta > 0."""
+    """What a run of GRPO is made of. `reference`: the trained parameters as they were at the start,
+    with beta > 0."""
 
     config: GRPOConfig
     data: PromptData
@@ -43,17 +44,22 @@ class PreparedGRPO(Prepared):
 
 
 def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -> PreparedGRPO:
-    """Loads the model onto `mesh`, measures the prompts and builds the program; writes nothing but `sizes_file`.
+    """Loads the model onto `mesh`, measures the prompts and builds the program; writes nothing but
+    `sizes_file`.
 
     Raises:
-        ValueError: if prompts or rows do not divide over their meshes, the data gives no batch, or nothing ends a completion.
+        ValueError: if prompts or rows do not divide over their meshes, the data gives no batch, or
+            nothing ends a completion.
         FileNotFoundError, CheckpointError: for the checkpoint, as `pvm_jax.load`.
     """
     rows_per_shard(config.rows, config.accumulation, mesh, name="prompts_per_step x group_size")
     check_prompts(config, rollout_mesh(config.rollout_mesh, mesh))
     model = load_model(config, mesh)
     if not read_stop_tokens(config.checkpoint):
-        raise ValueError(f"{config.checkpoint}/generation_config.json names no eos_token_id: no completion would ever end")
+        raise ValueError(
+            f"{config.checkpoint}/generation_config.json names no eos_token_id: no completion would"
+            " ever end"
+        )
     processor = Processor.from_pretrained(config.checkpoint)
     data = load_prompts(
         config.data,
@@ -65,8 +71,13 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
         sizes_file=sizes_file,
     )
     program = GRPOProgram.of(config, model.config, len(data.plan) * config.num_iterations, mesh)
-    # Read from the checkpoint at every start, so that a run that goes on has the reference that it began with.
-    reference = cast(nnx.as_pure(split_model(model, config.trainable)[1]), config.dtype) if config.beta else None
+    # Read from the checkpoint at every start, so that a run that goes on has the reference that it
+    # began with.
+    reference = (
+        cast(nnx.as_pure(split_model(model, config.trainable)[1]), config.dtype)
+        if config.beta
+        else None
+    )
     state, frozen = program.begin(model)
     identity = backbone_identity(nnx.state(model))
     work = (config, mesh, processor, model.config, identity, data, program, state, frozen)
@@ -75,7 +86,13 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
 
 def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
     """Steps from the state's step to the last, or until `step_done` says to stop."""
-    config, program, state, frozen, total = work.config, work.program, work.state, work.frozen, work.total
+    config, program, state, frozen, total = (
+        work.config,
+        work.program,
+        work.state,
+        work.frozen,
+        work.total,
+    )
     sampler, fixed = Sampler(config, program, work.mesh), Fixed(frozen, work.reference)
     batches = work.data.iterator(work.done, config.data.threads, config.data.prefetch)
     seen: set[Bucket] = set()
@@ -101,11 +118,19 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
             state, metrics = train_on(program, state, fixed, graded)
             metrics |= describe(graded, rewards, config.group_size) | reward_values("reward", table)
             if not new_shape:
-                metrics["rollout/tokens_per_second"] = float(completions.lengths.sum() / rollout_seconds)
+                metrics["rollout/tokens_per_second"] = float(
+                    completions.lengths.sum() / rollout_seconds
+                )
             log.add(number, metrics, timed=not new_shape)
             if new_shape:
-                rows = ", ".join(f"{shape.tokens} tokens" for shape in sorted(shapes, key=lambda shape: shape.tokens))
-                log.print(f"compiled rows of {rows}, {batch.bucket.patches} patches: {time.perf_counter() - start:.1f} s")
+                rows = ", ".join(
+                    f"{shape.tokens} tokens"
+                    for shape in sorted(shapes, key=lambda shape: shape.tokens)
+                )
+                log.print(
+                    f"compiled rows of {rows}, {batch.bucket.patches} patches:"
+                    f" {time.perf_counter() - start:.1f} s"
+                )
             if (number + 1) % config.log_every == 0:
                 text = work.processor.decode(completions.tokens[0, : completions.lengths[0]])
                 sample = sample_of(batch.prompts[0], text, rewards[0])
@@ -117,12 +142,23 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
     return state
 
 
-def evaluation(work: PreparedGRPO, held_out: EvaluationConfig, sampler: Sampler, grade: RolloutGrader) -> Evaluation:
+def evaluation(
+    work: PreparedGRPO, held_out: EvaluationConfig, sampler: Sampler, grade: RolloutGrader
+) -> Evaluation:
     """Of the held-out prompts, drawing alike at every step."""
-    return Evaluation(work.config, held_out, work.processor, sampler, grade, draw=(work.config.seed, _HELD_OUT_STREAM))
+    return Evaluation(
+        work.config,
+        held_out,
+        work.processor,
+        sampler,
+        grade,
+        draw=(work.config.seed, _HELD_OUT_STREAM),
+    )
 
 
-def roll_out(work: PreparedGRPO, sampler: Sampler, state: TrainState, batch: PromptBatch, number: int) -> Completions:
+def roll_out(
+    work: PreparedGRPO, sampler: Sampler, state: TrainState, batch: PromptBatch, number: int
+) -> Completions:
     """The completions of step `number`: what is drawn depends on the seed and the number alone."""
     return sampler(
         sampler.model(state, work.frozen),
@@ -149,9 +185,11 @@ def dry_steps(work: PreparedGRPO, console: Console) -> None:
             start = time.perf_counter()
             completions = roll_out(work, sampler, state, batch, number)
             console.print(
-                f"step {number}: {len(completions.tokens)} completions of {len(batch.prompts)} prompts of at most "
-                f"{batch.bucket.tokens:,} tokens and {batch.bucket.patches:,} patches, {completions.lengths.mean():.0f} tokens "
-                f"long on average, {completions.truncated.mean():.0%} truncated, {time.perf_counter() - start:.2f} s"
+                f"step {number}: {len(completions.tokens)} completions of {len(batch.prompts)}"
+                f" prompts of at most {batch.bucket.tokens:,} tokens and {batch.bucket.patches:,}"
+                f" patches, {completions.lengths.mean():.0f} tokens long on average,"
+                f" {completions.truncated.mean():.0%} truncated,"
+                f" {time.perf_counter() - start:.2f} s"
             )
             rewards, _ = grade(completions, batch.prompts)
             graded = weigh(config, batch, completions, rewards)
@@ -164,22 +202,37 @@ def dry_steps(work: PreparedGRPO, console: Console) -> None:
                     compiled = program.accumulate.lower(
                         program.abstract_totals, program.state.params, program.fixed, rows
                     ).compile()
-                    console.print(f"compiled in {time.perf_counter() - start:.1f} s; {memory_of(compiled)}", markup=False)
+                    console.print(
+                        f"compiled in {time.perf_counter() - start:.1f} s; {memory_of(compiled)}",
+                        markup=False,
+                    )
             start = time.perf_counter()
             state, metrics = train_on(program, state, fixed, graded)
             console.print(
-                f"step {number}: reward {rewards.mean():.3f}, loss {metrics['loss']:.4f}, largest gap between trainer and "
-                f"sampler {metrics['policy/largest_gap']:.1e}, {time.perf_counter() - start:.2f} s"
+                f"step {number}: reward {rewards.mean():.3f}, loss {metrics['loss']:.4f}, largest"
+                f" gap between trainer and sampler {metrics['policy/largest_gap']:.1e},"
+                f" {time.perf_counter() - start:.2f} s"
             )
 
 
 def describe(graded: Graded, rewards: np.ndarray, group_size: int) -> dict[str, float]:
-    """Scalars for the log: the completions' lengths, and the share of groups whose `rewards` [N] are all equal, so that they
-    teach nothing."""
+    """Scalars for the log: the completions' lengths, and the share of groups whose `rewards` [N]
+    are all equal, so that they teach nothing."""
     groups = rewards.reshape(-1, group_size)
     alike = np.ptp(groups, axis=1) == 0
-    return completion_values("completion", graded.completions) | {"reward/zero_spread": alike.mean()}
+    return completion_values("completion", graded.completions) | {
+        "reward/zero_spread": alike.mean()
+    }
 
 
-_HEADLINE = {"reward/mean": "reward {:.3f}", "completion/length": "length {:.0f}", "policy/entropy": "entropy {:.2f}"}
-RECIPE = Recipe(prepare, train, dry_steps, {"headline": _HEADLINE | HEADLINE, "apart": ("data", "rollout", "rewards")})
+_HEADLINE = {
+    "reward/mean": "reward {:.3f}",
+    "completion/length": "length {:.0f}",
+    "policy/entropy": "entropy {:.2f}",
+}
+RECIPE = Recipe(
+    prepare,
+    train,
+    dry_steps,
+    {"headline": _HEADLINE | HEADLINE, "apart": ("data", "rollout", "rewards")},
+)

@@ -1,4 +1,5 @@
-"""The compiled part of GRPO: gradients of the clipped policy loss, added up over parts of a batch, and the update."""
+"""The compiled part of GRPO: gradients of the clipped policy loss, added up over parts of a batch,
+and the update."""
 
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -33,8 +34,8 @@ class PolicyRows(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Added up over the parts of a batch: the loss, its gradients, and sums over tokens. `largest_gap` is the largest
-    |log-probability - the sampler's| of a token."""
+    """Added up over the parts of a batch: the loss, its gradients, and sums over tokens.
+    `largest_gap` is the largest |log-probability - the sampler's| of a token."""
 
     loss: Any
     gradients: Any
@@ -43,8 +44,9 @@ class Totals(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What the policy loss reads and does not train: the frozen parameters, and with beta > 0 those that train as they were at
-    the start of the run: with the frozen ones, which they share, they are the reference policy."""
+    """What the policy loss reads and does not train: the frozen parameters, and with beta > 0 those
+    that train as they were at the start of the run: with the frozen ones, which they share, they
+    are the reference policy."""
 
     frozen: Any
     reference: Any
@@ -52,33 +54,46 @@ class Fixed(NamedTuple):
 
 @dataclass(frozen=True)
 class GRPOProgram(Program):
-    """The program of GRPO. One optimizer update is `zeros`, `accumulate` for each part of the batch, `update`."""
+    """The program of GRPO. One optimizer update is `zeros`, `accumulate` for each part of the
+    batch, `update`."""
 
     config: GRPOConfig
 
     @cached_property
     def accumulate(self) -> Any:
-        """Jitted, donates its totals: (totals, params, Fixed, PolicyRows) -> totals. Parts may differ in shape."""
-        return jax.jit(partial(_accumulate, self), donate_argnums=0, out_shardings=self.total_shardings)
+        """Jitted, donates its totals: (totals, params, Fixed, PolicyRows) -> totals. Parts may
+        differ in shape."""
+        return jax.jit(
+            partial(_accumulate, self), donate_argnums=0, out_shardings=self.total_shardings
+        )
 
     @cached_property
     def update(self) -> Any:
-        """Jitted, donates its state: (state, totals) -> (state, metrics). Metrics are those of `apply_gradients` and `count`,
-        and the means over the tokens with a weight of what `policy_loss` sums up and of the entropy, in nats."""
-        return jax.jit(partial(_update, self), donate_argnums=0, out_shardings=(self.state_shardings, None))
+        """Jitted, donates its state: (state, totals) -> (state, metrics). Metrics are those of
+        `apply_gradients` and `count`, and the means over the tokens with a weight of what
+        `policy_loss` sums up and of the entropy, in nats."""
+        return jax.jit(
+            partial(_update, self), donate_argnums=0, out_shardings=(self.state_shardings, None)
+        )
 
     @cached_property
     def zeros(self) -> Any:
         """Jitted: () -> totals of no part."""
         shapes = self.abstract_totals
-        return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=self.total_shardings)
+        return jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+            out_shardings=self.total_shardings,
+        )
 
     @property
     def abstract_totals(self) -> Totals:
         """ShapeDtypeStructs of totals, with their shardings."""
         rows = self.abstract_rows(Bucket(2, 0), self.batch_sharding.mesh.size)
         (loss, (sums, gap)), gradients = jax.eval_shape(
-            jax.value_and_grad(partial(_loss, self), has_aux=True), self.state.params, self.fixed, rows
+            jax.value_and_grad(partial(_loss, self), has_aux=True),
+            self.state.params,
+            self.fixed,
+            rows,
         )
         everywhere = jax.NamedSharding(self.batch_sharding.mesh, jax.P())
 
@@ -99,7 +114,8 @@ class GRPOProgram(Program):
         reference = None
         if self.config.beta:
             reference = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, self.config.dtype, sharding=x.sharding), self.state.params
+                lambda x: jax.ShapeDtypeStruct(x.shape, self.config.dtype, sharding=x.sharding),
+                self.state.params,
             )
         return Fixed(self.frozen, reference)
 
@@ -110,7 +126,9 @@ class GRPOProgram(Program):
         return PolicyRows(batch, column, column)
 
 
-def _loss(program: GRPOProgram, trained: Any, fixed: Fixed, rows: PolicyRows) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+def _loss(
+    program: GRPOProgram, trained: Any, fixed: Fixed, rows: PolicyRows
+) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
     """The rows' share of `Totals`."""
     config, batch = program.config, rows.batch
     counted = batch.loss_weights != 0
@@ -137,13 +155,17 @@ def _loss(program: GRPOProgram, trained: Any, fixed: Fixed, rows: PolicyRows) ->
         beta=config.beta,
         ref_logprobs=jax.lax.stop_gradient(logprobs(fixed.reference)[0]) if config.beta else None,
     )
-    policy = {name: value for name, value in sums.items() if name != "tokens"} | {"entropy": entropy.sum()}
+    policy = {name: value for name, value in sums.items() if name != "tokens"} | {
+        "entropy": entropy.sum()
+    }
     gap = jnp.where(counted, jnp.abs(mine - rows.old_logprobs), 0).max()
     sums = {f"policy/{name}": value for name, value in policy.items()} | count(batch, program.costs)
     return loss, jax.lax.stop_gradient((sums, gap))
 
 
-def _accumulate(program: GRPOProgram, totals: Totals, params: Any, fixed: Fixed, rows: PolicyRows) -> Totals:
+def _accumulate(
+    program: GRPOProgram, totals: Totals, params: Any, fixed: Fixed, rows: PolicyRows
+) -> Totals:
     gradient = jax.value_and_grad(partial(_loss, program), has_aux=True)
     (loss, (sums, gap)), gradients = gradient(params, fixed, rows)
     loss, gradients, sums = jax.tree.map(jnp.add, tuple(totals[:3]), (loss, gradients, sums))
@@ -151,8 +173,14 @@ def _accumulate(program: GRPOProgram, totals: Totals, params: Any, fixed: Fixed,
 
 
 def _update(program: GRPOProgram, state: TrainState, totals: Totals) -> tuple[TrainState, Metrics]:
-    state, metrics = apply_gradients(state, totals.loss, totals.gradients, program.optimizer, program.schedule)
+    state, metrics = apply_gradients(
+        state, totals.loss, totals.gradients, program.optimizer, program.schedule
+    )
     tokens = jnp.maximum(totals.sums["loss_tokens"], 1)
-    means = {name: value / tokens for name, value in totals.sums.items() if name.startswith("policy/")}
+    means = {
+        name: value / tokens for name, value in totals.sums.items() if name.startswith("policy/")
+    }
     counts = {name: value for name, value in totals.sums.items() if name not in means}
-    return state, metrics | means | with_padding(counts) | {"policy/largest_gap": totals.largest_gap}
+    return state, metrics | means | with_padding(counts) | {
+        "policy/largest_gap": totals.largest_gap
+    }

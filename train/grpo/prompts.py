@@ -1,4 +1,5 @@
-"""Prompts with their solutions, in an order that the seed alone decides: what each step of a GRPO run asks."""
+"""Prompts with their solutions, in an order that the seed alone decides: what each step of a GRPO
+run asks."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -63,13 +64,15 @@ def load_prompts(
     sizes_file: Path | None = None,
     all_of_them: bool = False,
 ) -> PromptData:
-    """Measures every prompt and lays out the steps of the run, `batch_size` prompts of one bucket each.
+    """Measures every prompt and lays out the steps of the run, `batch_size` prompts of one bucket
+    each.
 
     Args:
         all_of_them: the last step of each bucket may have fewer prompts, so that none is left over.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_training_data`, and for a record that is no prompt with a solution.
+        FileNotFoundError, ValueError: as `load_training_data`, and for a record that is no prompt
+            with a solution.
     """
     sources = [open_conversations(source.path, every_column=True) for source in data.mixture]
 
@@ -78,7 +81,9 @@ def load_prompts(
 
     def measure_all() -> np.ndarray:
         count = partial(processor.count, add_generation_prompt=True)
-        return np.concatenate([measure(source, count, data.threads, read=asks) for source in sources])
+        return np.concatenate(
+            [measure(source, count, data.threads, read=asks) for source in sources]
+        )
 
     planned = plan_examples(
         data,
@@ -117,7 +122,8 @@ def read_record(source: Conversations, index: int) -> tuple[Messages, dict[str, 
     """What conversation `index` of `source` asks, and its other columns with the solution.
 
     Raises:
-        ValueError: naming the record, if it asks nothing, or its solution is missing or neither a text nor a number.
+        ValueError: naming the record, if it asks nothing, or its solution is missing or neither a
+            text nor a number.
     """
     conversation, columns = source[index], source.columns(index)
     with source.naming(index):
@@ -125,10 +131,19 @@ def read_record(source: Conversations, index: int) -> tuple[Messages, dict[str, 
         solution = columns.get("solution")
         if solution is None:
             if len(messages) == len(conversation):
-                raise ValueError("there is no solution: give the record one, or an assistant turn at the end, which is then it")
+                raise ValueError(
+                    "there is no solution: give the record one, or an assistant turn at the end,"
+                    " which is then it"
+                )
             columns["solution"] = text_of(conversation[-1:])
             if not columns["solution"]:
-                raise ValueError("the assistant turn at the end, which is the solution, has no text")
-        elif not (solution.strip() if isinstance(solution, str) else isinstance(solution, Real) and math.isfinite(solution)):
+                raise ValueError(
+                    "the assistant turn at the end, which is the solution, has no text"
+                )
+        elif not (
+            solution.strip()
+            if isinstance(solution, str)
+            else isinstance(solution, Real) and math.isfinite(solution)
+        ):
             raise ValueError(f"the solution must be a text or a number, got {solution!r}")
         return messages, columns

@@ -1,4 +1,5 @@
-"""Completions from the weights as they stand: a group of each prompt, generated on the mesh, its images encoded once."""
+"""Completions from the weights as they stand: a group of each prompt, generated on the mesh, its
+images encoded once."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +17,14 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.generation import generate
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
-from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, mesh_sizes, param_shardings, place_rows
+from pvm_jax.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    local_rows,
+    mesh_sizes,
+    param_shardings,
+    place_rows,
+)
 from train.config import Bucket, MeshConfig
 from train.grpo.config import GRPOConfig
 from train.grpo.prompts import Prompt, PromptBatch
@@ -46,10 +54,12 @@ class Completions(NamedTuple):
 
 
 class Sampler:
-    """Generates on the devices that train, with the trained weights in the compute dtype, as the rollout's mesh splits them."""
+    """Generates on the devices that train, with the trained weights in the compute dtype, as the
+    rollout's mesh splits them."""
 
     def __init__(self, config: GRPOConfig, program: Program, mesh: Mesh):
-        """Raises ValueError if a part's prompts do not divide over the rollout's mesh, or it does not cover the devices."""
+        """Raises ValueError if a part's prompts do not divide over the rollout's mesh, or it does
+        not cover the devices."""
         self.config, self.program = config, program
         self.mesh = rollout_mesh(config.rollout_mesh, mesh)
         self.model_config: ModelConfig = program.model_config
@@ -61,14 +71,17 @@ class Sampler:
         graphdef = program.graphdef
 
         def move(trained: Any, frozen: Any) -> Any:
-            return cast(nnx.as_pure(nnx.split(nnx.merge(graphdef, trained, frozen))[1]), config.dtype)
+            return cast(
+                nnx.as_pure(nnx.split(nnx.merge(graphdef, trained, frozen))[1]), config.dtype
+            )
 
         # Jitted: (trained, frozen) -> all parameters, as `abstract_weights` has them.
         self.move = jax.jit(move, out_shardings=shardings)
 
     @property
     def abstract_weights(self) -> nnx.State:
-        """All parameters where they lie while they generate: ShapeDtypeStructs, in the compute dtype."""
+        """All parameters where they lie while they generate: ShapeDtypeStructs, in the compute
+        dtype."""
         _, params = nnx.split(abstract_model(self.model_config))
         shapes = jax.eval_shape(partial(cast, dtype=self.config.dtype), nnx.as_pure(params))
         return placed(shapes, param_shardings(params, self.mesh))
@@ -80,8 +93,12 @@ class Sampler:
     def model(self, state: TrainState, frozen: Any) -> Qwen3VL:
         """The model as it stands; valid until the next step donates the state."""
         if self.config.rollout_mesh is None:
-            return nnx.merge(self.program.graphdef, *cast((state.params, frozen), self.config.dtype))
-        return nnx.merge(nnx.graphdef(abstract_model(self.model_config)), self.move(state.params, frozen))
+            return nnx.merge(
+                self.program.graphdef, *cast((state.params, frozen), self.config.dtype)
+            )
+        return nnx.merge(
+            nnx.graphdef(abstract_model(self.model_config)), self.move(state.params, frozen)
+        )
 
     def __call__(
         self,
@@ -98,8 +115,8 @@ class Sampler:
         Args:
             model: from `model`.
             batch: any number of prompts.
-            draw: numbers that tell this rollout from others; with a prompt's seed and a completion's place in its group they
-                decide all that is drawn.
+            draw: numbers that tell this rollout from others; with a prompt's seed and a
+                completion's place in its group they decide all that is drawn.
             seeds: one for each prompt.
         """
         parts = []
@@ -134,7 +151,9 @@ class Sampler:
         """Tokens and log-probabilities [P * samples, T], and lengths, gathered from all hosts."""
         config = self.config
         rows = [[prompts[row].example] for row in local_rows(self.sharding, len(prompts))]
-        mine = Batch.from_rows(rows, self.model_config, length=bucket.tokens, patches=bucket.patches)
+        mine = Batch.from_rows(
+            rows, self.model_config, length=bucket.tokens, patches=bucket.patches
+        )
         with jax.set_mesh(self.mesh):
             rng = reduce(jax.random.fold_in, draw[1:], jax.random.key(draw[0]))
             got = generate(
@@ -164,11 +183,16 @@ def rollout_mesh(config: MeshConfig | None, mesh: Mesh) -> Mesh:
 
 
 def check_prompts(config: GRPOConfig, mesh: Mesh) -> int:
-    """Prompts that a device (a group of `tensor` devices) of the rollout's `mesh` answers at a time.
+    """Prompts that a device (a group of `tensor` devices) of the rollout's `mesh` answers at a
+    time.
 
     Raises:
         ValueError: if they do not divide evenly.
     """
     return rows_per_shard(
-        config.prompts_per_step, config.rollout_parts, mesh, name="prompts_per_step", parts_name="rollout_parts"
+        config.prompts_per_step,
+        config.rollout_parts,
+        mesh,
+        name="prompts_per_step",
+        parts_name="rollout_parts",
     )

@@ -1,4 +1,5 @@
-"""A graded rollout -> optimizer updates; rows are sorted by length into parts, so that short ones do not pay for long ones."""
+"""A graded rollout -> optimizer updates; rows are sorted by length into parts, so that short ones
+do not pay for long ones."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,8 @@ from train.step.state import TrainState
 
 
 class Graded(NamedTuple):
-    """A rollout and what the loss makes of its rewards; N completions of P prompts, as in `Completions`.
+    """A rollout and what the loss makes of its rewards; N completions of P prompts, as in
+    `Completions`.
 
     Attributes:
         advantages: [N] float32.
@@ -40,9 +42,14 @@ class Part(NamedTuple):
     shape: Bucket
 
 
-def weigh(config: GRPOConfig, batch: PromptBatch, completions: Completions, rewards: np.ndarray) -> Graded:
-    """Advantages within each group, and the tokens' weights over the whole rollout; `rewards` [N]."""
-    advantages = group_advantages(rewards.reshape(-1, config.group_size), scale=config.scale_rewards)
+def weigh(
+    config: GRPOConfig, batch: PromptBatch, completions: Completions, rewards: np.ndarray
+) -> Graded:
+    """Advantages within each group, and the tokens' weights over the whole rollout; `rewards`
+    [N]."""
+    advantages = group_advantages(
+        rewards.reshape(-1, config.group_size), scale=config.scale_rewards
+    )
     weights = token_weights(
         completions.mask,
         config.loss,
@@ -53,7 +60,8 @@ def weigh(config: GRPOConfig, batch: PromptBatch, completions: Completions, rewa
 
 
 def parts_of(config: GRPOConfig, graded: Graded) -> list[Part]:
-    """The completions in `config.accumulation` parts of equal size, shortest first, each in rows as short as it allows."""
+    """The completions in `config.accumulation` parts of equal size, shortest first, each in rows as
+    short as it allows."""
     lengths = graded.completions.lengths
     parts = np.split(np.argsort(lengths, kind="stable"), config.accumulation)
     bucket = graded.batch.bucket
@@ -65,14 +73,18 @@ def parts_of(config: GRPOConfig, graded: Graded) -> list[Part]:
     return [Part(part, shape(part)) for part in parts]
 
 
-def rows_of(graded: Graded, completions: np.ndarray, shape: Bucket, model_config: ModelConfig) -> PolicyRows:
+def rows_of(
+    graded: Graded, completions: np.ndarray, shape: Bucket, model_config: ModelConfig
+) -> PolicyRows:
     """Rows of these completions, each behind its prompt; NumPy leaves."""
     group = len(graded.completions.tokens) // len(graded.batch.prompts)
     prompts = [graded.batch.prompts[number // group].example for number in completions]
     examples = []
     for number, prompt in zip(completions, prompts, strict=True):
         written = graded.completions.tokens[number, : graded.completions.lengths[number]]
-        examples.append([replace(prompt, input_ids=np.append(prompt.input_ids, written), loss_mask=None)])
+        examples.append(
+            [replace(prompt, input_ids=np.append(prompt.input_ids, written), loss_mask=None)]
+        )
     batch = Batch.from_rows(examples, model_config, length=shape.tokens, patches=shape.patches)
     old_logprobs, advantages = (np.zeros(batch.tokens.shape, np.float32) for _ in range(2))
     for row, (number, prompt) in enumerate(zip(completions, prompts, strict=True)):
@@ -84,12 +96,15 @@ def rows_of(graded: Graded, completions: np.ndarray, shape: Bucket, model_config
     return PolicyRows(batch, old_logprobs, advantages)
 
 
-def train_on(program: GRPOProgram, state: TrainState, fixed: Fixed, graded: Graded) -> tuple[TrainState, dict[str, float]]:
+def train_on(
+    program: GRPOProgram, state: TrainState, fixed: Fixed, graded: Graded
+) -> tuple[TrainState, dict[str, float]]:
     """All updates on a rollout, one for each of `num_iterations`.
 
     Returns:
-        The state, and the metrics of `GRPOProgram.update`: counts added up, others averaged over the updates; but policy/gap
-        and policy/largest_gap are of the first, before which nothing was learned: how far trainer and sampler are apart.
+        The state, and the metrics of `GRPOProgram.update`: counts added up, others averaged over
+        the updates; but policy/gap and policy/largest_gap are of the first, before which nothing
+        was learned: how far trainer and sampler are apart.
     """
     config, updates = program.config, []
     for _ in range(config.num_iterations):
@@ -98,14 +113,20 @@ def train_on(program: GRPOProgram, state: TrainState, fixed: Fixed, graded: Grad
             mine = completions[local_rows(program.batch_sharding, len(completions))]
             rows = rows_of(graded, mine, shape, program.model_config)
             placed = place_rows(rows, program.batch_sharding, len(completions))
-            jax.block_until_ready(totals.loss)  # one part ahead of the devices, no more: parts in flight take memory
+            jax.block_until_ready(
+                totals.loss
+            )  # one part ahead of the devices, no more: parts in flight take memory
             totals = program.accumulate(totals, state.params, fixed, placed)
         state, metrics = program.update(state, totals)
         updates.append(jax.device_get(metrics))
-    return state, {name: _over_updates(name, [update[name] for update in updates]) for name in updates[0]}
+    return state, {
+        name: _over_updates(name, [update[name] for update in updates]) for name in updates[0]
+    }
 
 
 def _over_updates(name: str, values: Sequence[Any]) -> float:
     if name in ("policy/gap", "policy/largest_gap"):
         return float(values[0])
-    return float(np.sum(values) if name in ("tokens", "patches", "loss_tokens", "flops") else np.mean(values))
+    return float(
+        np.sum(values) if name in ("tokens", "patches", "loss_tokens", "flops") else np.mean(values)
+    )

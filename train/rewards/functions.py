@@ -1,4 +1,5 @@
-"""What a completion is worth: functions (completion, example) -> float, which train.rewards.worker calls in its own process.
+"""What a completion is worth: functions (completion, example) -> float, which train.rewards.worker
+calls in its own process.
 
 Importing this imports nothing heavy: a worker must start fast, and without JAX.
 """
@@ -21,7 +22,10 @@ SOLUTION = "solution"
 def check_name(function: str) -> None:
     """ValueError if `function` is neither built in nor an import path; imports nothing."""
     if function not in ("format", "accuracy") and not re.fullmatch(r"[\w.]+:\w+", function):
-        raise ValueError(f'reward {function!r} is neither "format", "accuracy" nor an import path "package.module:function"')
+        raise ValueError(
+            f'reward {function!r} is neither "format", "accuracy" nor an import path'
+            ' "package.module:function"'
+        )
 
 
 def load_reward_function(function: str) -> RewardFunction:
@@ -35,15 +39,21 @@ def load_reward_function(function: str) -> RewardFunction:
         return format_reward
     if function == "accuracy":
         try:
-            same_answer("$1$", "1")  # imports math-verify and fills its tables: the first completion's time is its own
+            same_answer(
+                "$1$", "1"
+            )  # imports math-verify and fills its tables: the first completion's time is its own
         except ImportError as error:
-            raise ValueError("reward 'accuracy' needs math-verify: pip install 'pvm-jax[rl]'") from error
+            raise ValueError(
+                "reward 'accuracy' needs math-verify: pip install 'pvm-jax[rl]'"
+            ) from error
         return accuracy_reward
     module, _, name = function.partition(":")
     try:
         grader = getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise ValueError(f"reward {function!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"reward {function!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not callable(grader):
         raise ValueError(f"reward {function!r} is no function but {grader!r}")
     return cast(RewardFunction, grader)
@@ -56,7 +66,8 @@ _THINK_THEN_ANSWER = re.compile(
 
 
 def format_reward(completion: str, example: Mapping[str, Any]) -> float:
-    """1 if the whole completion is <think>…</think>, white space, <answer>…</answer>, white space; else 0.
+    """1 if the whole completion is <think>…</think>, white space, <answer>…</answer>, white space;
+    else 0.
 
     Neither content may hold its own closing tag.
     """
@@ -65,7 +76,8 @@ def format_reward(completion: str, example: Mapping[str, Any]) -> float:
 
 
 def accuracy_reward(completion: str, example: Mapping[str, Any]) -> float:
-    """1 if what stands in the completion's first <answer> equals `example["solution"]`, as `same_answer` says; else 0."""
+    """1 if what stands in the completion's first <answer> equals `example["solution"]`, as
+    `same_answer` says; else 0."""
     after = completion.partition("<answer>")[2]
     answer, closed, _ = after.partition("</answer>")
     return float(bool(closed) and same_answer(str(example[SOLUTION]), answer))
@@ -74,10 +86,11 @@ def accuracy_reward(completion: str, example: Mapping[str, Any]) -> float:
 def same_answer(solution: str, answer: str) -> bool:
     """Whether two final answers are equal.
 
-    Where the solution is a multiple-choice letter, alone or with the option's text ("B", "(B)", "B. 12 cm"), the answer's
-    letter decides; an answer without a letter must equal the option's text. Words are compared as words, without regard to
-    case and punctuation. Everything else (numbers, LaTeX, intervals, sets, equations, …) is compared by math-verify, and no
-    account is taken of units.
+    Where the solution is a multiple-choice letter, alone or with the option's text ("B", "(B)", "B.
+    12 cm"), the answer's letter decides; an answer without a letter must equal the option's text.
+    Words are compared as words, without regard to case and punctuation. Everything else (numbers,
+    LaTeX, intervals, sets, equations, …) is compared by math-verify, and no account is taken of
+    units.
 
     It may take for ever ("10^{10^{10}}"): whoever calls it limits its time.
     """
@@ -86,11 +99,14 @@ def same_answer(solution: str, answer: str) -> bool:
         return right["letter"].upper() == chosen["letter"].upper()
     if right:
         return bool(right["text"]) and _same_value(right["text"], answer)
-    return _same_value(solution, answer) or bool(chosen and chosen["text"] and _same_value(solution, chosen["text"]))
+    return _same_value(solution, answer) or bool(
+        chosen and chosen["text"] and _same_value(solution, chosen["text"])
+    )
 
 
-# A letter alone, or marked and followed by the option's text: "A. text", "(A) text", "A: text". What joins several options
-# ("A, C", "(A) or (B)") is no choice. A bare lower-case letter is a variable in a solution; an answer may be careless.
+# A letter alone, or marked and followed by the option's text: "A. text", "(A) text", "A: text".
+# What joins several options ("A, C", "(A) or (B)") is no choice. A bare lower-case letter is a
+# variable in a solution; an answer may be careless.
 _MARKED = r"(?:[)\].:：．、]++\s*+(?!(?i:or|and)\b|[,/&;]|[(\[][A-Za-z][)\]])(?P<text>.*))?"
 _CHOICE = re.compile(rf"[(\[]?(?P<letter>[A-Z]|(?<=\()[a-z](?=\))){_MARKED}", re.DOTALL)
 _ANSWERED_CHOICE = re.compile(
@@ -112,7 +128,9 @@ def _same_value(solution: str, answer: str) -> bool:
     solution, answer = (_without_unit(_to_latex(text)) for text in (solution, answer))
     if words := _words(solution):
         return words == _words(answer)
-    if _DATE.fullmatch(solution) or bool(_RELATION.match(solution)) != bool(_RELATION.match(answer)):
+    if _DATE.fullmatch(solution) or bool(_RELATION.match(solution)) != bool(
+        _RELATION.match(answer)
+    ):
         return False
     # math-verify rounds to six places, 1.6e-19 and 9.1e-31 to 0.
     one, other = _decimal(solution), _decimal(answer)
@@ -127,15 +145,22 @@ _RELATION = re.compile(r"\$?\s*(?:[<>]|\\(?:le|ge|ne|lt|gt|leq|geq|neq)\b)")  # 
 
 def _decimal(text: str) -> float | None:
     """The value of a plain decimal number, 2.5 or 2.5 \\times 10^{-6}."""
-    found = re.fullmatch(r"\$?\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:\s*\\(?:times|cdot)\s*10\^\{?([-+]?\d+)\}?)?\s*\$?", text)
+    found = re.fullmatch(
+        r"\$?\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+))(?:\s*\\(?:times|cdot)\s*10\^\{?([-+]?\d+)\}?)?\s*\$?",
+        text,
+    )
     return float(f"{found[1]}e{found[2] or 0}") if found else None
 
 
 def _without_unit(text: str) -> str:
-    """The number of a number with a unit, "36" of "Area = 36 cm^2" or "36 people"; any other text as it is."""
+    """The number of a number with a unit, "36" of "Area = 36 cm^2" or "36 people"; any other text
+    as it is."""
     found = _QUANTITY.fullmatch(_plain(text))
     words = re.findall(r"[^\W\d_]+", (found and found["unit"]) or "")
-    unit = all(word in _UNITS_OF_ONE_LETTER if len(word) == 1 else not _NO_UNIT.fullmatch(word) for word in words)
+    unit = all(
+        word in _UNITS_OF_ONE_LETTER if len(word) == 1 else not _NO_UNIT.fullmatch(word)
+        for word in words
+    )
     return found["number"] if found and unit else text
 
 
@@ -151,27 +176,54 @@ _NO_UNIT = re.compile(
 
 
 def _words(text: str) -> list[str]:
-    """The words of a text that is nothing but words (their letters would be factors of a product), else none."""
+    """The words of a text that is nothing but words (their letters would be factors of a product),
+    else none."""
     text = _plain(text)
     words = re.findall(r"[^\W\d_]+", text.casefold())
     only_words = re.fullmatch(r"[^\W\d_]+(?:[\s'’,;-]+[^\W\d_]+)*[.!。！]?", text)
-    return words if only_words and any(len(word) > 1 or not word.isascii() for word in words) else []
+    return (
+        words if only_words and any(len(word) > 1 or not word.isascii() for word in words) else []
+    )
 
 
 _SYMBOLS = str.maketrans(
-    {"−": "-", "–": "-", "⁄": "/", "÷": "/", "×": r"\times ", "·": r"\cdot ", "√": r"\sqrt ", "π": r"\pi ", "°": r"^\circ "}
-    | {"∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∠": r"\angle "}
+    {
+        "−": "-",
+        "–": "-",
+        "⁄": "/",
+        "÷": "/",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "√": r"\sqrt ",
+        "π": r"\pi ",
+        "°": r"^\circ ",
+    }
+    | {
+        "∞": r"\infty ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∠": r"\angle ",
+    }
 )
 
 
 def _to_latex(text: str) -> str:
-    """Unicode's fractions, exponents, wide letters and signs, and a programmer's numbers, as math-verify reads them."""
+    """Unicode's fractions, exponents, wide letters and signs, and a programmer's numbers, as
+    math-verify reads them."""
     text = text.replace(r"\$", "")  # a dollar is no delimiter
     text = re.sub(r"(?<![\w.])(\d+(?:\.\d*)?)[eE]([-+]?\d+)(?!\w)", r"\1\\times 10^{\2}", text)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda run: f"^{{{run[0]}}}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda run: f"_{{{run[0]}}}", text)
     text = re.sub(
-        r"[¼-¾⅐-⅞]", lambda sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄")), text
+        r"[¼-¾⅐-⅞]",
+        lambda sign: r"\frac{{{}}}{{{}}}".format(
+            *unicodedata.normalize("NFKC", sign[0]).split("⁄")
+        ),
+        text,
     )
     return unicodedata.normalize("NFKC", text).translate(_SYMBOLS).strip()
 
@@ -179,7 +231,8 @@ def _to_latex(text: str) -> str:
 def _verified(solution: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    # Its own time limits are signals, which a library in C can hold up: the worker's limit is the one that holds.
+    # Its own time limits are signals, which a library in C can hold up: the worker's limit is the
+    # one that holds.
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has none
     expected, found = (parse(_delimited(text), parsing_timeout=0) for text in (solution, answer))
     return verify(expected, found, allow_set_relation_comp=True, timeout_seconds=0)

@@ -1,4 +1,5 @@
-"""Rewards of completions, computed by plain functions in processes that may hang, raise or die without harm to the run."""
+"""Rewards of completions, computed by plain functions in processes that may hang, raise or die
+without harm to the run."""
 
 import contextlib
 import os
@@ -31,8 +32,8 @@ class RewardConfig:
     """One of the functions whose weighted sum is the reward.
 
     Attributes:
-        function: "format", "accuracy" (train/rewards/functions.py), or the import path "package.module:function" of your own:
-            (completion, example) -> float.
+        function: "format", "accuracy" (train/rewards/functions.py), or the import path
+            "package.module:function" of your own: (completion, example) -> float.
         weight: of its value in the sum.
     """
 
@@ -47,7 +48,10 @@ def reward_names(configs: Sequence[RewardConfig]) -> tuple[str, ...]:
     """The functions' names. Raises ValueError if there is none, or one twice."""
     names = tuple(config.function for config in configs)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"rewards: needs at least one function, each of them once, got {', '.join(names) or 'none'}")
+        raise ValueError(
+            "rewards: needs at least one function, each of them once, got"
+            f" {', '.join(names) or 'none'}"
+        )
     return names
 
 
@@ -59,7 +63,8 @@ class RewardTable:
         names: of the R functions.
         values: [N, R] float64, each function's value before its weight; 0 where it failed.
         totals: [N] float64, the weighted sums.
-        failures: for each name how many completions it raised on, took too long for, died of, or gave no number under 1e30 for.
+        failures: for each name how many completions it raised on, took too long for, died of, or
+            gave no number under 1e30 for.
         errors: for each name that failed, what went wrong the first time.
     """
 
@@ -71,10 +76,12 @@ class RewardTable:
 
 
 class Rewards:
-    """A context manager that grades completions in `workers` processes; outside of it there are none.
+    """A context manager that grades completions in `workers` processes; outside of it there are
+    none.
 
-    What a grader leaves behind in its process (caches, a loaded model) is there for the next completion. A grader that takes
-    more than `time_limit` seconds is killed with all that it started, and its process replaced.
+    What a grader leaves behind in its process (caches, a loaded model) is there for the next
+    completion. A grader that takes more than `time_limit` seconds is killed with all that it
+    started, and its process replaced.
 
     Args:
         configs: the functions, in the order of the table's columns.
@@ -82,14 +89,22 @@ class Rewards:
         workers: processes.
 
     Raises:
-        ValueError: for settings out of their range, and, on entering, for a function that cannot be imported.
+        ValueError: for settings out of their range, and, on entering, for a function that cannot be
+            imported.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], *, time_limit: float = 10.0, workers: int = 4):
+    def __init__(
+        self, configs: Sequence[RewardConfig], *, time_limit: float = 10.0, workers: int = 4
+    ):
         names = reward_names(configs)
         if time_limit <= 0 or workers < 1:
-            raise ValueError(f"rewards: needs time_limit > 0 and workers >= 1, got {time_limit} and {workers}")
-        self.names, self._weights = names, np.array([config.weight for config in configs], np.float64)
+            raise ValueError(
+                f"rewards: needs time_limit > 0 and workers >= 1, got {time_limit} and {workers}"
+            )
+        self.names, self._weights = (
+            names,
+            np.array([config.weight for config in configs], np.float64),
+        )
         self._workers = [_Worker(names, time_limit) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
@@ -113,16 +128,23 @@ class Rewards:
         for worker in self._workers:
             worker.kill()
 
-    def __call__(self, completions: Sequence[str], examples: Sequence[Mapping[str, Any]]) -> RewardTable:
-        """Grades each completion with each function; `examples` are their rows of the data, one for each.
+    def __call__(
+        self, completions: Sequence[str], examples: Sequence[Mapping[str, Any]]
+    ) -> RewardTable:
+        """Grades each completion with each function; `examples` are their rows of the data, one for
+        each.
 
         Raises:
-            ValueError: if the two are not equally many, or a row lacks what "accuracy" compares with.
-            RuntimeError: outside of the context; if no process can be started for one that was killed.
+            ValueError: if the two are not equally many, or a row lacks what "accuracy" compares
+                with.
+            RuntimeError: outside of the context; if no process can be started for one that was
+                killed.
         """
         if len(completions) != len(examples):
             raise ValueError(f"{len(completions)} completions with {len(examples)} examples")
-        if "accuracy" in self.names and not all(str(example.get(SOLUTION, "")).strip() for example in examples):
+        if "accuracy" in self.names and not all(
+            str(example.get(SOLUTION, "")).strip() for example in examples
+        ):
             raise ValueError(f'the reward "accuracy" needs {SOLUTION!r} in every example')
         if self._threads is None:
             raise RuntimeError("Rewards grades inside its context: `with Rewards(...) as rewards:`")
@@ -130,7 +152,9 @@ class Rewards:
         tasks = ((column, completions[row], examples[row]) for row, column in cells)
         values = np.zeros((len(completions), len(self.names)))
         failures, errors = dict.fromkeys(self.names, 0), {}
-        for (row, column), (value, error) in zip(cells, self._threads.map(self._grade, tasks), strict=True):
+        for (row, column), (value, error) in zip(
+            cells, self._threads.map(self._grade, tasks), strict=True
+        ):
             values[row, column] = value
             if error is not None:
                 failures[self.names[column]] += 1
@@ -164,15 +188,20 @@ class _Worker:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a grader prints goes to stderr
-                start_new_session=True,  # Ctrl-C is the run's; and all that a grader starts can be killed with it
+                # Ctrl-C is the run's; and all that a grader starts can be killed with it
+                start_new_session=True,
             )
         try:
             self.connection.send((self.names, self.time_limit))
             if not self.connection.poll(START_LIMIT):
-                raise RuntimeError(f"a process for the rewards took more than {START_LIMIT} s to start")
+                raise RuntimeError(
+                    f"a process for the rewards took more than {START_LIMIT} s to start"
+                )
             wrong = self.connection.recv()
         except (EOFError, OSError) as error:
-            raise RuntimeError("a process for the rewards ended while it started: see above for what it wrote") from error
+            raise RuntimeError(
+                "a process for the rewards ended while it started: see above for what it wrote"
+            ) from error
         if wrong is not None:
             raise ValueError(wrong)
 

@@ -1,7 +1,9 @@
-"""The process that grades: reads (function's number, completion, example) from a pipe and writes what it is worth.
+"""The process that grades: reads (function's number, completion, example) from a pipe and writes
+what it is worth.
 
-`python -m train.rewards.worker FD` is started by train.rewards.pool.Rewards, not by a person. It is a process of its own,
-and no child of multiprocessing, which would import the run's main module and with it JAX.
+`python -m train.rewards.worker FD` is started by train.rewards.pool.Rewards, not by a person. It is
+a process of its own, and no child of multiprocessing, which would import the run's main module and
+with it JAX.
 """
 
 import signal
@@ -14,8 +16,9 @@ from train.rewards.functions import load_reward_function
 def main(connection: Connection) -> None:
     """Serves until the other end is closed.
 
-    The first message is (functions, seconds); the answer is None, or what is wrong with a function. Every other message is a
-    completion to grade; the answer is (value, None), or (0, what went wrong).
+    The first message is (functions, seconds); the answer is None, or what is wrong with a function.
+    Every other message is a completion to grade; the answer is (value, None), or (0, what went
+    wrong).
     """
     functions, seconds = connection.recv()
     try:
@@ -29,7 +32,8 @@ def main(connection: Connection) -> None:
             number, completion, example = connection.recv()
         except EOFError:
             return
-        # The other end ends what takes too long. Should it have been killed meanwhile, the kernel does: in 2 x the time.
+        # The other end ends what takes too long. Should it have been killed meanwhile, the kernel
+        # does: in 2 x the time.
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         try:
             answer = (_number(graders[number](completion, example)), None)

@@ -17,11 +17,12 @@ from pvm_jax.config import ModelConfig
 
 
 class TrainCheckpoints:
-    """The steps of one training run: what is trained and the optimizer's state. The data needs no state: a run's batches are
-    numbered, and the step says which one is next.
+    """The steps of one training run: what is trained and the optimizer's state. The data needs no
+    state: a run's batches are numbered, and the step says which one is next.
 
-    Writing goes on in the background; a step that was not finished does not exist. Every step carries the model's
-    config and the identity of the backbone that the run started from, and is restored into no other.
+    Writing goes on in the background; a step that was not finished does not exist. Every step
+    carries the model's config and the identity of the backbone that the run started from, and is
+    restored into no other.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class TrainCheckpoints:
         Args:
             backbone: `backbone_identity` of the parameters that the run starts from.
             keep: this many newest steps stay.
-            best: a metric's name; the step where it was lowest (highest with `maximize`) stays as well.
+            best: a metric's name; the step where it was lowest (highest with `maximize`) stays as
+                well.
 
         Raises:
             OSError: if there can be no directory, or it cannot be written.
@@ -48,18 +50,29 @@ class TrainCheckpoints:
         preserved: list[Any] = [policies.LatestN(keep)]
         if best is not None:
             # BestN keeps the end of the sorted list.
-            preserved.append(policies.BestN(get_metric_fn=lambda metrics: metrics[best], reverse=not maximize, n=1))
+            preserved.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best], reverse=not maximize, n=1
+                )
+            )
         preservation: Any = policies.AnyPreservationPolicy(preserved)
         self._best = best
         model = {key: value for key, value in config.to_hf().items() if key != "dtype"}
         self._run = {"model": model, "backbone": backbone}
         self.directory = Path(directory).absolute()
-        if self.directory.exists() and not (self.directory.is_dir() and os.access(self.directory, os.W_OK)):
-            raise OSError(f"{self.directory} is no directory that can be written: a run's steps go there")
+        if self.directory.exists() and not (
+            self.directory.is_dir() and os.access(self.directory, os.W_OK)
+        ):
+            raise OSError(
+                f"{self.directory} is no directory that can be written: a run's steps go there"
+            )
         context = orbax_context()
-        # Otherwise a directory that cannot be made leaves threads that keep the process for five minutes.
+        # Otherwise a directory that cannot be made leaves threads that keep the process for five
+        # minutes.
         context.asynchronous.create_directories_asynchronously = False
-        context.array.saving.use_compression = False  # saves a tenth of the bytes, costs twice the processor time of all else
+        context.array.saving.use_compression = (
+            False  # saves a tenth of the bytes, costs twice the processor time of all else
+        )
         self._steps = ocp.training.Checkpointer(
             str(self.directory),
             context=context,
@@ -89,30 +102,41 @@ class TrainCheckpoints:
             CheckpointError: if this save, or the one before it in the background, failed.
         """
         if self._best is not None and self._best not in (metrics or {}):
-            raise ValueError(f"step {step}: the metric {self._best!r} decides which step is best, but was not given")
+            raise ValueError(
+                f"step {step}: the metric {self._best!r} decides which step is best, but was not"
+                " given"
+            )
         with self._explaining_failed_saves():
             self._steps.wait()
             self._last = step
             if jax.default_backend() == "cpu":
-                # Orbax reads a CPU's arrays where they are: a step that wants to reuse their memory would wait for the writing.
+                # Orbax reads a CPU's arrays where they are: a step that wants to reuse their memory
+                # would wait for the writing.
                 state = jax.tree.map(jnp.copy, state)
             self._steps.save_checkpointables_async(
                 step,
                 {"state": state},
                 force=True,
-                metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
+                metrics=(
+                    None
+                    if metrics is None
+                    else {name: float(value) for name, value in metrics.items()}
+                ),
                 custom_metadata=self._run,
             )
 
     def restore(self, abstract: Any, step: int | None = None) -> Any:
-        """The state of `step` (None: the latest) in the shardings of `abstract`, whatever mesh and processes wrote it.
+        """The state of `step` (None: the latest) in the shardings of `abstract`, whatever mesh and
+        processes wrote it.
 
         Args:
-            abstract: the state's tree with `jax.ShapeDtypeStruct(shape, dtype, sharding=...)` leaves.
+            abstract: the state's tree with `jax.ShapeDtypeStruct(shape, dtype, sharding=...)`
+                leaves.
 
         Raises:
             FileNotFoundError: if there is no such step.
-            CheckpointError: if the step is another model's or another backbone's, or cannot be read.
+            CheckpointError: if the step is another model's or another backbone's, or cannot be
+                read.
         """
         step = self.latest if step is None else step
         if step is None or step not in self.steps:
@@ -124,8 +148,9 @@ class TrainCheckpoints:
         for key, mine in self._run.items():
             if saved.get(key) != mine:
                 raise CheckpointError(
-                    f"{self.directory}: step {step} was saved with another {key}: {_difference(saved.get(key), mine)}. "
-                    "Continue the run with what it began with, or give another --run_dir"
+                    f"{self.directory}: step {step} was saved with another {key}:"
+                    f" {_difference(saved.get(key), mine)}. Continue the run with what it began"
+                    " with, or give another --run_dir"
                 )
         with self._explaining_unreadable(step):
             return self._steps.load_checkpointables(step, {"state": abstract})["state"]
@@ -151,12 +176,16 @@ class TrainCheckpoints:
             yield
         except Exception as error:  # whatever the layers below say about a disk
             # Orbax has forgotten the steps that this save was to replace; they are still there.
-            there = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+            there = (
+                [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+            )
             whole = max((int(name) for name in there if name.isdigit()), default=None)
-            then = "starts anew" if whole is None else f"continues from step {whole}, which is whole"
+            then = (
+                "starts anew" if whole is None else f"continues from step {whole}, which is whole"
+            )
             raise CheckpointError(
-                f"{self.directory}: step {self._last} could not be written: {reason_of(error)}. Make room there, or the "
-                f"directory writable: the same command then {then}"
+                f"{self.directory}: step {self._last} could not be written: {reason_of(error)}."
+                f" Make room there, or the directory writable: the same command then {then}"
             ) from error
 
     @contextmanager
@@ -167,8 +196,9 @@ class TrainCheckpoints:
             before = [other for other in self.steps if other < step]
             then = f"continues from step {before[-1]}" if before else "starts anew"
             raise CheckpointError(
-                f"{self.directory / str(step)} cannot be restored: {reason_of(error)}. It is another run's, or its files are "
-                f"damaged; if so, remove this directory: the same command then {then}"
+                f"{self.directory / str(step)} cannot be restored: {reason_of(error)}. It is"
+                " another run's, or its files are damaged; if so, remove this directory: the same"
+                f" command then {then}"
             ) from error
 
 
@@ -177,4 +207,8 @@ def _difference(saved: Any, mine: Any) -> str:
     if not (isinstance(saved, dict) and isinstance(mine, dict)):
         return f"{saved}, now {mine}"
     old, new = (traverse_util.flatten_dict(values, sep=".") for values in (saved, mine))
-    return ", ".join(f"{key} {old.get(key)}, now {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key))
+    return ", ".join(
+        f"{key} {old.get(key)}, now {new.get(key)}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    )

@@ -14,10 +14,12 @@ from train.config import DistributedConfig
 
 @contextmanager
 def joined(config: DistributedConfig) -> Iterator[None]:
-    """Makes this process one of the run's, for the block; to be entered before anything touches a device.
+    """Makes this process one of the run's, for the block; to be entered before anything touches a
+    device.
 
-    A process whose block fails ends at once, with its traceback: it would otherwise wait in vain for the others, who wait for
-    it inside a step. They are ended by JAX, which misses it within 100 s (at once if it was process 0).
+    A process whose block fails ends at once, with its traceback: it would otherwise wait in vain
+    for the others, who wait for it inside a step. They are ended by JAX, which misses it within 100
+    s (at once if it was process 0).
 
     Raises:
         RuntimeError: if JAX has started on its devices already.
@@ -36,14 +38,19 @@ def joined(config: DistributedConfig) -> Iterator[None]:
 
 
 def join(config: DistributedConfig) -> None:
-    """Starts jax.distributed where the run has other processes: those that `config` or the cluster's own means name.
+    """Starts jax.distributed where the run has other processes: those that `config` or the
+    cluster's own means name.
 
-    TPU slices, SLURM (a process for each GPU, as srun starts them), Open MPI and Kubernetes jobs are found by JAX. A process
-    that waits longer than `config.timeout` for the others ends with a message that says for whom.
+    TPU slices, SLURM (a process for each GPU, as srun starts them), Open MPI and Kubernetes jobs
+    are found by JAX. A process that waits longer than `config.timeout` for the others ends with a
+    message that says for whom.
     """
-    # It would keep SIGTERM from ending a process that has not begun to train; preemption.py is told by Python.
+    # It would keep SIGTERM from ending a process that has not begun to train; preemption.py is told
+    # by Python.
     jax.config.update("jax_enable_preemption_service", False)
-    if config.num_processes == 1 or (config.num_processes is None and os.environ.get("SLURM_NTASKS") == "1"):
+    if config.num_processes == 1 or (
+        config.num_processes is None and os.environ.get("SLURM_NTASKS") == "1"
+    ):
         return  # JAX would give a lone SLURM task one of its GPUs
     where = f"at {config.coordinator_address}" if config.coordinator_address else "of this cluster"
     with _time_limit(config, where):
@@ -61,8 +68,9 @@ def join(config: DistributedConfig) -> None:
         except ValueError as error:
             if "coordinator_address should be defined" not in str(error):
                 raise ValueError(
-                    f"the processes of this cluster could not be found ({error}): give distributed.coordinator_address, "
-                    "distributed.num_processes and distributed.process_id, or distributed.num_processes 1"
+                    f"the processes of this cluster could not be found ({error}): give"
+                    " distributed.coordinator_address, distributed.num_processes and"
+                    " distributed.process_id, or distributed.num_processes 1"
                 ) from error
             # No cluster, no coordinator: this process is alone.
 
@@ -72,13 +80,19 @@ _FOREVER = 7 * 24 * 3600  # s
 
 @contextmanager
 def _time_limit(config: DistributedConfig, where: str) -> Iterator[None]:
-    """Ends the process after `config.timeout`: JAX's own limit aborts it without a word about who was missing."""
+    """Ends the process after `config.timeout`: JAX's own limit aborts it without a word about who
+    was missing."""
 
     def end() -> None:
-        who = "this process" if config.process_id is None else f"process {config.process_id} of {config.num_processes}"
+        who = (
+            "this process"
+            if config.process_id is None
+            else f"process {config.process_id} of {config.num_processes}"
+        )
         print(
-            f"distributed: {who} waited {config.timeout} s (distributed.timeout) for the other processes {where}. Start "
-            "the same command on every host, each with its own process_id; all must reach the coordinator, which is process 0",
+            f"distributed: {who} waited {config.timeout} s (distributed.timeout) for the other"
+            f" processes {where}. Start the same command on every host, each with its own"
+            " process_id; all must reach the coordinator, which is process 0",
             file=sys.stderr,
             flush=True,
         )

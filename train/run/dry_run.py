@@ -31,7 +31,10 @@ def dry_run(config: RunConfig, recipe: Recipe) -> None:
     with jax.set_mesh(mesh):
         work = recipe.prepare(config, mesh)
         program = work.program
-        console.print(f"mesh: {dict(mesh.shape)} of {jax.device_count()} x {jax.devices()[0].device_kind}", markup=False)
+        console.print(
+            f"mesh: {dict(mesh.shape)} of {jax.device_count()} x {jax.devices()[0].device_kind}",
+            markup=False,
+        )
         console.print(work.data.report, markup=False)
         for title, tree in (
             ("trained", program.state.params),
@@ -47,19 +50,31 @@ def memory_of(compiled: jax.stages.Compiled) -> str:
     sizes = compiled.memory_analysis()
     assert sizes is not None
     held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    text = f"a device holds {held / 2**30:.2f} GiB, and {sizes.temp_size_in_bytes / 2**30:.2f} GiB more within a step"
+    text = (
+        f"a device holds {held / 2**30:.2f} GiB, and {sizes.temp_size_in_bytes / 2**30:.2f} GiB"
+        " more within a step"
+    )
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return text if limit is None else f"{text}, of {limit / 2**30:.2f} GiB"
 
 
 def shardings_table(title: str, tree: Any) -> Table:
-    """The largest arrays of `tree`: shape, dtype, the mesh axes that split each of their axes, MiB a device; and their sum."""
+    """The largest arrays of `tree`: shape, dtype, the mesh axes that split each of their axes, MiB
+    a device; and their sum."""
     leaves = sorted(by_path(tree).items(), key=lambda item: -device_bytes(item[1]))
     table = Table(title=title)
     for column in ("array", "shape", "dtype", "split over", "MiB a device"):
-        table.add_column(column, justify="right" if column.startswith("MiB") else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if column.startswith("MiB") else "left", overflow="fold"
+        )
     for path, leaf in leaves[:_LARGEST]:
-        table.add_row(path, str(leaf.shape), str(leaf.dtype), _axes(leaf), f"{device_bytes(leaf) / 2**20:,.2f}")
+        table.add_row(
+            path,
+            str(leaf.shape),
+            str(leaf.dtype),
+            _axes(leaf),
+            f"{device_bytes(leaf) / 2**20:,.2f}",
+        )
     total = sum(device_bytes(leaf) for _, leaf in leaves)
     table.add_row(f"all {len(leaves)}", "", "", "", f"{total / 2**20:,.2f}")
     return table
@@ -67,6 +82,8 @@ def shardings_table(title: str, tree: Any) -> Table:
 
 def _axes(leaf: Any) -> str:
     """The mesh axes of each axis: `- data+fsdp` for an array whose second axis alone is split."""
-    spec = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in leaf.sharding.spec]
+    spec = [
+        axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in leaf.sharding.spec
+    ]
     spec += [()] * (leaf.ndim - len(spec))
     return " ".join("+".join(axes) or "-" for axes in spec)

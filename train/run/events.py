@@ -1,6 +1,8 @@
-"""TensorBoard's event files, written by whoever logs: what was flushed outlives the process, and a full disk is an error.
+"""TensorBoard's event files, written by whoever logs: what was flushed outlives the process, and a
+full disk is an error.
 
-(tensorboardX's own SummaryWriter writes from a thread, minutes later: a killed run loses them, a full disk blocks the run.)
+(tensorboardX's own SummaryWriter writes from a thread, minutes later: a killed run loses them, a
+full disk blocks the run.)
 """
 
 import struct
@@ -19,7 +21,8 @@ _protos: Any = event_pb2  # its classes are made while it is imported
 
 
 class EventWriter:
-    """One event file of a directory; what older files say of step `start` and later is hidden by TensorBoard."""
+    """One event file of a directory; what older files say of step `start` and later is hidden by
+    TensorBoard."""
 
     def __init__(self, directory: Path, *, start: int):
         """Makes `directory` where it is missing, and the file in it.
@@ -68,13 +71,14 @@ class EventWriter:
             yield
         except OSError as error:
             raise OSError(
-                f"{self._directory} cannot be written ({error}): free space there; the same command then continues from the "
-                "last step checkpoint"
+                f"{self._directory} cannot be written ({error}): free space there; the same command"
+                " then continues from the last step checkpoint"
             ) from error
 
 
 def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
-    """{tag: [(step, value), ...]} of all event files in `directory`, in the order in which they were written.
+    """{tag: [(step, value), ...]} of all event files in `directory`, in the order in which they
+    were written.
 
     A scalar's value is a float, a text's its string, an image's the bytes of its PNG.
     """
@@ -86,7 +90,8 @@ def read_values(directory: Path) -> dict[str, list[tuple[int, Any]]]:
 
 
 def read_starts(directory: Path) -> list[int]:
-    """The steps at which the processes that wrote into `directory` began or went on, in their order."""
+    """The steps at which the processes that wrote into `directory` began or went on, in their
+    order."""
     return [event.step for event in _events(directory) if event.HasField("session_log")]
 
 
@@ -97,7 +102,9 @@ def _events(directory: Path) -> Iterator[Any]:
             (length,) = struct.unpack_from("<Q", content, place)
             if place + length + 16 > len(content):
                 break  # its writer was killed
-            yield _protos.Event.FromString(content[place + 12 : place + 12 + length])  # a checksum before and after it
+            yield _protos.Event.FromString(
+                content[place + 12 : place + 12 + length]
+            )  # a checksum before and after it
             place += length + 16
 
 

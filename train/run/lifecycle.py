@@ -1,5 +1,5 @@
-"""A training run from checkpoint to result, whatever its steps are: claim the directory, load, go on after an interruption,
-train, write the result."""
+"""A training run from checkpoint to result, whatever its steps are: claim the directory, load, go
+on after an interruption, train, write the result."""
 
 import json
 import os
@@ -30,7 +30,12 @@ from train.step.program import Program
 from train.step.state import TrainState, split_model
 
 # What a run writes, by what trains.
-RESULTS: dict[Trainable, str] = {"pvm": "branch", "lora": "lora", "decoder": "model", "all": "model"}
+RESULTS: dict[Trainable, str] = {
+    "pvm": "branch",
+    "lora": "lora",
+    "decoder": "model",
+    "all": "model",
+}
 
 SIZES = "sizes.npy"
 """The lengths of the run's examples, in its directory."""
@@ -90,7 +95,8 @@ class Prepared:
 
 
 StepDone = Callable[[int, TrainState], bool]
-"""(step, state after it) -> whether the run stops here. Every step ends with it; it writes the step checkpoints."""
+"""(step, state after it) -> whether the run stops here. Every step ends with it; it writes the step
+checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class Recipe:
 
     Attributes:
         prepare: (config, mesh, sizes_file=a path in `run_dir`) -> Prepared; runs before any step.
-        train: (prepared, log, step_done) -> the state after the last step, or where the run was stopped.
+        train: (prepared, log, step_done) -> the state after the last step, or where the run was
+            stopped.
         dry_steps: (prepared, console): a few steps, and prints what they took and gave.
         log_options: further arguments of `RunLog`.
     """
@@ -123,12 +130,16 @@ def run(config: RunConfig, recipe: Recipe) -> None:
     result = run_dir / RESULTS[config.trainable]
     _claim(run_dir, config)
     if result.exists():
-        raise FileExistsError(f"{result} exists: this run is finished; give another --run_dir to train again")
+        raise FileExistsError(
+            f"{result} exists: this run is finished; give another --run_dir to train again"
+        )
     with jax.set_mesh(mesh):
         work = recipe.prepare(config, mesh, sizes_file=run_dir / SIZES)
         with (
             stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
-            TrainCheckpoints(run_dir / "steps", work.model_config, work.identity, keep=config.keep) as checkpoints,
+            TrainCheckpoints(
+                run_dir / "steps", work.model_config, work.identity, keep=config.keep
+            ) as checkpoints,
         ):
             if checkpoints.latest is not None:
                 work = replace(work, state=None)  # gives its memory back
@@ -143,13 +154,22 @@ def run(config: RunConfig, recipe: Recipe) -> None:
                 examples=work.data.examples,
                 **recipe.log_options,
             ) as log:
-                log.print(f"{jax.device_count()} devices in {jax.process_count()} processes, mesh {dict(mesh.shape)}")
+                log.print(
+                    f"{jax.device_count()} devices in {jax.process_count()} processes, mesh"
+                    f" {dict(mesh.shape)}"
+                )
                 log.print(work.data.report)
 
                 def step_done(step: int, state: TrainState) -> bool:
                     stopping = stop_requested()
-                    if stopping or step + 1 == work.total or (step + 1) % config.checkpoint_every == 0:
-                        log.flush()  # raises before a checkpoint could keep what comes after a step that was not finite
+                    if (
+                        stopping
+                        or step + 1 == work.total
+                        or (step + 1) % config.checkpoint_every == 0
+                    ):
+                        # raises before a checkpoint could keep what comes after a step that was not
+                        # finite
+                        log.flush()
                         with log.phase("checkpoint", step):
                             checkpoints.save(step + 1, state)
                     return stopping
@@ -169,30 +189,42 @@ def load_model(config: RunConfig, mesh: Mesh) -> Qwen3VL:
         FileNotFoundError, CheckpointError: as `pvm_jax.load`.
     """
     model = load(config.checkpoint, mesh=mesh, branch=config.branch)
-    return add_lora(model, config.lora, mesh=mesh, seed=config.seed) if config.trainable == "lora" else model
+    return (
+        add_lora(model, config.lora, mesh=mesh, seed=config.seed)
+        if config.trainable == "lora"
+        else model
+    )
 
 
 def export(config: RunConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
-    """Writes what was trained: branch or adapter alone (float32), or the whole model in the dtype of its checkpoint."""
+    """Writes what was trained: branch or adapter alone (float32), or the whole model in the dtype
+    of its checkpoint."""
     if config.trainable in ("pvm", "lora"):
         (save_branch if config.trainable == "pvm" else save_lora)(path, model)
         return
     # What did not train is read again: the run may have held it in fewer bits.
-    graphdef, stored, frozen = split_model(load(config.checkpoint, mesh=mesh, branch=config.branch), config.trainable)
+    graphdef, stored, frozen = split_model(
+        load(config.checkpoint, mesh=mesh, branch=config.branch), config.trainable
+    )
     _, trained, _ = split_model(model, config.trainable)
-    params = jax.tree.map(lambda x, stored: x.astype(stored.dtype), nnx.as_pure(trained), nnx.as_pure(stored))
+    params = jax.tree.map(
+        lambda x, stored: x.astype(stored.dtype), nnx.as_pure(trained), nnx.as_pure(stored)
+    )
     save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=config.checkpoint)
 
 
 def _claim(run_dir: Path, config: Any) -> None:
-    """Notes in `run_dir` what the run computes; refuses to go on with another run that got as far as its steps there.
+    """Notes in `run_dir` what the run computes; refuses to go on with another run that got as far
+    as its steps there.
 
     Raises:
         OSError: if `run_dir` cannot be written, or is not the same directory for all processes.
         ValueError: if it holds another run.
     """
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
-    mine["data"] = {key: value for key, value in mine["data"].items() if key not in ("threads", "prefetch")}
+    mine["data"] = {
+        key: value for key, value in mine["data"].items() if key not in ("threads", "prefetch")
+    }
     mine["data"]["bytes"] = [stored_bytes(source.path) for source in config.data.mixture]
     note, aside = run_dir / "run.json", run_dir / ".run.json.partial"
 
@@ -200,23 +232,29 @@ def _claim(run_dir: Path, config: Any) -> None:
         other = json.loads(note.read_text())
         return [key for key in mine if mine[key] != other.get(key)]
 
-    # A start that failed, for a typo in a path say, has left nothing but its note and the sizes of its data.
-    if jax.process_index() == 0 and (not note.exists() or (not (run_dir / "steps").exists() and changed())):
+    # A start that failed, for a typo in a path say, has left nothing but its note and the sizes of
+    # its data.
+    if jax.process_index() == 0 and (
+        not note.exists() or (not (run_dir / "steps").exists() and changed())
+    ):
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / SIZES).unlink(missing_ok=True)
             aside.write_text(json.dumps(mine, indent=2) + "\n")
             os.replace(aside, note)
         except OSError as error:
-            raise OSError(f"run_dir {run_dir} cannot be written ({error}): give another --run_dir, or free space") from error
+            raise OSError(
+                f"run_dir {run_dir} cannot be written ({error}): give another --run_dir, or free"
+                " space"
+            ) from error
     sync_global_devices(f"claimed {run_dir}")
     if not note.exists():
         raise FileNotFoundError(
-            f"{note}: process 0 wrote it, process {jax.process_index()} does not see it: run_dir must be on a file system that "
-            "all hosts share"
+            f"{note}: process 0 wrote it, process {jax.process_index()} does not see it: run_dir"
+            " must be on a file system that all hosts share"
         )
     if other := changed():
         raise ValueError(
-            f"{run_dir} holds a run with another {', '.join(other)} (see {note}): continue it with the same values, "
-            "or give another --run_dir"
+            f"{run_dir} holds a run with another {', '.join(other)} (see {note}): continue it with"
+            " the same values, or give another --run_dir"
         )

@@ -22,7 +22,8 @@ _MOST_SKIPS = 10
 
 
 class RunLog:
-    """Collects the metrics of steps on the device and reads them `every` steps, so that no step waits for the log.
+    """Collects the metrics of steps on the device and reads them `every` steps, so that no step
+    waits for the log.
 
     Process 0 writes; the others only look for values that are not finite.
     """
@@ -40,14 +41,19 @@ class RunLog:
         headline: Mapping[str, str] = MappingProxyType(HEADLINE),
         apart: Sequence[str] = (),
     ):
-        """Args:
-        peak: FLOP/s of all devices together; None where unknown (no MFU is logged then).
-        not_finite: whether a step whose loss or gradient is not finite ends the run, or is reported.
-        examples: step -> the names of what each row of its batch holds, for that report.
-        headline: metrics that the line of progress shows, each with how it is written.
-        apart: phases of a step whose time is no part of the speed, since nothing is trained in it.
+        """Args: peak: FLOP/s of all devices together; None where unknown (no MFU is logged then).
+        not_finite: whether a step whose loss or gradient is not finite ends the run, or is
+        reported. examples: step -> the names of what each row of its batch holds, for that report.
+        headline: metrics that the line of progress shows, each with how it is written. apart:
+        phases of a step whose time is no part of the speed, since nothing is trained in it.
         """
-        self.total, self.every, self.peak, self.not_finite, self.examples = total, every, peak, not_finite, examples
+        self.total, self.every, self.peak, self.not_finite, self.examples = (
+            total,
+            every,
+            peak,
+            not_finite,
+            examples,
+        )
         self._headline, self._apart = headline, apart
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
         self._writer = EventWriter(directory, start=start) if jax.process_index() == 0 else None
@@ -85,8 +91,8 @@ class RunLog:
         self.console.print(message, markup=False)
 
     def add(self, step: int, metrics: Mapping[str, Any], *, timed: bool = True) -> None:
-        """Takes the metrics of step `step` (from 0); reads them when enough have come, or at once, without a speed, unless
-        `timed` (the step had to be compiled)."""
+        """Takes the metrics of step `step` (from 0); reads them when enough have come, or at once,
+        without a speed, unless `timed` (the step had to be compiled)."""
         self._pending.append((step, metrics))
         if not timed or (step + 1) % self.every == 0:
             self.flush(timed=timed)
@@ -106,8 +112,8 @@ class RunLog:
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Times what the run does besides its steps, as time/`name`: of step `step`, and then left out of the steps' speed,
-        or, with None, as a part of every step, per step."""
+        """Times what the run does besides its steps, as time/`name`: of step `step`, and then left
+        out of the steps' speed, or, with None, as a part of every step, per step."""
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
@@ -123,27 +129,41 @@ class RunLog:
         self._phases.clear()
 
     def flush(self, *, timed: bool = True) -> None:
-        """Waits for the pending steps and writes them, with their speed unless `timed` is False (a compilation).
+        """Waits for the pending steps and writes them, with their speed unless `timed` is False (a
+        compilation).
 
         Raises:
-            FloatingPointError: if a loss or gradient norm is not finite; where such steps are skipped, if ten in a row were.
+            FloatingPointError: if a loss or gradient norm is not finite; where such steps are
+                skipped, if ten in a row were.
         """
         if not self._pending:
             return
         values = jax.device_get([metrics for _, metrics in self._pending])
         seconds = time.perf_counter() - self._started
         for (step, _), metrics in zip(self._pending, values, strict=True):
-            self.scalars(step, {name if "/" in name else f"train/{name}": value for name, value in metrics.items()})
+            self.scalars(
+                step,
+                {
+                    name if "/" in name else f"train/{name}": value
+                    for name, value in metrics.items()
+                },
+            )
             self._check(step, metrics)
         if timed and self._writer:
             training = seconds - sum(self._phases.get(name, 0) for name in self._apart)
-            speed = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / training}
+            speed = {
+                "tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / training
+            }
             if self.peak:
-                speed["mfu"] = sum(float(metrics["flops"]) for metrics in values) / training / self.peak
+                speed["mfu"] = (
+                    sum(float(metrics["flops"]) for metrics in values) / training / self.peak
+                )
             times = {"step": seconds} | self._phases
             last = self._pending[-1][0]
             self.scalars(last, {f"train/{name}": value for name, value in speed.items()})
-            self.scalars(last, {f"time/{name}": value / len(values) for name, value in times.items()})
+            self.scalars(
+                last, {f"time/{name}": value / len(values) for name, value in times.items()}
+            )
             self._report(last + 1, values[-1] | speed, seconds / len(values))
         if self._writer:
             self._writer.flush()
@@ -156,19 +176,26 @@ class RunLog:
             return
         self._skipped_in_a_row += 1
         names = "; ".join(", ".join(row) for row in self.examples(step))
-        what = f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite. Its examples: {names}"
+        what = (
+            f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not"
+            f" finite. Its examples: {names}"
+        )
         if self.not_finite == "stop":
             raise FloatingPointError(
-                f"{what}. The last step checkpoint is from before it: lower optimizer.learning_rate, look at these examples, "
-                "or set not_finite to skip"
+                f"{what}. The last step checkpoint is from before it: lower"
+                " optimizer.learning_rate, look at these examples, or set not_finite to skip"
             )
         self.print(f"skipped {what}")
         if self._skipped_in_a_row == _MOST_SKIPS:
-            raise FloatingPointError(f"the last {_MOST_SKIPS} steps were not finite: the run cannot recover. {what}")
+            raise FloatingPointError(
+                f"the last {_MOST_SKIPS} steps were not finite: the run cannot recover. {what}"
+            )
 
     def _report(self, done: int, values: Mapping[str, Any], seconds_per_step: float) -> None:
         line = "  ".join(written.format(values[name]) for name, written in self._headline.items())
-        line += "".join(f"  {name} {value:+.4f}" for name, value in values.items() if name.startswith("gate/"))
+        line += "".join(
+            f"  {name} {value:+.4f}" for name, value in values.items() if name.startswith("gate/")
+        )
         line += f"  {values['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in values:
             line += f"  MFU {values['mfu']:.1%}"

@@ -1,6 +1,8 @@
-"""What a run does when it is told to end: SIGTERM, which clusters send before they take a machine away, and Ctrl-C.
+"""What a run does when it is told to end: SIGTERM, which clusters send before they take a machine
+away, and Ctrl-C.
 
-All processes of a run stop after the same step, with a checkpoint, and the same command goes on from there.
+All processes of a run stop after the same step, with a checkpoint, and the same command goes on
+from there.
 """
 
 import signal
@@ -15,14 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 @contextmanager
 def stop_requests(mesh: Mesh) -> Iterator[Callable[[], bool]]:
-    """Listens to SIGTERM and Ctrl-C for the block. Yields what all processes call once a step: was the run asked to end?
+    """Listens to SIGTERM and Ctrl-C for the block. Yields what all processes call once a step: was
+    the run asked to end?
 
-    A second Ctrl-C ends the process at once.
-    With several processes the answer is whether any of them had been told at the call before, the same for all: a flag of
-    each travels through the devices behind the step that was given to them, so that nobody waits for it.
+    A second Ctrl-C ends the process at once. With several processes the answer is whether any of
+    them had been told at the call before, the same for all: a flag of each travels through the
+    devices behind the step that was given to them, so that nobody waits for it.
     """
     requests: list[int] = []
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
 
     def request(number: int, _: Any) -> None:
         requests.append(number)

@@ -9,7 +9,8 @@ from pvm_jax.data.messages import Messages, parse
 
 
 class Sample(NamedTuple):
-    """One generated answer: the question, its images as one ([H, W, 3] uint8), what was and what should be said."""
+    """One generated answer: the question, its images as one ([H, W, 3] uint8), what was and what
+    should be said."""
 
     question: str
     image: np.ndarray | None
@@ -25,16 +26,26 @@ class Sample(NamedTuple):
 def text_of(messages: Messages) -> str:
     """The text parts of all messages."""
     contents = [message.get("content") or [] for message in messages]
-    parts = [[{"type": "text", "text": content}] if isinstance(content, str) else content for content in contents]
-    return "\n\n".join(part["text"] for content in parts for part in content if part["type"] == "text")
+    parts = [
+        [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for content in contents
+    ]
+    return "\n\n".join(
+        part["text"] for content in parts for part in content if part["type"] == "text"
+    )
 
 
 def images_of(messages: Messages) -> np.ndarray | None:
-    """All images, then each video's first frame, one beside the other: [H, W, 3] uint8; None where there is none."""
+    """All images, then each video's first frame, one beside the other: [H, W, 3] uint8; None where
+    there is none."""
     conversation = parse(messages, ())
-    sources = [source for _, source in conversation.images] + [video.frames[0] for _, video in conversation.videos]
+    sources = [source for _, source in conversation.images] + [
+        video.frames[0] for _, video in conversation.videos
+    ]
     if not sources:
         return None
     images = [np.asarray(read_image(source)) for source in sources]
     height = max(map(len, images))
-    return np.concatenate([np.pad(image, ((0, height - len(image)), (0, 0), (0, 0))) for image in images], axis=1)
+    return np.concatenate(
+        [np.pad(image, ((0, height - len(image)), (0, 0), (0, 0))) for image in images], axis=1
+    )

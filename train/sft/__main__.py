@@ -1,4 +1,7 @@
-"""Supervised fine-tuning of the PVM branch, LoRA adapters, the decoder or everything: `python -m train.sft --config FILE`."""
+"""Supervised fine-tuning: `python -m train.sft --config FILE`.
+
+Trains the PVM branch, LoRA adapters, the decoder or everything.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +13,8 @@ from train.sft.loop import RECIPE
 EXAMPLES = """
 examples:
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml
-  python -m train.sft --config configs/sft_qwen3_vl_8b.yaml --optimizer.learning_rate 2e-5 --run_dir runs/slow
+  python -m train.sft --config configs/sft_qwen3_vl_8b.yaml \\
+      --optimizer.learning_rate 2e-5 --run_dir runs/slow
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --trainable decoder --mesh.tensor 4
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --dry-run
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --print_config
@@ -20,7 +24,14 @@ A run that was stopped continues from its last checkpoint when the same command 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses `argv` (default: the command line) and runs the training."""
-    entry.main(SFTConfig, RECIPE, argv, prog="python -m train.sft", description=__doc__ or "", examples=EXAMPLES)
+    entry.main(
+        SFTConfig,
+        RECIPE,
+        argv,
+        prog="python -m train.sft",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+    )
 
 
 if __name__ == "__main__":

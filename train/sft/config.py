@@ -11,9 +11,10 @@ class HeldOutConfig:
 
     Attributes:
         sources: as data.sources.
-        every: steps between two measurements; the first is before step 0, the last after the last step.
-        samples: conversations whose answers are generated and written to TensorBoard: the first of the first source that fit a
-            bucket.
+        every: steps between two measurements; the first is before step 0, the last after the last
+            step.
+        samples: conversations whose answers are generated and written to TensorBoard: the first of
+            the first source that fit a bucket.
         max_new_tokens: of each of these answers.
     """
 
@@ -24,7 +25,9 @@ class HeldOutConfig:
 
     def __post_init__(self):
         if not self.sources or self.every < 1 or self.samples < 0 or self.max_new_tokens < 1:
-            raise ValueError("held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1")
+            raise ValueError(
+                "held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class SFTConfig(RunConfig):
 
     Attributes:
         data: the training examples.
-        batch_size: rows of one optimizer step, over all devices; a row is one example, or several with data.packing.
+        batch_size: rows of one optimizer step, over all devices; a row is one example, or several
+            with data.packing.
         held_out: what is measured while the run goes on; nothing by default.
     """
 
@@ -47,4 +51,7 @@ class SFTConfig(RunConfig):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}")
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of accumulation"
+                f" {self.accumulation}"
+            )

@@ -1,4 +1,5 @@
-"""What a run measures on conversations that it does not train on: loss, the branch's share, sample answers."""
+"""What a run measures on conversations that it does not train on: loss, the branch's share, sample
+answers."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,8 @@ from train.step.state import Metrics, TrainState
 
 
 class HeldOut:
-    """Held-out conversations, measured in the same shapes and on the same mesh as those that train."""
+    """Held-out conversations, measured in the same shapes and on the same mesh as those that
+    train."""
 
     def __init__(
         self,
@@ -58,7 +60,8 @@ class HeldOut:
         self._stop_tokens = read_stop_tokens(config.checkpoint)
 
     def write(self, log: RunLog, step: int, state: TrainState, frozen: Any) -> None:
-        """Measures what `step` steps made of the parameters: TensorBoard, and a line on the console."""
+        """Measures what `step` steps made of the parameters: TensorBoard, and a line on the
+        console."""
         with log.phase("held_out", step):
             values = self.measure(state, frozen)
             log.scalars(step, values)
@@ -67,7 +70,8 @@ class HeldOut:
                 log.sample(step, f"sample/{number}", sample.markdown, sample.image)
 
     def measure(self, state: TrainState, frozen: Any) -> dict[str, float]:
-        """Means over the answers' tokens: held_out/loss, and update_share/l of each branch (`make_measurement`)."""
+        """Means over the answers' tokens: held_out/loss, and update_share/l of each branch
+        (`make_measurement`)."""
         sums: dict[str, float] = {}
         for rows in self._data.iterator(0, self._threads, self._prefetch):
             batch = place_rows(rows, self._program.batch_sharding, self._rows)
@@ -89,33 +93,49 @@ class HeldOut:
         whole, mine = Batch.from_hf(arrays, self._model_config), local_rows(sharding, rows)
         batch = place_rows(jax.tree.map(lambda x: x[mine], whole), sharding, rows)
         generation = generate(
-            model, batch, max_new_tokens=self.config.max_new_tokens, temperature=0.0, stop_tokens=self._stop_tokens
+            model,
+            batch,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=0.0,
+            stop_tokens=self._stop_tokens,
         )
-        tokens, lengths = multihost_utils.process_allgather((generation.tokens, generation.lengths), tiled=True)
-        answers = [self._processor.decode(tokens[row, : lengths[row]]) for row in range(len(prompts))]
+        tokens, lengths = multihost_utils.process_allgather(
+            (generation.tokens, generation.lengths), tiled=True
+        )
+        answers = [
+            self._processor.decode(tokens[row, : lengths[row]]) for row in range(len(prompts))
+        ]
         return [
             Sample(text_of(prompt), images_of(prompt), answer, text_of([messages[turn]]))
-            for prompt, answer, messages, turn in zip(prompts, answers, self._samples, turns, strict=True)
+            for prompt, answer, messages, turn in zip(
+                prompts, answers, self._samples, turns, strict=True
+            )
         ]
 
 
 def first_conversations(data: PlannedExamples, count: int) -> list[Messages]:
-    """The first `count` of the first source, of those that are measured: what is too long for all buckets is not among them."""
+    """The first `count` of the first source, of those that are measured: what is too long for all
+    buckets is not among them."""
     source, measured = data.sources[0], np.unique(data.plan.examples)
     return [source[int(index)] for index in measured[measured < len(source)][:count]]
 
 
 def make_measurement(graphdef: nnx.GraphDef, *, chunk: int) -> Callable[[Any, Any, Batch], Metrics]:
-    """(trained, frozen, batch) -> sums over the answers' tokens: tokens, held_out/loss and, for each branch l, update_share/l:
-    the norm of its update over that of the stream that leaves its layer."""
+    """(trained, frozen, batch) -> sums over the answers' tokens: tokens, held_out/loss and, for
+    each branch l, update_share/l: the norm of its update over that of the stream that leaves its
+    layer."""
 
     def measure(trained: Any, frozen: Any, batch: Batch) -> Metrics:
         model: Qwen3VL = nnx.merge(graphdef, trained, frozen)
         trace = model.trace(batch)
-        loss, tokens = chunked_cross_entropy(trace.hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk)
+        loss, tokens = chunked_cross_entropy(
+            trace.hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk
+        )
         shares = {
             f"update_share/{layer}": (
-                batch.loss_weights * l2_norm(update) / jnp.maximum(l2_norm(trace.streams[layer]), 1e-6)
+                batch.loss_weights
+                * l2_norm(update)
+                / jnp.maximum(l2_norm(trace.streams[layer]), 1e-6)
             ).sum()
             for layer, update in trace.updates.items()
         }

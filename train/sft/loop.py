@@ -34,13 +34,16 @@ class PreparedSFT(Prepared):
 
 
 def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) -> PreparedSFT:
-    """Loads the model onto `mesh`, measures the data and builds the program; writes nothing but `sizes_file`.
+    """Loads the model onto `mesh`, measures the data and builds the program; writes nothing but
+    `sizes_file`.
 
     Raises:
         ValueError: if the batch does not divide over the mesh, or the data gives no batch.
         FileNotFoundError, CheckpointError: for the checkpoint, as `pvm_jax.load`.
     """
-    rows_per_shard(config.batch_size, config.accumulation, mesh)  # refuses before anything is loaded
+    rows_per_shard(
+        config.batch_size, config.accumulation, mesh
+    )  # refuses before anything is loaded
     model = load_model(config, mesh)
     processor = Processor.from_pretrained(config.checkpoint)
     data = load_training_data(
@@ -57,13 +60,25 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
     program = SFTProgram.of(config, model.config, len(data.plan), mesh)
     state, frozen = program.begin(model)
     identity = backbone_identity(nnx.state(model))
-    return PreparedSFT(config, mesh, processor, model.config, identity, data, program, state, frozen)
+    return PreparedSFT(
+        config, mesh, processor, model.config, identity, data, program, state, frozen
+    )
 
 
 def train(work: PreparedSFT, log: RunLog, step_done: StepDone) -> TrainState:
     """Steps from the state's step to the last, or until `step_done` says to stop."""
-    config, program, state, frozen, total = work.config, work.program, work.state, work.frozen, work.total
-    held_out = HeldOut(config, config.held_out, work.processor, work.model_config, program) if config.held_out else None
+    config, program, state, frozen, total = (
+        work.config,
+        work.program,
+        work.state,
+        work.frozen,
+        work.total,
+    )
+    held_out = (
+        HeldOut(config, config.held_out, work.processor, work.model_config, program)
+        if config.held_out
+        else None
+    )
     batches = work.data.iterator(int(state.step), config.data.threads, config.data.prefetch)
     shapes: set[tuple[int, int]] = set()
     last: jax.Array | None = None
@@ -79,11 +94,16 @@ def train(work: PreparedSFT, log: RunLog, step_done: StepDone) -> TrainState:
             shapes.add(shape)
         start = time.perf_counter()
         state, metrics = program.step(state, frozen, batch)
-        jax.block_until_ready(last)  # one step ahead of the devices, no more: batches in flight take memory
+        jax.block_until_ready(
+            last
+        )  # one step ahead of the devices, no more: batches in flight take memory
         last = metrics["loss"]
         log.add(number, metrics, timed=not new_shape)
         if new_shape:
-            log.print(f"compiled rows of {shape[0]} tokens, {shape[1]} patches: {time.perf_counter() - start:.1f} s")
+            log.print(
+                f"compiled rows of {shape[0]} tokens, {shape[1]} patches:"
+                f" {time.perf_counter() - start:.1f} s"
+            )
         if step_done(number, state):
             return state
     if held_out:
@@ -95,7 +115,9 @@ def dry_steps(work: PreparedSFT, console: Console) -> None:
     """Steps for `train.run.dry_run`: what they take of a device, and their losses."""
     config, program, state = work.config, work.program, work.state
     if config.held_out:
-        values = HeldOut(config, config.held_out, work.processor, work.model_config, program).measure(state, work.frozen)
+        values = HeldOut(
+            config, config.held_out, work.processor, work.model_config, program
+        ).measure(state, work.frozen)
         console.print(f"held-out loss {values['held_out/loss']:.4f}", markup=False)
     batches = work.data.iterator(0, config.data.threads, config.data.prefetch)
     compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
@@ -106,11 +128,16 @@ def dry_steps(work: PreparedSFT, console: Console) -> None:
             console.print(shardings_table("batch", batch))
             start = time.perf_counter()
             compiled[shape] = program.step.lower(state, work.frozen, batch).compile()
-            console.print(f"compiled in {time.perf_counter() - start:.1f} s; {memory_of(compiled[shape])}", markup=False)
+            console.print(
+                f"compiled in {time.perf_counter() - start:.1f} s; {memory_of(compiled[shape])}",
+                markup=False,
+            )
         start = time.perf_counter()
         state, metrics = compiled[shape](state, work.frozen, batch)
         loss = float(metrics["loss"])
-        console.print(f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", markup=False)
+        console.print(
+            f"step {number}: loss {loss:.4f}, {time.perf_counter() - start:.2f} s", markup=False
+        )
 
 
 RECIPE = Recipe(prepare, train, dry_steps)

@@ -21,5 +21,7 @@ class SFTProgram(Program):
         """Jitted, donates its state; metrics count its FLOPs where `costs` are known."""
         config = self.config
         loss = make_loss(self.graphdef, chunk=config.loss_chunk)
-        step = make_step(loss, self.optimizer, self.schedule, accumulation=config.accumulation, costs=self.costs)
+        step = make_step(
+            loss, self.optimizer, self.schedule, accumulation=config.accumulation, costs=self.costs
+        )
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))

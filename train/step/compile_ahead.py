@@ -1,4 +1,5 @@
-"""Ahead of time: compiles a jitted function for devices that are not here, and says what it would take of each."""
+"""Ahead of time: compiles a jitted function for devices that are not here, and says what it would
+take of each."""
 
 import importlib.util
 import os
@@ -38,7 +39,8 @@ class Compiled:
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """The chips of a TPU slice, by generation and shape ("v5e:4x4"), to compile for. No TPU is looked for, none is used.
+    """The chips of a TPU slice, by generation and shape ("v5e:4x4"), to compile for. No TPU is
+    looked for, none is used.
 
     To be called before anything asks JAX for a device.
 
@@ -48,18 +50,27 @@ def tpu_devices(topology: str) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            f"compiling for {topology} needs libtpu, the TPU's compiler, and no TPU: pip install 'jax[tpu]=={jax.__version__}'"
+            f"compiling for {topology} needs libtpu, the TPU's compiler, and no TPU: pip install"
+            f" 'jax[tpu]=={jax.__version__}'"
         )
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     jax.config.update("jax_platforms", "cpu")
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology {topology!r}: libtpu knows none (v5e:4x4, v5p:2x2x1, v6e:2x4 are some): {error}") from None
+        raise ValueError(
+            f"topology {topology!r}: libtpu knows none (v5e:4x4, v5p:2x2x1, v6e:2x4 are some):"
+            f" {error}"
+        ) from None
 
 
 def gpu_devices(count: int) -> list[Any]:
-    """`count` GPUs of this machine's kind, to compile for; those beyond the ones that are here as further hosts like this.
+    """`count` GPUs of this machine's kind, to compile for; those beyond the ones that are here as
+    further hosts like this.
 
     Raises:
         RuntimeError: if there is no GPU here: XLA compiles for one by asking it.
@@ -69,19 +80,26 @@ def gpu_devices(count: int) -> list[Any]:
         here = jax.devices("gpu")
     except RuntimeError as error:
         raise RuntimeError(
-            "devices: JAX sees no GPU here, and XLA compiles for GPUs by asking one of their kind: run this on a machine with "
-            f"at least one, with pip install 'jax[cuda13]=={jax.__version__}' (a TPU slice needs none: --topology)"
+            "devices: JAX sees no GPU here, and XLA compiles for GPUs by asking one of their kind:"
+            " run this on a machine with at least one, with pip install"
+            f" 'jax[cuda13]=={jax.__version__}' (a TPU slice needs none: --topology)"
         ) from error
     if count <= len(here):
         return here[:count]
     if count % len(here):
-        raise ValueError(f"devices: {count} are neither at most the {len(here)} of this machine nor a multiple of them")
+        raise ValueError(
+            f"devices: {count} are neither at most the {len(here)} of this machine nor a multiple"
+            " of them"
+        )
     topology = f"1x{count // len(here)}x{len(here)}"  # slices x hosts x GPUs of a host
-    return list(topologies.get_topology_desc(platform=jax.default_backend(), topology=topology).devices)
+    return list(
+        topologies.get_topology_desc(platform=jax.default_backend(), topology=topology).devices
+    )
 
 
 def compile_ahead(function: Any, *args: Any, mesh: Mesh, **static: Any) -> Compiled:
-    """Compiles the jitted `function` for ShapeDtypeStructs `args` whose shardings lie on `mesh`. Nothing runs.
+    """Compiles the jitted `function` for ShapeDtypeStructs `args` whose shardings lie on `mesh`.
+    Nothing runs.
 
     Args:
         static: its static arguments.

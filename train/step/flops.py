@@ -1,5 +1,5 @@
-"""Floating-point operations of a program, counted from its jaxpr (XLA's cost analysis counts a scan's body once), and of a
-training step on a batch, padding excluded."""
+"""Floating-point operations of a program, counted from its jaxpr (XLA's cost analysis counts a
+scan's body once), and of a training step on a batch, padding excluded."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from jax.extend import core as jex
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
-# Dense bfloat16 FLOP/s of one device, by what `Device.device_kind` says; from the vendors' data sheets.
+# Dense bfloat16 FLOP/s of one device, by what `Device.device_kind` says; from the vendors' data
+# sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -42,7 +43,8 @@ def devices_peak_flops() -> float | None:
 
 
 class Work(NamedTuple):
-    """What a batch asks of the model, padding excluded; or the FLOPs that one of each costs (`count_costs`).
+    """What a batch asks of the model, padding excluded; or the FLOPs that one of each costs
+    (`count_costs`).
 
     Attributes:
         tokens: all of them, visual ones included.
@@ -79,10 +81,17 @@ class Work(NamedTuple):
 
     @classmethod
     def full(cls, rows: int, tokens: int, patches: int, merge_factor: int) -> "Work":
-        """Of `rows` rows without padding: one example each, with one image, every token a target. No rows of this shape ask
-        for more."""
+        """Of `rows` rows without padding: one example each, with one image, every token a target.
+        No rows of this shape ask for more."""
         visual_tokens = patches // merge_factor
-        row = cls(tokens, tokens * (tokens + 1) // 2, visual_tokens, patches**2, tokens * visual_tokens, tokens)
+        row = cls(
+            tokens,
+            tokens * (tokens + 1) // 2,
+            visual_tokens,
+            patches**2,
+            tokens * visual_tokens,
+            tokens,
+        )
         return cls(*(rows * count for count in row))
 
 
@@ -92,20 +101,24 @@ def _total(counts: jax.Array) -> jax.Array:
 
 
 def _pairs(ids: jax.Array, others: jax.Array) -> jax.Array:
-    """How many pairs of columns of [B, S] and [B, T] carry the same id; 0 is padding. The comparison fuses into the sum."""
+    """How many pairs of columns of [B, S] and [B, T] carry the same id; 0 is padding. The
+    comparison fuses into the sum."""
     return _total((ids[:, :, None] == others[:, None, :]) & (ids > 0)[:, :, None])
 
 
 def count_costs(graphdef: nnx.GraphDef, trained: Any, frozen: Any) -> Work:
     """FLOPs of the forward and the partial backward pass, by what causes them.
 
-    They are counted from the traced model, which must neither recompute (remat "none") nor skip (attention "xla"): every
-    product is linear in the tokens (a), the visual tokens (b), or a product of two of these, so five shapes of a row tell how
-    much falls on each: a, a^2, b, b^2 and ab. The xla attention computes all pairs of tokens, so half of a^2 are those that
-    count. The head is counted apart, for a single target. All are whole numbers, as floats: int32 is too small for them.
+    They are counted from the traced model, which must neither recompute (remat "none") nor skip
+    (attention "xla"): every product is linear in the tokens (a), the visual tokens (b), or a
+    product of two of these, so five shapes of a row tell how much falls on each: a, a^2, b, b^2 and
+    ab. The xla attention computes all pairs of tokens, so half of a^2 are those that count. The
+    head is counted apart, for a single target. All are whole numbers, as floats: int32 is too small
+    for them.
 
     Args:
-        trained, frozen: pure trees of ShapeDtypeStructs, as `train.step.state.split_model` parts them.
+        trained, frozen: pure trees of ShapeDtypeStructs, as `train.step.state.split_model` parts
+            them.
     """
 
     def model(trained: Any, frozen: Any) -> Qwen3VL:
@@ -135,15 +148,18 @@ def count_costs(graphdef: nnx.GraphDef, trained: Any, frozen: Any) -> Work:
         visual_tokens=visual_tokens,
         patch_pairs=visual_pairs / merge_factor**2,
         recalls=recalls,
-        loss_tokens=float(count_flops(jax.value_and_grad(head, argnums=(0, 1)), trained, target, frozen)),
+        loss_tokens=float(
+            count_flops(jax.value_and_grad(head, argnums=(0, 1)), trained, target, frozen)
+        ),
     )
 
 
 def count_flops(function: Callable, *args: Any) -> int:
     """Multiplications and additions of the matrix products and convolutions in `function(*args)`.
 
-    Args may be ShapeDtypeStructs: the function is traced, never run. A scan counts its body times its length, a `cond` its
-    dearest branch, a `shard_map` its body times its devices, a Pallas kernel its body times its grid.
+    Args may be ShapeDtypeStructs: the function is traced, never run. A scan counts its body times
+    its length, a `cond` its dearest branch, a `shard_map` its body times its devices, a Pallas
+    kernel its body times its grid.
 
     Raises:
         ValueError: for a `while` loop around a product, whose trip count the program does not tell.
@@ -170,7 +186,9 @@ def _equation_flops(equation: jex.JaxprEqn) -> int:
     if name == "cond":
         return max(inner)
     if name == "while" and any(inner):
-        raise ValueError("cannot count the FLOPs of a while loop: its trip count is not in the program")
+        raise ValueError(
+            "cannot count the FLOPs of a while loop: its trip count is not in the program"
+        )
     return _times(name, params) * sum(inner)
 
 

@@ -28,9 +28,11 @@ class Program:
         model_config: with the run's dtypes, remat and kernel.
         graphdef: structure of that model.
         state: what a step changes: ShapeDtypeStructs with their shardings.
-        frozen: parameters that do not train, in the compute dtype: ShapeDtypeStructs with their shardings.
+        frozen: parameters that do not train, in the compute dtype: ShapeDtypeStructs with their
+            shardings.
         optimizer, schedule: of the run's length.
-        costs: FLOPs of a step by what causes them, where the devices' peak is known; nobody asks for them elsewhere.
+        costs: FLOPs of a step by what causes them, where the devices' peak is known; nobody asks
+            for them elsewhere.
         batch_sharding: of every leaf of a batch.
     """
 
@@ -46,14 +48,17 @@ class Program:
 
     @classmethod
     def of(cls, config: RunConfig, model_config: ModelConfig, updates: int, mesh: Mesh) -> Self:
-        """The program of a run of `updates` optimizer steps on a model of `model_config`, as `config` trains it.
+        """The program of a run of `updates` optimizer steps on a model of `model_config`, as
+        `config` trains it.
 
         Raises:
             ValueError: if nothing would train.
         """
         schedule = make_schedule(config.optimizer, updates)
         optimizer = make_optimizer(config.optimizer)
-        model_config = replace(model_config, dtype=config.dtype, remat=config.remat, attention=config.attention)
+        model_config = replace(
+            model_config, dtype=config.dtype, remat=config.remat, attention=config.attention
+        )
         if config.trainable == "lora":
             model_config = replace(model_config, lora=config.lora)
         graphdef, trained, frozen = split_model(abstract_model(model_config), config.trainable)
@@ -68,7 +73,11 @@ class Program:
             frozen=placed(weights, param_shardings(frozen, mesh)),
             optimizer=optimizer,
             schedule=schedule,
-            costs=step_costs(config, model_config) if peak_flops(mesh.devices.flat[0].device_kind) else None,
+            costs=(
+                step_costs(config, model_config)
+                if peak_flops(mesh.devices.flat[0].device_kind)
+                else None
+            ),
             batch_sharding=batch_sharding(mesh),
         )
 
@@ -80,7 +89,9 @@ class Program:
     def begin(self, model: Qwen3VL) -> tuple[TrainState, Any]:
         """The state at step 0 and the frozen parameters, out of a loaded `model`."""
         _, trained, frozen = split_model(model, self.config.trainable)
-        return init_state(trained, self.optimizer, self.state_shardings), cast(nnx.as_pure(frozen), self.config.dtype)
+        return init_state(trained, self.optimizer, self.state_shardings), cast(
+            nnx.as_pure(frozen), self.config.dtype
+        )
 
     def model(self, state: TrainState, frozen: Any) -> Qwen3VL:
         """The model as it stands after a step."""
@@ -91,7 +102,9 @@ class Program:
         return abstract_batch(self.model_config, bucket, rows, self.batch_sharding)
 
 
-def abstract_batch(model_config: ModelConfig, bucket: Bucket, rows: int, sharding: NamedSharding) -> Batch:
+def abstract_batch(
+    model_config: ModelConfig, bucket: Bucket, rows: int, sharding: NamedSharding
+) -> Batch:
     """ShapeDtypeStructs of `rows` rows of `bucket`, each leaf with this sharding."""
     row = Batch.empty(model_config, rows=1, length=bucket.tokens, patches=bucket.patches)
 
@@ -101,8 +114,11 @@ def abstract_batch(model_config: ModelConfig, bucket: Bucket, rows: int, shardin
     return jax.tree.map(abstract, row)
 
 
-def rows_per_shard(rows: int, parts: int, mesh: Mesh, *, name: str = "batch_size", parts_name: str = "accumulation") -> int:
-    """Rows of a batch of `rows` that a device (a group of `tensor` devices) computes at the same time, in one of its `parts`.
+def rows_per_shard(
+    rows: int, parts: int, mesh: Mesh, *, name: str = "batch_size", parts_name: str = "accumulation"
+) -> int:
+    """Rows of a batch of `rows` that a device (a group of `tensor` devices) computes at the same
+    time, in one of its `parts`.
 
     Args:
         name, parts_name: what the config calls them.
@@ -113,15 +129,19 @@ def rows_per_shard(rows: int, parts: int, mesh: Mesh, *, name: str = "batch_size
     shards, at_once = mesh.shape["data"] * mesh.shape["fsdp"], rows // parts
     if at_once % shards:
         most, rest = divmod(rows, shards)
-        remedy = f"{name} must be a multiple of {shards}" if rest else f"{parts_name} must divide {most}"
+        remedy = (
+            f"{name} must be a multiple of {shards}" if rest else f"{parts_name} must divide {most}"
+        )
         raise ValueError(
-            f"{name} / {parts_name} = {at_once} rows do not divide over the mesh's data x fsdp = {shards}: {remedy}"
+            f"{name} / {parts_name} = {at_once} rows do not divide over the mesh's data x fsdp ="
+            f" {shards}: {remedy}"
         )
     return at_once // shards
 
 
 def step_costs(config: RunConfig, model_config: ModelConfig) -> Work:
-    """FLOPs of a step by what causes them: of the model's own products, not of those that remat repeats or a kernel pads."""
+    """FLOPs of a step by what causes them: of the model's own products, not of those that remat
+    repeats or a kernel pads."""
     plain = replace(model_config, dtype=config.dtype, remat="none", attention="xla")
     graphdef, trained, frozen = split_model(abstract_model(plain), config.trainable)
     return count_costs(graphdef, nnx.as_pure(trained), nnx.as_pure(frozen))
@@ -129,4 +149,6 @@ def step_costs(config: RunConfig, model_config: ModelConfig) -> Work:
 
 def placed(tree: Any, shardings: Any) -> Any:
     """ShapeDtypeStructs like `tree`'s, with these shardings."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

@@ -31,11 +31,13 @@ TRAINED_PARTS: dict[Trainable, tuple[str, ...]] = {
 }
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes: the trained parameters (float32), the optimizer's state and the number of steps done, an int32
-    scalar; or the sharding of each."""
+    """What a step changes: the trained parameters (float32), the optimizer's state and the number
+    of steps done, an int32 scalar; or the sharding of each."""
 
     params: Any
     opt_state: Any
@@ -49,14 +51,19 @@ class TrainState:
 
 
 def split_model(model: Qwen3VL, trainable: Trainable) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The model's structure, the parameters that train and those that do not (still wrapped, as `param_shardings` wants).
+    """The model's structure, the parameters that train and those that do not (still wrapped, as
+    `param_shardings` wants).
 
     Raises:
         ValueError: if nothing would train.
     """
     graphdef, trained, frozen = nnx.split(model, trained_filter(trainable), ...)
     if not jax.tree.leaves(trained):
-        missing = "LoRA adapter (pvm_jax.add_lora)" if trainable == "lora" else "PVM branch (convert.hf_to_orbax adds one)"
+        missing = (
+            "LoRA adapter (pvm_jax.add_lora)"
+            if trainable == "lora"
+            else "PVM branch (convert.hf_to_orbax adds one)"
+        )
         raise ValueError(f"trainable {trainable!r}: the model has no {missing}")
     return graphdef, trained, frozen
 
@@ -75,13 +82,18 @@ def make_loss(graphdef: nnx.GraphDef, *, chunk: int) -> Loss:
     def loss(trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model: Qwen3VL = nnx.merge(graphdef, trained, frozen)
         hidden = model.hidden(batch)
-        return chunked_cross_entropy(hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk)
+        return chunked_cross_entropy(
+            hidden, model.head_weight(), batch.tokens, batch.loss_weights, chunk=chunk
+        )
 
     return loss
 
 
-def loss_and_gradient(loss: Loss, params: Any, frozen: Any, batch: Batch, *, accumulation: int) -> tuple[jax.Array, Any]:
-    """The batch's mean loss and its gradient; `accumulation` parts one after the other give what the whole would."""
+def loss_and_gradient(
+    loss: Loss, params: Any, frozen: Any, batch: Batch, *, accumulation: int
+) -> tuple[jax.Array, Any]:
+    """The batch's mean loss and its gradient; `accumulation` parts one after the other give what
+    the whole would."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulation == 1:
         sums = gradient(params, frozen, batch)
@@ -98,7 +110,8 @@ def loss_and_gradient(loss: Loss, params: Any, frozen: Any, batch: Batch, *, acc
 
 
 def _micro_batches(count: int, x: jax.Array) -> jax.Array:
-    """[B, ...] -> [count, B / count, ...]. Every device keeps its own rows: part i takes rows i, i + count, ..."""
+    """[B, ...] -> [count, B / count, ...]. Every device keeps its own rows: part i takes rows i, i
+    + count, ..."""
     parts = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
     return constrain(parts, "layers", "batch", *["length"] * (x.ndim - 1))
 
@@ -113,13 +126,16 @@ def make_step(
 ) -> Step:
     """(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
-    A step whose loss or gradient is not finite counts, but leaves parameters and moments as they were.
+    A step whose loss or gradient is not finite counts, but leaves parameters and moments as they
+    were.
 
     Metrics are those of `apply_gradients` and `count`, as `with_padding` gives them.
     """
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        mean, gradients = loss_and_gradient(loss, state.params, frozen, batch, accumulation=accumulation)
+        mean, gradients = loss_and_gradient(
+            loss, state.params, frozen, batch, accumulation=accumulation
+        )
         state, metrics = apply_gradients(state, mean, gradients, optimizer, schedule)
         return state, metrics | with_padding(count(batch, costs))
 
@@ -127,12 +143,17 @@ def make_step(
 
 
 def apply_gradients(
-    state: TrainState, loss: jax.Array, gradients: Any, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    state: TrainState,
+    loss: jax.Array,
+    gradients: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
 ) -> tuple[TrainState, Metrics]:
-    """The state after a step with these gradients; where they or the loss are not finite, with the count alone changed.
+    """The state after a step with these gradients; where they or the loss are not finite, with the
+    count alone changed.
 
-    Metrics are scalars: loss, grad_norm (before clipping), learning_rate and, for each PVM layer l, gate/l, from which the
-    step started.
+    Metrics are scalars: loss, grad_norm (before clipping), learning_rate and, for each PVM layer l,
+    gate/l, from which the step started.
     """
     norm = optax.tree.norm(gradients)
     rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -149,17 +170,22 @@ def apply_gradients(
 
 
 def count(batch: Batch, costs: Work | None = None) -> Metrics:
-    """What a batch holds, in scalars that can be added up: tokens and patches (padding not counted), columns/tokens and
-    columns/patches (padding counted), loss_tokens; with `costs` (FLOPs by what causes them) also flops, padding not counted.
+    """What a batch holds, in scalars that can be added up: tokens and patches (padding not
+    counted), columns/tokens and columns/patches (padding counted), loss_tokens; with `costs` (FLOPs
+    by what causes them) also flops, padding not counted.
     """
     metrics = {"loss_tokens": (batch.loss_weights != 0).sum()}
     for name, segment_ids in (("tokens", batch.segment_ids), ("patches", batch.patch_segment_ids)):
-        metrics |= {name: (segment_ids > 0).sum(), f"columns/{name}": jnp.asarray(segment_ids.size, jnp.float32)}
+        metrics |= {
+            name: (segment_ids > 0).sum(),
+            f"columns/{name}": jnp.asarray(segment_ids.size, jnp.float32),
+        }
     return metrics | ({"flops": Work.of(batch).flops(costs)} if costs else {})
 
 
 def with_padding(counts: Metrics) -> Metrics:
-    """Sums of `count`, with the shares padding/tokens and padding/patches in place of the columns."""
+    """Sums of `count`, with the shares padding/tokens and padding/patches in place of the
+    columns."""
     metrics = {name: value for name, value in counts.items() if not name.startswith("columns/")}
     shares = {
         f"padding/{name}": jnp.where(columns > 0, 1 - counts[name] / jnp.maximum(columns, 1), 0)
@@ -170,11 +196,18 @@ def with_padding(counts: Metrics) -> Metrics:
 
 def gates(params: Any) -> Metrics:
     """{"gate/8": scalar, ...} out of a parameter tree; empty without a branch."""
-    return {f"gate/{path.split('/')[1]}": gate[0] for path, gate in by_path(params).items() if path.endswith("gate_alpha")}
+    return {
+        f"gate/{path.split('/')[1]}": gate[0]
+        for path, gate in by_path(params).items()
+        if path.endswith("gate_alpha")
+    }
 
 
-def state_shardings(trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """NamedShardings for a whole TrainState: moments lie as their parameters do, counters everywhere."""
+def state_shardings(
+    trained: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """NamedShardings for a whole TrainState: moments lie as their parameters do, counters
+    everywhere."""
     params, everywhere = param_shardings(trained, mesh), NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree.map_params(
         optimizer,
@@ -186,7 +219,9 @@ def state_shardings(trained: nnx.State, optimizer: optax.GradientTransformation,
     return TrainState(params, opt_state, everywhere)
 
 
-def init_state(trained: nnx.State, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+def init_state(
+    trained: nnx.State, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
     """`TrainState.begin`, in place on the mesh."""
     begin = partial(TrainState.begin, optimizer=optimizer)
     return jax.jit(begin, out_shardings=shardings)(nnx.as_pure(trained))

@@ -1,65 +1,74 @@
-"""What the report says about each figure: two or three sentences for someone who has not read the paper."""
+"""What the report says about each figure: two or three sentences for someone new to the paper."""
 
 _CAPTIONS = {
     "dilution": """
-        The share of the decoder's attention that falls on the image while each token of the answer is predicted, the
-        mean over layers and heads. The dashed line is what the image would get if every token so far got the same: it
-        falls as one over the length, and a share that falls beside it is being diluted.""",
+        The share of the decoder's attention that falls on the image while each token of the answer
+        is predicted, the mean over layers and heads. The dashed line is what the image would get if
+        every token so far got the same: it falls as one over the length, and a share that falls
+        beside it is being diluted.""",
     "dilution_layers": """
-        Each line is one layer of the decoder, dark for the first and light for the last. Layers far above the dashed
-        line look at the image on purpose; where all lines fall, nothing in the decoder holds on to it.""",
+        Each line is one layer of the decoder, dark for the first and light for the last. Layers far
+        above the dashed line look at the image on purpose; where all lines fall, nothing in the
+        decoder holds on to it.""",
     "voice": """
-        The size of what the memory branch adds to the stream, as a share of what the feed-forward layer beside it adds.
-        The branch has a softmax of its own, over the image alone, so this need not fall as the answer grows.""",
+        The size of what the memory branch adds to the stream, as a share of what the feed-forward
+        layer beside it adds. The branch has a softmax of its own, over the image alone, so this
+        need not fall as the answer grows.""",
     "accuracy": """
-        How often the model's likeliest next token is the true one, among {counted}, with all of the true answer before
-        it given. A curve that falls to the right means that the model loses what it should see the more it has written.""",
+        How often the model's likeliest next token is the true one, among {counted}, with all of the
+        true answer before it given. A curve that falls to the right means that the model loses what
+        it should see the more it has written.""",
     "loss": """
-        The model's surprise (negative log-probability) at the true token, among {counted}. It tells apart two models
-        that are right equally often; lower is better.""",
+        The model's surprise (negative log-probability) at the true token, among {counted}. It tells
+        apart two models that are right equally often; lower is better.""",
     "accuracy_by_length": """
-        The same accuracy over whole answers, sorted by how many tokens the true answer has. Bars are means over the
-        conversations, and the thin lines their 95% intervals.""",
+        The same accuracy over whole answers, sorted by how many tokens the true answer has. Bars
+        are means over the conversations, and the thin lines their 95% intervals.""",
     "written": """
-        Here the model writes the answer itself, always taking the likeliest token: the curve is the share of
-        {exactness}. Unlike above, a mistake stays in the text that the model goes on from.""",
+        Here the model writes the answer itself, always taking the likeliest token: the curve is the
+        share of {exactness}. Unlike above, a mistake stays in the text that the model goes on
+        from.""",
     "written_by_length": """
-        The written answers, sorted by how many tokens the model wrote before it stopped or was stopped. A model that is
-        exact only in short answers shows it here.""",
+        The written answers, sorted by how many tokens the model wrote before it stopped or was
+        stopped. A model that is exact only in short answers shows it here.""",
     "lens_probability": """
-        Every layer's inner state is read as if it were the last: how probable it already finds the token that the model
-        says in the end, among {counted}. A curve that rises earlier means that the answer is known earlier.""",
+        Every layer's inner state is read as if it were the last: how probable it already finds the
+        token that the model says in the end, among {counted}. A curve that rises earlier means that
+        the answer is known earlier.""",
     "lens_rank": """
-        The place of that token in each layer's own list of likely tokens, 1 being the top (geometric mean). It shows
-        the prediction rising before its probability does.""",
+        The place of that token in each layer's own list of likely tokens, 1 being the top
+        (geometric mean). It shows the prediction rising before its probability does.""",
     "lens_kl": """
-        How far each layer's distribution over the next token is from the final one (Kullback-Leibler divergence). It is
-        0 in the last layer by definition; a lower curve has less left to be decided.""",
+        How far each layer's distribution over the next token is from the final one
+        (Kullback-Leibler divergence). It is 0 in the last layer by definition; a lower curve has
+        less left to be decided.""",
     "lens_settled": """
-        The share of predictions whose top token is the final one in this layer and in all layers after it. Work that is
-        done earlier shifts the curve up and to the left.""",
+        The share of predictions whose top token is the final one in this layer and in all layers
+        after it. Work that is done earlier shifts the curve up and to the left.""",
     "looked": """
-        Where the model ({name}) looks as it is about to write what stands after the arrow, in an answer that is all its
-        own (always the likeliest token, whatever the true answer says): the image, and over it what the branch and the
-        decoder itself attend to, bright for much, each scaled to its own brightest spot. Of the branch its sharpest
-        head is shown, of the decoder its sharpest layer (the mean of its heads), the same ones for all tokens. The
-        percentage is the share of the attention that falls on the image at all; the branch can look nowhere else.""",
+        Where the model ({name}) looks as it is about to write what stands after the arrow, in an
+        answer that is all its own (always the likeliest token, whatever the true answer says): the
+        image, and over it what the branch and the decoder itself attend to, bright for much, each
+        scaled to its own brightest spot. Of the branch its sharpest head is shown, of the decoder
+        its sharpest layer (the mean of its heads), the same ones for all tokens. The percentage is
+        the share of the attention that falls on the image at all; the branch can look nowhere
+        else.""",
     "look": "Token {token} of what it wrote in conversation {number}, both counted from 0.",
     "filler": """
-        The same questions and answers with more and more empty text between image and question: nothing new to know,
-        only distance. What is lost to the right is lost to distance alone; the dashed line is what guessing gives
-        (another image).""",
+        The same questions and answers with more and more empty text between image and question:
+        nothing new to know, only distance. What is lost to the right is lost to distance alone; the
+        dashed line is what guessing gives (another image).""",
     "ablations": """
-        The same weights and questions with one thing changed, and how often the model is then right. Where the branch
-        is used, turning it off or showing another image to it alone costs accuracy; with another image altogether,
-        nothing but guessing is left.""",
+        The same weights and questions with one thing changed, and how often the model is then
+        right. Where the branch is used, turning it off or showing another image to it alone costs
+        accuracy; with another image altogether, nothing but guessing is left.""",
     "cost_prefill": """
-        Reading a prompt of {tokens} tokens and {patches} image patches: the fastest of {rounds} rounds, and a thin line
-        to the median. The models took turns in every round, so compare the bars with each other, not with other
-        machines.""",
+        Reading a prompt of {tokens} tokens and {patches} image patches: the fastest of {rounds}
+        rounds, and a thin line to the median. The models took turns in every round, so compare the
+        bars with each other, not with other machines.""",
     "cost_decode": """
-        Writing {new_tokens} tokens one after the other, one answer at a time. The branch reads keys and values that
-        were made once, with the prompt.""",
+        Writing {new_tokens} tokens one after the other, one answer at a time. The branch reads keys
+        and values that were made once, with the prompt.""",
 }
 
 

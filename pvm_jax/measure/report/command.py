@@ -32,13 +32,16 @@ class Request:
     Attributes:
         checkpoint, branch, lora: as of `load`.
         against: another checkpoint; None: the same weights without the branch, if there is one.
-        data: the conversations, in any format of the training data; their assistant turns are the answers.
+        data: the conversations, in any format of the training data; their assistant turns are the
+            answers.
         output: folder for the report.
         only: names of MEASUREMENTS.
         limit: conversations, from the front.
         fillers: tokens of filler text for the ablation.
-        looks: tokens whose attention is drawn, spread over conversations and over what the model writes.
-        look_at: draws these instead, each as CONVERSATION:TOKEN, both counted from 0 (`Task.looks`).
+        looks: tokens whose attention is drawn, spread over conversations and over what the model
+            writes.
+        look_at: draws these instead, each as CONVERSATION:TOKEN, both counted from 0
+            (`Task.looks`).
         max_new_tokens: of a written answer; None: as many as the longest true one has.
         batch_size, chunk: `Task.rows` and `Task.chunk`.
         dtype: as of `load`.
@@ -67,9 +70,16 @@ def measure_checkpoint(request: Request) -> None:
     """Measures, writes the report and prints what came out.
 
     Raises:
-        FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming what is wrong.
+        FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming
+            what is wrong.
     """
-    for name, least in (("limit", 1), ("looks", 0), ("max_new_tokens", 1), ("batch_size", 1), ("chunk", 1)):
+    for name, least in (
+        ("limit", 1),
+        ("looks", 0),
+        ("max_new_tokens", 1),
+        ("batch_size", 1),
+        ("chunk", 1),
+    ):
         value = getattr(request, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -79,21 +89,44 @@ def measure_checkpoint(request: Request) -> None:
     processor = Processor.from_pretrained(request.checkpoint)
     task = make_task(request, processor)
     models = compared(
-        load(request.checkpoint, mesh=mesh, branch=request.branch, lora=request.lora, dtype=request.dtype),
-        {str(request.against): load(request.against, mesh=mesh, dtype=request.dtype)} if request.against else {},
+        load(
+            request.checkpoint,
+            mesh=mesh,
+            branch=request.branch,
+            lora=request.lora,
+            dtype=request.dtype,
+        ),
+        (
+            {str(request.against): load(request.against, mesh=mesh, dtype=request.dtype)}
+            if request.against
+            else {}
+        ),
     )
     lengths = find_answers(task.examples).lengths
     about = [
-        f"{len(task.examples)} conversations of {request.data}, whose answers have {lengths.min():,} to {lengths.max():,} "
-        f"tokens. Measured: {', '.join(models)}. Intervals are 95%, by resampling conversations.",
+        (
+            f"{len(task.examples)} conversations of {request.data}, whose answers have"
+            f" {lengths.min():,} to {lengths.max():,} tokens. Measured: {', '.join(models)}."
+            " Intervals are 95%, by resampling conversations."
+        ),
         ", ".join(
-            f"{name} {value}" for name in ("checkpoint", "branch", "lora", "against") if (value := getattr(request, name))
+            f"{name} {value}"
+            for name in ("checkpoint", "branch", "lora", "against")
+            if (value := getattr(request, name))
         ),
     ]
     settings = {name: str(value) for name, value in vars(request).items()}
     title = "What the model sees over a long answer"
     with computing_on(mesh):
-        report_on(models, task, request.output, only=request.only, title=title, about=about, settings=settings)
+        report_on(
+            models,
+            task,
+            request.output,
+            only=request.only,
+            title=title,
+            about=about,
+            settings=settings,
+        )
 
 
 def report_on(
@@ -106,10 +139,12 @@ def report_on(
     about: Sequence[str],
     settings: Mapping[str, Any],
 ) -> None:
-    """Measures `only`, writes the report to `output` (`write_report`) and prints its facts and where it is.
+    """Measures `only`, writes the report to `output` (`write_report`) and prints its facts and
+    where it is.
 
     Raises:
-        ImportError, OSError: without matplotlib or where `output` cannot be written to, before anything is measured.
+        ImportError, OSError: without matplotlib or where `output` cannot be written to, before
+            anything is measured.
     """
     check_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
@@ -123,7 +158,8 @@ def report_on(
 
 
 def measure(models: Models, task: Task, only: Sequence[str]) -> list[Section]:
-    """The measurements of these names, in the report's order; what is under way is said on stderr."""
+    """The measurements of these names, in the report's order; what is under way is said on
+    stderr."""
     console, sections = Console(stderr=True), []
     for name, run in MEASUREMENTS.items():
         if name in only and (name != "looked" or task.looks):
@@ -134,7 +170,8 @@ def measure(models: Models, task: Task, only: Sequence[str]) -> list[Section]:
 
 
 def compared(model: Qwen3VL, against: Mapping[str, Qwen3VL]) -> dict[str, Qwen3VL]:
-    """What is measured side by side: `model` and `against`, or without that, the same weights with every gate at 0.
+    """What is measured side by side: `model` and `against`, or without that, the same weights with
+    every gate at 0.
 
     No name in `against` can be taken for one of the measurements' own.
     """
@@ -158,8 +195,14 @@ def make_task(request: Request, processor: Processor) -> Task:
         with naming(str(request.data)):
             partners(examples)  # refuses here, not after the other measurements
         for tokens in request.fillers:
-            longer = [_encode(conversations, index, processor, tokens) for index in indices] if tokens else examples
-            added = [len(a.input_ids) - len(b.input_ids) for a, b in zip(longer, examples, strict=True)]
+            longer = (
+                [_encode(conversations, index, processor, tokens) for index in indices]
+                if tokens
+                else examples
+            )
+            added = [
+                len(a.input_ids) - len(b.input_ids) for a, b in zip(longer, examples, strict=True)
+            ]
             fillers[round(float(np.mean(added)))] = longer
     max_new_tokens = request.max_new_tokens or int(find_answers(examples).lengths.max())
     return Task(
@@ -179,7 +222,9 @@ def _encode(conversations: Conversations, index: int, processor: Processor, fill
     messages = conversations[index]
     with conversations.naming(index):
         check_learnable(messages)
-        last = max(number for number, message in enumerate(messages) if message.get("role") == "assistant")
+        last = max(
+            number for number, message in enumerate(messages) if message.get("role") == "assistant"
+        )
         messages = messages[: last + 1]  # what follows the last answer has none to be measured
         example = processor.encode(with_filler(messages, filler, processor))
         if not example.num_patches:
@@ -188,13 +233,16 @@ def _encode(conversations: Conversations, index: int, processor: Processor, fill
 
 
 def _look(text: str, conversations: int, tokens: int) -> tuple[int, int]:
-    """(conversation, token) of CONVERSATION:TOKEN. Raises ValueError unless there are as many of both."""
+    """(conversation, token) of CONVERSATION:TOKEN. Raises ValueError unless there are as many of
+    both."""
     conversation, _, token = text.partition(":")
     if not (conversation.isdecimal() and token.isdecimal()):
-        raise ValueError(f"--look-at takes CONVERSATION:TOKEN, both counted from 0, such as 2:40; got {text!r}")
+        raise ValueError(
+            f"--look-at takes CONVERSATION:TOKEN, both counted from 0, such as 2:40; got {text!r}"
+        )
     if int(conversation) >= conversations or int(token) >= tokens:
         raise ValueError(
-            f"--look-at {text}: there are {conversations} conversations (--limit), both are counted from 0, and an answer "
-            f"is written up to {tokens} tokens (--max-new-tokens)"
+            f"--look-at {text}: there are {conversations} conversations (--limit), both are counted"
+            f" from 0, and an answer is written up to {tokens} tokens (--max-new-tokens)"
         )
     return int(conversation), int(token)

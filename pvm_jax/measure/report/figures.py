@@ -1,6 +1,7 @@
 """The report's figures: what a panel shows, as numbers, and how it is drawn.
 
-Drawn by matplotlib as SVG whose texts are texts: small, sharp at any size, and in the reader's own colours (`inline`).
+Drawn by matplotlib as SVG whose texts are texts: small, sharp at any size, and in the reader's own
+colours (`inline`).
 """
 
 import math
@@ -18,8 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; each has a marker and a dash of its own besides.
-BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072b2", "#d55e00", "#009e73", "#b5558f", "#3f9fd0", "#808080"
+# Okabe and Ito's colours, which colour-blind readers tell apart; each has a marker and a dash of
+# its own besides.
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#b5558f",
+    "#3f9fd0",
+    "#808080",
+)
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 MARKERS, DASHES = "osD^v", ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")
 INK, GRID, PAPER = "#1f2328", "#d8dee4", "#ffffff"
@@ -62,7 +71,8 @@ WIDTH, HEIGHT = 4.5, 3.2  # inches: as wide as a phone, so that letters keep the
 
 
 class Series(NamedTuple):
-    """One line, or one set of bars: an Estimate at each x. `reference`: drawn as a thin grey line without markers."""
+    """One line, or one set of bars: an Estimate at each x. `reference`: drawn as a thin grey line
+    without markers."""
 
     name: str
     x: list[float]
@@ -76,7 +86,8 @@ class Panel(NamedTuple):
     Attributes:
         key: names its file and its entry in the JSON.
         title: what it shows, in a few words.
-        text: two sentences for someone who has not read the paper: what it shows, and how to read it.
+        text: two sentences for someone who has not read the paper: what it shows, and how to read
+            it.
         x_label, y_label: with units.
         log: the axes that are logarithmic: "", "x", "y" or "xy".
         names: what stands at x = 0, 1, …; with them the panel is one of horizontal bars.
@@ -98,7 +109,13 @@ class Panel(NamedTuple):
     def data(self) -> dict[str, Any]:
         """For JSON."""
         numbers = {s.name: {"x": list(s.x), **_columns(s.y)} for s in self.series}
-        return {"title": self.title, "x": self.x_label, "y": self.y_label, "names": list(self.names), "series": numbers}
+        return {
+            "title": self.title,
+            "x": self.x_label,
+            "y": self.y_label,
+            "names": list(self.names),
+            "series": numbers,
+        }
 
 
 class AttentionMap(NamedTuple):
@@ -107,7 +124,8 @@ class AttentionMap(NamedTuple):
     Attributes:
         key, title, text: as of a Panel.
         frames: pictures [height, width, 3] in [0, 1].
-        maps: by what looked, an attention map [rows, columns] for each frame; all of them share one scale.
+        maps: by what looked, an attention map [rows, columns] for each frame; all of them share one
+            scale.
     """
 
     key: str
@@ -118,7 +136,10 @@ class AttentionMap(NamedTuple):
 
     def data(self) -> dict[str, Any]:
         """For JSON."""
-        return {"title": self.title, "maps": {name: [m.tolist() for m in maps] for name, maps in self.maps.items()}}
+        return {
+            "title": self.title,
+            "maps": {name: [m.tolist() for m in maps] for name, maps in self.maps.items()},
+        }
 
 
 def _columns(estimates: Sequence[Estimate]) -> dict[str, list[float | None]]:
@@ -132,7 +153,9 @@ def _columns(estimates: Sequence[Estimate]) -> dict[str, list[float | None]]:
 def check_matplotlib() -> None:
     """Raises ImportError where matplotlib is missing, with what to do."""
     if find_spec("matplotlib") is None:
-        raise ImportError("the report's figures are drawn by matplotlib: pip install 'pvm-jax[measure]'")
+        raise ImportError(
+            "the report's figures are drawn by matplotlib: pip install 'pvm-jax[measure]'"
+        )
 
 
 def svg(panel: Panel | AttentionMap) -> str:
@@ -150,14 +173,22 @@ def svg(panel: Panel | AttentionMap) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
-    return re.sub(r"'?DejaVu Sans'?[^;\"]*", "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif", text)
+    return re.sub(
+        r"'?DejaVu Sans'?[^;\"]*", "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif", text
+    )
 
 
 def inline(drawn: str) -> str:
-    """`drawn` for a page that sets the variables: it follows light and dark, and the width it is given."""
+    """`drawn` for a page that sets the variables: it follows light and dark, and the width it is
+    given."""
     for colour, variable in _VARIABLES.items():
         drawn = drawn.replace(colour, variable)
-    return re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", drawn, count=1), count=1)
+    return re.sub(
+        r'(<svg [^>]*?)width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", drawn, count=1),
+        count=1,
+    )
 
 
 def standalone(drawn: str) -> str:
@@ -198,11 +229,21 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
         (line,) = axes.plot(series.x, mean, color=colour, linewidth=1.6)
         if len(own) <= len(MARKERS):
             line.set(marker=MARKERS[number], linestyle=DASHES[number], markersize=4)
-        if len(own) <= len(MARKERS) or number in (0, len(own) - 1):  # many are shades: the ends say which end is which
+        if len(own) <= len(MARKERS) or number in (
+            0,
+            len(own) - 1,
+        ):  # many are shades: the ends say which end is which
             line.set_label(series.name)
     for number, series in enumerate(s for s in panel.series if s.reference):
         mean = [estimate.mean for estimate in series.y]
-        axes.plot(series.x, mean, color=GREY, label=series.name, linewidth=1.3, linestyle=DASHES[1 + number])
+        axes.plot(
+            series.x,
+            mean,
+            color=GREY,
+            label=series.name,
+            linewidth=1.3,
+            linestyle=DASHES[1 + number],
+        )
     if "x" in panel.log:
         axes.set_xscale("log", base=2)
     if "y" in panel.log:
@@ -213,7 +254,8 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
 
 
 def _plain_ticks(axes: "Axes", panel: Panel) -> None:
-    """Numbers as one writes them, 0.05 and 256, on logarithmic axes too; whole numbers where x counts something."""
+    """Numbers as one writes them, 0.05 and 256, on logarithmic axes too; whole numbers where x
+    counts something."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     plain = FuncFormatter(lambda value, _: f"{value:,.6g}")
@@ -227,7 +269,15 @@ def _plain_ticks(axes: "Axes", panel: Panel) -> None:
         shown = np.array([e for series in panel.series for e in series.y], float)
         low, high = np.nanmin(shown[shown > 0], initial=1.0), np.nanmax(shown, initial=1e-9)
         reach = high / low
-        subs = (1,) if reach > 300 else (1, 3) if reach > 30 else (1, 2, 5) if reach > 8 else (1, 1.5, 2, 3, 4, 5, 7)
+        subs = (
+            (1,)
+            if reach > 300
+            else (1, 3)
+            if reach > 30
+            else (1, 2, 5)
+            if reach > 8
+            else (1, 1.5, 2, 3, 4, 5, 7)
+        )
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -241,7 +291,9 @@ def _draw_bars(axes: "Axes", panel: Panel) -> None:
         colour = CYCLE[number % len(CYCLE)]
         axes.barh(places, mean, thickness * 0.92, color=colour, alpha=0.85, label=series.name)
         reach = np.nan_to_num(np.stack([mean - low, high - mean]))
-        axes.errorbar(mean, places, xerr=np.maximum(reach, 0), fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+        axes.errorbar(
+            mean, places, xerr=np.maximum(reach, 0), fmt="none", ecolor=INK, elinewidth=1, capsize=2
+        )
     axes.set_yticks(range(len(panel.names)), panel.names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -266,11 +318,21 @@ def _draw_look(look: AttentionMap) -> "Figure":
         axes[0].imshow(frame, extent=extent)
         for axis, (name, maps) in zip(axes[1:], look.maps.items(), strict=True):
             axis.imshow(frame.mean(-1), extent=extent, cmap="gray", vmin=0, vmax=1)
-            axis.imshow(maps[row], extent=extent, cmap="inferno", vmin=0, vmax=top[name], alpha=0.8, interpolation="nearest")
+            axis.imshow(
+                maps[row],
+                extent=extent,
+                cmap="inferno",
+                vmin=0,
+                vmax=top[name],
+                alpha=0.8,
+                interpolation="nearest",
+            )
         if row == 0:
             axes[0].set_title("image", fontsize=9)
             for axis, (name, maps) in zip(axes[1:], look.maps.items(), strict=True):
-                axis.set_title(f"{name}\n{sum(float(m.sum()) for m in maps):.0%} on the image", fontsize=9)
+                axis.set_title(
+                    f"{name}\n{sum(float(m.sum()) for m in maps):.0%} on the image", fontsize=9
+                )
         for axis in axes:
             axis.set_axis_off()
     return figure

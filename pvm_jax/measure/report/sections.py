@@ -1,4 +1,5 @@
-"""The six measurements as sections of the report: each measures, and turns its arrays into panels."""
+"""The six measurements as sections of the report: each measures, and turns its arrays into
+panels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,14 @@ from pvm_jax.measure.ablations import IMAGE_SWAPPED, ablations, by_filler
 from pvm_jax.measure.accuracy import Scorer, TeacherForced, prompt_of, teacher_forced, write
 from pvm_jax.measure.cost import Cost, cost
 from pvm_jax.measure.dilution import dilution
-from pvm_jax.measure.intervals import Estimate, PositionBucket, by_length, by_position, doubling_buckets, estimate
+from pvm_jax.measure.intervals import (
+    Estimate,
+    PositionBucket,
+    by_length,
+    by_position,
+    doubling_buckets,
+    estimate,
+)
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.pictures import picture
@@ -39,12 +47,15 @@ class Task:
         stop_tokens: that end an answer which a model writes.
         max_new_tokens: of such an answer.
         counted: what the tokens that count are called, in the report's words.
-        counts: which tokens of an answer count for accuracy and for the lens: its ids [A] -> [A] bool; None: all of them.
+        counts: which tokens of an answer count for accuracy and for the lens: its ids [A] -> [A]
+            bool; None: all of them.
         fillers: the conversations with filler text before their question, by its tokens.
-        grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in the report's words.
-        looks: tokens whose attention is drawn, each by (number of the conversation, which token of what the model writes as
-            its last answer, from 0); None: as far into that as the look stands in `looks`, so that they are spread. Where the
-            model stops before, its last token.
+        grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in
+            the report's words.
+        looks: tokens whose attention is drawn, each by (number of the conversation, which token of
+            what the model writes as its last answer, from 0); None: as far into that as the look
+            stands in `looks`, so that they are spread. Where the model stops before, its last
+            token.
         rows, chunk: conversations, and columns of them, that are computed together.
     """
 
@@ -67,12 +78,16 @@ class Task:
             return values
         examples = self.examples if examples is None else examples
         columns, real = find_answers(examples)
-        kept = np.stack([self.counts(e.input_ids[c]) for e, c in zip(examples, columns, strict=True)]) & real
+        kept = (
+            np.stack([self.counts(e.input_ids[c]) for e, c in zip(examples, columns, strict=True)])
+            & real
+        )
         return np.where(kept.reshape(len(kept), *(1,) * (values.ndim - 2), -1), values, np.nan)
 
 
 class Section(NamedTuple):
-    """One measurement in the report: `facts`, what came out, a sentence each; `rows`, a table, its header first."""
+    """One measurement in the report: `facts`, what came out, a sentence each; `rows`, a table, its
+    header first."""
 
     key: str
     title: str
@@ -84,12 +99,17 @@ class Section(NamedTuple):
 
 def measure_dilution(models: Models, task: Task) -> Section:
     """`dilution` by position in the answer."""
-    found = {name: dilution(model, task.examples, rows=task.rows, chunk=task.chunk) for name, model in models.items()}
+    found = {
+        name: dilution(model, task.examples, rows=task.rows, chunk=task.chunk)
+        for name, model in models.items()
+    }
     first_name, first = next(iter(found.items()))
     layers = sorted(map(int, models[first_name].pvm))
     buckets = doubling_buckets(first.uniform.shape[1], 2)
     line = partial(_by_position, buckets=buckets)
-    uniform = line("1/length: equal attention to all tokens", first.uniform)._replace(reference=True)
+    uniform = line("1/length: equal attention to all tokens", first.uniform)._replace(
+        reference=True
+    )
     panels = [
         Panel(
             "dilution",
@@ -106,14 +126,23 @@ def measure_dilution(models: Models, task: Task) -> Section:
             caption("dilution_layers"),
             "token of the answer",
             "attention on the image",
-            [*(line(f"layer {layer}", first.mass[:, layer]) for layer in range(first.mass.shape[1])), uniform],
+            [
+                *(
+                    line(f"layer {layer}", first.mass[:, layer])
+                    for layer in range(first.mass.shape[1])
+                ),
+                uniform,
+            ],
             log="xy",
             ordered=True,
         ),
     ]
     facts = [_change("attention on the image", panels[0].series[0], buckets)]
     if layers:
-        voices = [line(f"layer {layer}", first.update[:, at] / first.ffn[:, at]) for at, layer in enumerate(layers)]
+        voices = [
+            line(f"layer {layer}", first.update[:, at] / first.ffn[:, at])
+            for at, layer in enumerate(layers)
+        ]
         panels.append(
             Panel(
                 "voice",
@@ -126,13 +155,19 @@ def measure_dilution(models: Models, task: Task) -> Section:
                 bounds=(0, _above(voices)),
             )
         )
-        facts += [_change("size of the branch beside the feed-forward", voice, buckets) for voice in voices]
+        facts += [
+            _change("size of the branch beside the feed-forward", voice, buckets)
+            for voice in voices
+        ]
     return Section("dilution", "Dilution", panels, facts)
 
 
 def measure_accuracy(models: Models, task: Task) -> Section:
     """`teacher_forced` and `write`, by position and by output length."""
-    forced = {name: teacher_forced(model, task.examples, rows=task.rows, chunk=task.chunk) for name, model in models.items()}
+    forced = {
+        name: teacher_forced(model, task.examples, rows=task.rows, chunk=task.chunk)
+        for name, model in models.items()
+    }
     correct = {name: task.counting(one.correct) for name, one in forced.items()}
     loss = {name: task.counting(one.loss) for name, one in forced.items()}
     written = {
@@ -189,7 +224,10 @@ def measure_accuracy(models: Models, task: Task) -> Section:
             caption("written", exactness=task.exactness),
             "token of the answer",
             "share exact",
-            [_by_position(name, one.score, doubling_buckets(wrote)) for name, one in written.items()],
+            [
+                _by_position(name, one.score, doubling_buckets(wrote))
+                for name, one in written.items()
+            ],
             log="x",
             bounds=(0, 1),
         ),
@@ -204,19 +242,31 @@ def measure_accuracy(models: Models, task: Task) -> Section:
             bounds=(0, 1),
         ),
     ]
-    facts = [f"{name}: {estimate(values)} of {counted} right (teacher-forced)" for name, values in correct.items()]
-    facts += [f"{name}: {estimate(one.score)} of what it wrote itself is exact" for name, one in written.items()]
+    facts = [
+        f"{name}: {estimate(values)} of {counted} right (teacher-forced)"
+        for name, values in correct.items()
+    ]
+    facts += [
+        f"{name}: {estimate(one.score)} of what it wrote itself is exact"
+        for name, one in written.items()
+    ]
     return Section("accuracy", "Accuracy", panels, facts)
 
 
 def measure_lens(models: Models, task: Task) -> Section:
     """`lens` by layer."""
-    found = {name: lens(model, task.examples, rows=task.rows, chunk=min(task.chunk, 128)) for name, model in models.items()}
+    found = {
+        name: lens(model, task.examples, rows=task.rows, chunk=min(task.chunk, 128))
+        for name, model in models.items()
+    }
     depth = next(iter(found.values())).rank.shape[1]
 
     def by_layer(values: Callable) -> list[Series]:
         kept = {name: task.counting(values(one)) for name, one in found.items()}
-        return [Series(name, [*range(depth)], [estimate(v[:, layer]) for layer in range(depth)]) for name, v in kept.items()]
+        return [
+            Series(name, [*range(depth)], [estimate(v[:, layer]) for layer in range(depth)])
+            for name, v in kept.items()
+        ]
 
     def typical_rank(series: Series) -> Series:
         return series._replace(y=[Estimate(*np.exp(e)) for e in series.y])
@@ -256,13 +306,20 @@ def measure_lens(models: Models, task: Task) -> Section:
             "layer",
             f"share of {task.counted} settled",
             [
-                Series(name, [*range(depth)], [estimate(np.where(np.isnan(s), np.nan, s <= layer)) for layer in range(depth)])
+                Series(
+                    name,
+                    [*range(depth)],
+                    [estimate(np.where(np.isnan(s), np.nan, s <= layer)) for layer in range(depth)],
+                )
                 for name, s in settled.items()
             ],
             bounds=(0, 1),
         ),
     ]
-    facts = [f"{name}: settled in layer {estimate(values)} of 0 to {depth - 1}, on average" for name, values in settled.items()]
+    facts = [
+        f"{name}: settled in layer {estimate(values)} of 0 to {depth - 1}, on average"
+        for name, values in settled.items()
+    ]
     return Section("lens", "When the prediction is made", panels, facts)
 
 
@@ -270,40 +327,67 @@ def measure_looks(models: Models, task: Task) -> Section:
     """`looked` for `task.looks`, of the first model, drawn over the images."""
     model = next(iter(models.values()))
     asked = [task.examples[number] for number, _ in task.looks]
-    written = write(model, asked, stop_tokens=task.stop_tokens, max_new_tokens=task.max_new_tokens, rows=task.rows).tokens
+    written = write(
+        model,
+        asked,
+        stop_tokens=task.stop_tokens,
+        max_new_tokens=task.max_new_tokens,
+        rows=task.rows,
+    ).tokens
     prompts = [prompt_of(example)[0] for example in asked]
-    examples = [replace(p, input_ids=np.concatenate([p.input_ids, ids])) for p, ids in zip(prompts, written, strict=True)]
+    examples = [
+        replace(p, input_ids=np.concatenate([p.input_ids, ids]))
+        for p, ids in zip(prompts, written, strict=True)
+    ]
     tokens = [
         int((place + 0.5) / len(written) * len(ids)) if token is None else min(token, len(ids) - 1)
         for place, (ids, (_, token)) in enumerate(zip(written, task.looks, strict=True))
     ]
-    columns = np.array([[len(prompt.input_ids) + token] for prompt, token in zip(prompts, tokens, strict=True)])
+    columns = np.array(
+        [[len(prompt.input_ids) + token] for prompt, token in zip(prompts, tokens, strict=True)]
+    )
     found = looked(model, examples, columns, rows=task.rows, chunk=task.chunk)
     layer = _sharpest(found.decoder[:, :, 0])
     attention = {f"decoder, layer {layer}": found.decoder[:, layer, 0]}
     if len(model.pvm):
         branches, heads = sorted(map(int, model.pvm)), found.branch.shape[2]
-        at, head = divmod(_sharpest(found.branch[:, :, :, 0].reshape(len(examples), len(branches) * heads, -1)), heads)
+        at, head = divmod(
+            _sharpest(found.branch[:, :, :, 0].reshape(len(examples), len(branches) * heads, -1)),
+            heads,
+        )
         attention = {f"branch, layer {branches[at]}": found.branch[:, at, head, 0]} | attention
     panels = []
     for place, (example, (number, _)) in enumerate(zip(examples, task.looks, strict=True)):
         seen = visual_runs(example, model.config)
         column = int(columns[place, 0])
         before = task.processor.decode(example.input_ids[max(column - 4, 0) : column]).strip()
-        said = task.processor.decode(example.input_ids[column : column + 1], skip_special_tokens=False).strip()
+        said = task.processor.decode(
+            example.input_ids[column : column + 1], skip_special_tokens=False
+        ).strip()
         panels.append(
             AttentionMap(
                 f"looked_{place}",
                 f"…{before} → {said}",
                 caption("look", token=tokens[place], number=number),
-                [picture(f.pixels, f.rows, f.columns, task.processor.image_settings, model.config.vision) for f in seen],
+                [
+                    picture(
+                        f.pixels,
+                        f.rows,
+                        f.columns,
+                        task.processor.image_settings,
+                        model.config.vision,
+                    )
+                    for f in seen
+                ],
                 {
                     name: _maps(values[place], seen, model.config.vision.spatial_merge_size)
                     for name, values in attention.items()
                 },
             )
         )
-    return Section("looked", "Where it looked", panels, text=caption("looked", name=next(iter(models))))
+    return Section(
+        "looked", "Where it looked", panels, text=caption("looked", name=next(iter(models)))
+    )
 
 
 def measure_ablations(models: Models, task: Task) -> Section:
@@ -311,7 +395,9 @@ def measure_ablations(models: Models, task: Task) -> Section:
     name, model = next(iter(models.items()))
     correct = {
         ablation: task.counting(found.correct)
-        for ablation, found in ablations(model, task.examples, rows=task.rows, chunk=task.chunk).items()
+        for ablation, found in ablations(
+            model, task.examples, rows=task.rows, chunk=task.chunk
+        ).items()
     }
     panels = [
         Panel(
@@ -320,12 +406,19 @@ def measure_ablations(models: Models, task: Task) -> Section:
             caption("ablations"),
             f"share of {task.counted} right",
             "",
-            [Series(name, [*range(len(correct))], [estimate(values) for values in correct.values()])],
+            [
+                Series(
+                    name, [*range(len(correct))], [estimate(values) for values in correct.values()]
+                )
+            ],
             names=list(correct),
             bounds=(0, 1),
         )
     ]
-    facts = [f"{ablation}: {estimate(values)} of {task.counted} right" for ablation, values in correct.items()]
+    facts = [
+        f"{ablation}: {estimate(values)} of {task.counted} right"
+        for ablation, values in correct.items()
+    ]
     if task.fillers:
         found = by_filler(models, task.fillers, rows=task.rows, chunk=task.chunk)
         facts = [*_gains(found, task), *facts]
@@ -352,19 +445,37 @@ def measure_ablations(models: Models, task: Task) -> Section:
 def measure_cost(models: Models, task: Task) -> Section:
     """`cost` on the longest of the task's prompts."""
     prompts = [prompt_of(example)[0] for example in task.examples]
-    built = {name: without_pvm(model) if name == WITHOUT else model for name, model in models.items()}  # not merely silent
-    found = cost(built, max(prompts, key=lambda prompt: len(prompt.input_ids)), new_tokens=max(task.max_new_tokens, 2))
+    built = {
+        name: without_pvm(model) if name == WITHOUT else model for name, model in models.items()
+    }  # not merely silent
+    found = cost(
+        built,
+        max(prompts, key=lambda prompt: len(prompt.input_ids)),
+        new_tokens=max(task.max_new_tokens, 2),
+    )
     one = next(iter(found.values()))
 
-    def bars(key: str, title: str, text: str, label: str, values: Callable[[Cost], np.ndarray]) -> Panel:
+    def bars(
+        key: str, title: str, text: str, label: str, values: Callable[[Cost], np.ndarray]
+    ) -> Panel:
         estimates = [Estimate(*np.quantile(values(c), [0.0, 0.0, 0.5])) for c in found.values()]
-        return Panel(key, title, text, label, "", [Series(title, [*range(len(found))], estimates)], names=list(found))
+        return Panel(
+            key,
+            title,
+            text,
+            label,
+            "",
+            [Series(title, [*range(len(found))], estimates)],
+            names=list(found),
+        )
 
     panels = [
         bars(
             "cost_prefill",
             "Time to the first token",
-            caption("cost_prefill", tokens=one.tokens, patches=one.patches, rounds=len(one.prefill)),
+            caption(
+                "cost_prefill", tokens=one.tokens, patches=one.patches, rounds=len(one.prefill)
+            ),
             "milliseconds",
             lambda c: 1e3 * c.prefill,
         ),
@@ -387,8 +498,14 @@ def measure_cost(models: Models, task: Task) -> Section:
     facts = []
     if len(found) > 1:
         (first, a), (second, b) = [*found.items()][:2]
-        for what, x, y in (("the first token", a.prefill, b.prefill), ("a further token", a.decode, b.decode)):
-            facts.append(f"{what} takes {first} {x.min() / y.min():.2f} times as long as {second} (fastest rounds)")
+        for what, x, y in (
+            ("the first token", a.prefill, b.prefill),
+            ("a further token", a.decode, b.decode),
+        ):
+            facts.append(
+                f"{what} takes {first} {x.min() / y.min():.2f} times as long as {second} (fastest"
+                " rounds)"
+            )
     return Section("cost", "Cost", panels, facts, rows)
 
 
@@ -405,11 +522,17 @@ MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
 
 def _by_position(name: str, values: np.ndarray, buckets: Sequence[PositionBucket]) -> Series:
     """Of [N, A]; buckets in which nothing counts are left out."""
-    points = [(b.middle, e) for b, e in zip(buckets, by_position(values, buckets), strict=True) if np.isfinite(e.mean)]
+    points = [
+        (b.middle, e)
+        for b, e in zip(buckets, by_position(values, buckets), strict=True)
+        if np.isfinite(e.mean)
+    ]
     return Series(name, [x for x, _ in points], [e for _, e in points])
 
 
-def _by_length(name: str, values: np.ndarray, lengths: np.ndarray, buckets: Sequence[PositionBucket]) -> Series:
+def _by_length(
+    name: str, values: np.ndarray, lengths: np.ndarray, buckets: Sequence[PositionBucket]
+) -> Series:
     return Series(name, [*range(len(buckets))], by_length(values, lengths, buckets))
 
 
@@ -424,7 +547,10 @@ def _above(series: Sequence[Series]) -> float:
 
 def _change(what: str, series: Series, buckets: Sequence[PositionBucket]) -> str:
     first, last = series.y[0].mean, series.y[-1].mean
-    return f"{what}: {first:.3g} at tokens {buckets[0]} of the answer, {last:.3g} at {buckets[-1]} ({series.name})"
+    return (
+        f"{what}: {first:.3g} at tokens {buckets[0]} of the answer, {last:.3g} at {buckets[-1]}"
+        f" ({series.name})"
+    )
 
 
 def _gains(found: Mapping[str, Mapping[int, TeacherForced]], task: Task) -> list[str]:
@@ -432,20 +558,30 @@ def _gains(found: Mapping[str, Mapping[int, TeacherForced]], task: Task) -> list
     (first, a), (second, b), *others = found.items()
     if not others:  # there is one model, and what it guesses
         return []
-    gains = {n: estimate(task.counting(a[n].correct - b[n].correct, task.fillers[n])) for n in task.fillers}
+    gains = {
+        n: estimate(task.counting(a[n].correct - b[n].correct, task.fillers[n]))
+        for n in task.fillers
+    }
     clear = any(gain.low > 0 or gain.high < 0 for gain in gains.values())
     return [
         *(
             []
             if clear
-            else [f"a null result: at no distance does the accuracy differ beyond its 95% interval ({first}, {second})"]
+            else [
+                "a null result: at no distance does the accuracy differ beyond its 95% interval"
+                f" ({first}, {second})"
+            ]
         ),
-        *(f"{n} tokens of filler: {first} minus {second}, paired: {gain}" for n, gain in gains.items()),
+        *(
+            f"{n} tokens of filler: {first} minus {second}, paired: {gain}"
+            for n, gain in gains.items()
+        ),
     ]
 
 
 def _sharpest(attention: np.ndarray) -> int:
-    """Of attention [N, choices, V], the choice whose attention on the image is the most concentrated, over all N."""
+    """Of attention [N, choices, V], the choice whose attention on the image is the most
+    concentrated, over all N."""
     shares = attention / np.maximum(attention.sum(-1, keepdims=True), 1e-9)
     entropy = -(shares * np.log(np.maximum(shares, 1e-9))).sum(-1)
     return int(entropy.mean(0).argmin())
@@ -455,7 +591,10 @@ def _maps(values: np.ndarray, seen: Sequence[Frame], merge: int) -> list[np.ndar
     """Attention on visual tokens [V] -> a map [rows, columns] for each frame."""
     grids = [(frame.rows // merge, frame.columns // merge) for frame in seen]
     ends = np.cumsum([rows * columns for rows, columns in grids])
-    return [part.reshape(grid) for part, grid in zip(np.split(values[: ends[-1]], ends[:-1]), grids, strict=True)]
+    return [
+        part.reshape(grid)
+        for part, grid in zip(np.split(values[: ends[-1]], ends[:-1]), grids, strict=True)
+    ]
 
 
 def _size(count: int) -> str:

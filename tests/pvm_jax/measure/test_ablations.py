@@ -32,12 +32,16 @@ from tests.close import assert_close
 from tests.pvm_jax.test_model import CONFIG, randomized
 
 
-def make_example(seed: int, answer: int, grids: tuple[tuple[int, int], ...] = ((4, 4),), question: int = 5) -> Example:
+def make_example(
+    seed: int, answer: int, grids: tuple[tuple[int, int], ...] = ((4, 4),), question: int = 5
+) -> Example:
     """Images of (rows, columns) patches, `question` tokens, then `answer` tokens to say."""
     rng = np.random.default_rng(seed)
     images = [np.array([92, *[90] * (rows * columns // 4), 93]) for rows, columns in grids]
     ids = np.concatenate([*images, rng.integers(1, 80, question + answer)])
-    pixels = rng.uniform(-1, 1, (sum(rows * columns for rows, columns in grids), CONFIG.vision.patch_dim))
+    pixels = rng.uniform(
+        -1, 1, (sum(rows * columns for rows, columns in grids), CONFIG.vision.patch_dim)
+    )
     return Example(
         input_ids=ids,
         pixel_values=pixels.astype(np.float32),
@@ -115,7 +119,8 @@ def asked_again(example: Example, seed: int) -> Example:
 
 
 def test_another_image_is_never_the_same_one(model):
-    """Several questions about one image follow each other; a branch on another image must not get its own one either."""
+    """Several questions about one image follow each other; a branch on another image must not get
+    its own one either."""
     a, b = EXAMPLES[0], EXAMPLES[2]
     examples = [a, asked_again(a, 8), asked_again(a, 9), b, asked_again(b, 10)]
     assert partners(examples) == [3, 3, 3, 0, 0]
@@ -126,7 +131,9 @@ def test_another_image_is_never_the_same_one(model):
     for ablation in (IMAGE_SWAPPED, BRANCH_MISLED):
         assert (np.nanmax(np.abs(found[ablation].loss - found[AS_IT_IS].loss), axis=1) > 1e-3).all()
     for number, partner in enumerate(partners(examples)):
-        pair = teacher_forced(mislead(model), [examples[partner], examples[number]], rows=2, chunk=8).loss[1]
+        pair = teacher_forced(
+            mislead(model), [examples[partner], examples[number]], rows=2, chunk=8
+        ).loss[1]
         assert_close(found[BRANCH_MISLED].loss[number, : len(pair)], pair, 1e-5)
 
 
@@ -135,29 +142,45 @@ def test_pictures_are_exchanged_with_a_conversation_that_shares_none():
     both = replace(two, pixel_values=np.concatenate([one.pixel_values, two.pixel_values[16:]]))
     assert partners([one, both, other]) == [2, 2, 0]
     for without in ([one], [one, asked_again(one, 8)], [one, both]):
-        with pytest.raises(ValueError, match=r"at least two conversations that share none: .* for conversation 0, counted"):
+        with pytest.raises(
+            ValueError,
+            match=r"at least two conversations that share none: .* for conversation 0, counted",
+        ):
             exchanged(without, CONFIG.vision)
 
 
 def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model):
-    """Its memory is the other image's, also in the last batch, which is filled up; with the gates shut, nothing differs."""
-    misled, batch = mislead(model), Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=64, patches=64)
+    """Its memory is the other image's, also in the last batch, which is filled up; with the gates
+    shut, nothing differs."""
+    misled, batch = (
+        mislead(model),
+        Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=64, patches=64),
+    )
     visual = Visual(np.random.default_rng(0).normal(size=(3, 16, 32)).astype(np.float32), None)
     own, other = (one.memorize(visual, batch)["1"] for one in (model, misled))
     np.testing.assert_array_equal(other.keys, np.roll(own.keys, 1, axis=0))
     shut = silence(model, [1, 2])
-    for one, differs in ((shut, False), (model, True)):  # two rows, three conversations: the last batch is filled up
-        own, other = (teacher_forced(m, EXAMPLES, rows=2, chunk=8).loss for m in (one, mislead(one)))
+    for one, differs in (
+        (shut, False),
+        (model, True),
+    ):  # two rows, three conversations: the last batch is filled up
+        own, other = (
+            teacher_forced(m, EXAMPLES, rows=2, chunk=8).loss for m in (one, mislead(one))
+        )
         assert ((np.nanmax(np.abs(own - other), axis=1) > 1e-3) == differs).all()
 
 
 def test_pictures_come_out_of_their_patches_and_go_back():
     """A picture that is not square, whose size needs no scaling: every pixel is where it was."""
-    settings = ImageSettings(min_pixels=32**2, max_pixels=10**6, patch_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    settings = ImageSettings(
+        min_pixels=32**2, max_pixels=10**6, patch_size=16, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     flat, (_, rows, columns) = patches([Image.fromarray(pixels)], settings)
     config = replace(CONFIG.vision, patch_size=16)
-    np.testing.assert_allclose(picture(flat, rows, columns, settings, config), pixels / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        picture(flat, rows, columns, settings, config), pixels / 255, atol=1e-6
+    )
     example = replace(EXAMPLES[0], pixel_values=flat, image_grid_thw=np.array([[1, rows, columns]]))
     (frame,) = frames(example, config)
     assert frame.shape == (2, 64, 96, 3)
@@ -177,8 +200,17 @@ def test_filler_stands_between_image_and_question(tmp_path: Path):
         longer = processor.encode(with_filler(messages, wanted, processor))
         added = len(longer.input_ids) - len(plain.input_ids)
         assert wanted <= added < wanted + 12  # whole words
-        end = int(np.flatnonzero(plain.input_ids == processor.tokenizer.convert_tokens_to_ids("<|vision_end|>"))[0]) + 1
-        np.testing.assert_array_equal(np.delete(longer.input_ids, np.arange(end, end + added)), plain.input_ids)
+        end = (
+            int(
+                np.flatnonzero(
+                    plain.input_ids == processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+                )[0]
+            )
+            + 1
+        )
+        np.testing.assert_array_equal(
+            np.delete(longer.input_ids, np.arange(end, end + added)), plain.input_ids
+        )
         np.testing.assert_array_equal(longer.pixel_values, plain.pixel_values)
     assert with_filler(messages, 0, processor) is messages
     with pytest.raises(ValueError, match="no user turn shows an image"):
@@ -194,10 +226,23 @@ def test_what_is_written_is_exact_up_to_the_first_difference(model):
         assert np.array_equal(score[: len(reference)], exact_so_far(tokens, reference))
         assert np.isnan(score[len(reference) :]).all()
     prompts = [prompt_of(example)[0] for example in EXAMPLES]
-    ids = [np.concatenate([prompt.input_ids, tokens]) for prompt, tokens in zip(prompts, written.tokens, strict=True)]
-    oracle = [replace(e, input_ids=i, loss_mask=np.arange(len(i)) >= len(i) - 5) for e, i in zip(EXAMPLES, ids, strict=True)]
+    ids = [
+        np.concatenate([prompt.input_ids, tokens])
+        for prompt, tokens in zip(prompts, written.tokens, strict=True)
+    ]
+    oracle = [
+        replace(e, input_ids=i, loss_mask=np.arange(len(i)) >= len(i) - 5)
+        for e, i in zip(EXAMPLES, ids, strict=True)
+    ]
     assert write(model, oracle, stop_tokens=(), max_new_tokens=5, rows=2).score.all()
-    graded = write(model, EXAMPLES, stop_tokens=(), max_new_tokens=5, rows=2, grade=lambda number, ids: np.full(2, number))
+    graded = write(
+        model,
+        EXAMPLES,
+        stop_tokens=(),
+        max_new_tokens=5,
+        rows=2,
+        grade=lambda number, ids: np.full(2, number),
+    )
     np.testing.assert_array_equal(graded.score, [[0, 0], [1, 1], [2, 2]])
 
 

@@ -1,4 +1,5 @@
-"""What is measured in pieces, against whole matrices: every layer of the goldens' model written out once more, in NumPy."""
+"""What is measured in pieces, against whole matrices: every layer of the goldens' model written out
+once more, in NumPy."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,7 +26,8 @@ CHUNK = 16  # no multiple of the rows' lengths: several pieces, the last one fil
 
 
 class Dense(NamedTuple):
-    """Attention [L, B, N, S, S], the branch's [P, B, N, S, V], norms [P, B, S], log-probabilities [L, B, S, vocab]."""
+    """Attention [L, B, N, S, S], the branch's [P, B, N, S, V], norms [P, B, S], log-probabilities
+    [L, B, S, vocab]."""
 
     attention: np.ndarray
     branch: np.ndarray
@@ -36,11 +38,14 @@ class Dense(NamedTuple):
 
 @pytest.fixture
 def examples(golden, golden_model):
-    """The goldens' rows with images, several of them and a video; as answers, their text from the sixth token on."""
+    """The goldens' rows with images, several of them and a video; as answers, their text from the
+    sixth token on."""
     rows, _ = _split_rows(load_file(golden / "forward_inputs.safetensors"), golden_model.config)
     visual = (golden_model.config.image_token_id, golden_model.config.video_token_id)
     return [
-        replace(row, loss_mask=~np.isin(row.input_ids, visual) & (np.arange(len(row.input_ids)) > 5))
+        replace(
+            row, loss_mask=~np.isin(row.input_ids, visual) & (np.arange(len(row.input_ids)) > 5)
+        )
         for row in rows
         if row.num_patches
     ]
@@ -50,23 +55,30 @@ def examples(golden, golden_model):
 def reference(golden_model, examples) -> Dense:
     length = max(len(example.input_ids) for example in examples)
     patches = max(example.num_patches for example in examples)
-    batch = Batch.from_rows([[example] for example in examples], golden_model.config, length=length, patches=patches)
+    batch = Batch.from_rows(
+        [[example] for example in examples], golden_model.config, length=length, patches=patches
+    )
     graphdef, params = nnx.split(golden_model)
     inner = jax.jit(lambda params: _inner(nnx.merge(graphdef, params), batch))(params)
     return _dense(golden_model, batch, jax.device_get(inner))
 
 
 def _inner(model, batch: Batch):
-    """Every layer's queries, keys, stream before the FFN, FFN, and what the branches have: from the traced streams alone."""
+    """Every layer's queries, keys, stream before the FFN, FFN, and what the branches have: from the
+    traced streams alone."""
     c, decoder, trace = model.config.text, model.language_model, model.trace(batch)
     embeds = decoder.embed_tokens(batch.tokens, jnp.float32)
     visual = jnp.take_along_axis(trace.embeds, jnp.maximum(batch.visual_index, 0)[..., None], 1)
-    entering = jnp.concatenate([jnp.where((batch.visual_index >= 0)[..., None], visual, embeds)[None], trace.streams[:-1]])
+    entering = jnp.concatenate(
+        [jnp.where((batch.visual_index >= 0)[..., None], visual, embeds)[None], trace.streams[:-1]]
+    )
     angles = mrope_angles(batch.positions, c.head_dim, c.rope_theta, c.mrope_section)
     graphdef, stacked = nnx.split(decoder.layers)
     layers = []
     for layer, stream in enumerate(entering):
-        block: DecoderLayer = nnx.merge(graphdef, jax.tree.map(lambda p, layer=layer: p[layer], nnx.as_pure(stacked)))
+        block: DecoderLayer = nnx.merge(
+            graphdef, jax.tree.map(lambda p, layer=layer: p[layer], nnx.as_pure(stacked))
+        )
         q, k, v = block.self_attn.heads(block.input_layernorm(stream), angles)
         group = q.shape[2] // k.shape[2]
         weights = _softmax(q, jnp.repeat(k, group, 2), _causal(batch))
@@ -80,7 +92,9 @@ def _inner(model, batch: Batch):
             heads = lambda x, read=read: x.reshape(*x.shape[:2], -1, read.head_dim)  # noqa: E731
             keys = read.k_norm(heads(read.k_proj(pvm.vision_reducer(trace.embeds))))
             asked = read.q_norm(heads(read.q_proj(pvm.input_norm(pvm.text_reducer(middle)))))
-            own = (batch.segment_ids[:, :, None] == batch.visual_segment_ids[:, None]) & (batch.segment_ids > 0)[:, :, None]
+            own = (batch.segment_ids[:, :, None] == batch.visual_segment_ids[:, None]) & (
+                batch.segment_ids > 0
+            )[:, :, None]
             branch = _softmax(asked, jnp.repeat(keys, asked.shape[2] // keys.shape[2], 2), own)
         layers.append((weights, ffn, branch))
     logits = jnp.stack([model.logits(decoder.norm(stream)) for stream in trace.streams])
@@ -110,10 +124,19 @@ def _dense(model, batch: Batch, inner) -> Dense:
     )
 
 
-@pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)  # images of two sizes and a video, four queries a key
-def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(golden_model, examples, reference):
+@pytest.mark.parametrize(
+    "golden", ["shape_4b"], indirect=True
+)  # images of two sizes and a video, four queries a key
+def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(
+    golden_model, examples, reference
+):
     answers = find_answers(examples)
-    visual = [np.isin(e.input_ids, (golden_model.config.image_token_id, golden_model.config.video_token_id)) for e in examples]
+    visual = [
+        np.isin(
+            e.input_ids, (golden_model.config.image_token_id, golden_model.config.video_token_id)
+        )
+        for e in examples
+    ]
     diluted = dilution(golden_model, examples, rows=2, chunk=CHUNK)
     seen = looked(golden_model, examples, answers.columns, rows=2, chunk=CHUNK)
     inner = lens(golden_model, examples, rows=2, chunk=CHUNK)
@@ -121,9 +144,13 @@ def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(golden_mo
     for row, example in enumerate(examples):
         before = answers.columns[row][answers.real[row]] - 1
         count, ends = len(before), len(example.input_ids)
-        on_visual = reference.attention[:, row, :, before][..., :ends][..., visual[row]].mean(2)  # [A, L, visual]
+        on_visual = reference.attention[:, row, :, before][..., :ends][..., visual[row]].mean(
+            2
+        )  # [A, L, visual]
         assert_close(diluted.mass[row, :, :count].T, on_visual.sum(-1), BAR)
-        assert_close(diluted.uniform[row, :count], np.cumsum(visual[row])[before] / (before + 1), BAR)
+        assert_close(
+            diluted.uniform[row, :count], np.cumsum(visual[row])[before] / (before + 1), BAR
+        )
         for got, want in ((diluted.ffn, reference.ffn), (diluted.update, reference.update)):
             assert_close(got[row, :, :count], want[:, row, before], BAR)
         tokens = visual[row].sum()
@@ -145,13 +172,17 @@ def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(golden_mo
         np.testing.assert_array_equal(forced.correct[row, :count], token == true)
         for values in (diluted.mass, inner.kl, forced.loss[:, None]):
             assert np.isnan(values[row, :, count:]).all()
-    assert np.ptp(diluted.mass[np.isfinite(diluted.mass)]) > 0.01  # not all alike: the comparison says something
+    assert (
+        np.ptp(diluted.mass[np.isfinite(diluted.mass)]) > 0.01
+    )  # not all alike: the comparison says something
 
 
 @pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)
 def test_a_token_settles_where_its_rank_is_first_0_for_good(golden_model, examples):
     found = lens(golden_model, examples, rows=2, chunk=CHUNK)
-    for rank, settled in zip(np.moveaxis(found.rank, 1, 2).reshape(-1, 5), found.settled.reshape(-1), strict=True):
+    for rank, settled in zip(
+        np.moveaxis(found.rank, 1, 2).reshape(-1, 5), found.settled.reshape(-1), strict=True
+    ):
         if np.isfinite(settled):
             assert not rank[int(settled) :].any()
             assert settled == 0 or rank[int(settled) - 1] > 0

@@ -1,6 +1,12 @@
 import numpy as np
 
-from pvm_jax.measure.intervals import PositionBucket, by_length, by_position, doubling_buckets, estimate
+from pvm_jax.measure.intervals import (
+    PositionBucket,
+    by_length,
+    by_position,
+    doubling_buckets,
+    estimate,
+)
 
 
 def test_bootstrap_resamples_conversations():
@@ -38,7 +44,9 @@ def test_buckets_hold_every_position_once():
     assert [e.mean for e in by_position(values, doubling_buckets(12))] == [4.5, 10.5]
     lengths = np.array([3, 9, 12])
     got = by_length(
-        np.array([[1.0], [0.0], [1.0]]), lengths, [PositionBucket(1, 8), PositionBucket(9, 16), PositionBucket(17, 32)]
+        np.array([[1.0], [0.0], [1.0]]),
+        lengths,
+        [PositionBucket(1, 8), PositionBucket(9, 16), PositionBucket(17, 32)],
     )
     assert [e.mean for e in got[:2]] == [1, 0.5]
     assert np.isnan(got[2].mean)

@@ -1,4 +1,5 @@
-"""The command, from a checkpoint and a file of conversations to a page that needs no network; and what it must fit in."""
+"""The command, from a checkpoint and a file of conversations to a page that needs no network; and
+what it must fit in."""
 
 import json
 import re
@@ -38,7 +39,11 @@ def save_random(folder: Path, scale: float) -> Path:
     config = write_assets(folder / "assets").with_pvm((1,), 32)
     text = replace(config.text, num_hidden_layers=2, hidden_size=64, intermediate_size=64)
     vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,), out_hidden_size=64)
-    save(folder / "checkpoint", randomized(replace(config, text=text, vision=vision), scale), assets=folder / "assets")
+    save(
+        folder / "checkpoint",
+        randomized(replace(config, text=text, vision=vision), scale),
+        assets=folder / "assets",
+    )
     return folder / "checkpoint"
 
 
@@ -59,7 +64,9 @@ def data(tmp_path_factory) -> Path:
 
 
 def write_data(path: Path, conversations: Sequence[Sequence[Mapping]]) -> Path:
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    path.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+    )
     return path
 
 
@@ -68,18 +75,43 @@ def read_data(path: Path) -> list[list[dict]]:
 
 
 def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return ["measure", "--checkpoint", str(checkpoint), "--data", str(data), "--output", str(out), *more]
+    return [
+        "measure",
+        "--checkpoint",
+        str(checkpoint),
+        "--data",
+        str(data),
+        "--output",
+        str(out),
+        *more,
+    ]
 
 
 def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
-    """All six measurements; every figure has numbers and is drawn; nothing is fetched from anywhere."""
-    main(arguments(checkpoint, data, tmp_path, "--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"))
+    """All six measurements; every figure has numbers and is drawn; nothing is fetched from
+    anywhere."""
+    main(
+        arguments(
+            checkpoint,
+            data,
+            tmp_path,
+            "--fillers",
+            "0",
+            "10",
+            "--max-new-tokens",
+            "4",
+            "--looks",
+            "3",
+        )
+    )
     said = capsys.readouterr().out
     assert f"The report: {tmp_path / 'report.html'}" in said
     assert "0 tokens of filler: with the branch minus without, paired: " in said
 
     page = (tmp_path / "report.html").read_text()
-    fetched = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(\s*["']?([^"')]*)|@import""", page)
+    fetched = re.findall(
+        r"""(?:src|href)\s*=\s*["']([^"']*)|url\(\s*["']?([^"')]*)|@import""", page
+    )
     assert fetched
     assert all((a or b).startswith(("#", "data:")) for a, b in fetched)
     assert "<script" not in page
@@ -106,12 +138,21 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
         assert [np.shape(m) for m in maps] == [(2, 2), (1, 3)]
     _, weights, _, memory, _ = content["sections"]["cost"]["table"]
     assert weights[1] != weights[2]
-    assert memory[1:] == ["4.06 KiB", "0"]  # sixteen columns, each a key and a value of 32 numbers and a segment id
+    assert memory[1:] == [
+        "4.06 KiB",
+        "0",
+    ]  # sixteen columns, each a key and a value of 32 numbers and a segment id
     assert set(figures_of["dilution"]["dilution"]["series"]) >= {"with the branch", "without"}
-    assert set(figures_of["ablations"]["filler"]["series"]) == {"with the branch", "without", "another image"}
+    assert set(figures_of["ablations"]["filler"]["series"]) == {
+        "with the branch",
+        "without",
+        "another image",
+    }
 
 
-def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(checkpoint, data, tmp_path, monkeypatch):
+def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(
+    checkpoint, data, tmp_path, monkeypatch
+):
     """Whatever the other one's folder is called."""
     assert save_random(tmp_path, 0.2) == tmp_path / "checkpoint"
     monkeypatch.chdir(tmp_path)
@@ -121,8 +162,22 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     series = content["sections"]["lens"]["figures"]["lens_kl"]["series"]
     assert list(series) == ["checkpoint", "against checkpoint"]
     assert series["checkpoint"]["mean"] != series["against checkpoint"]["mean"]
-    main(arguments(checkpoint, data, tmp_path / "shared", "--only", "lens", "--against", "checkpoint", "--tensor", "2"))
-    again = json.loads((tmp_path / "shared" / "report.json").read_text())["sections"]["lens"]["figures"]["lens_kl"]["series"]
+    main(
+        arguments(
+            checkpoint,
+            data,
+            tmp_path / "shared",
+            "--only",
+            "lens",
+            "--against",
+            "checkpoint",
+            "--tensor",
+            "2",
+        )
+    )
+    again = json.loads((tmp_path / "shared" / "report.json").read_text())["sections"]["lens"][
+        "figures"
+    ]["lens_kl"]["series"]
     for name, one_device in series.items():
         assert_close(np.array(again[name]["mean"]), np.array(one_device["mean"]), 1e-5)
 
@@ -134,22 +189,37 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
         (["--fillers", "-5", "9"], "--fillers must be 0 or more, got -5"),
         (["--limit", "1"], r"data\.jsonl: exchanging pictures takes at least two conversations"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["--look-at", "0:1", "1-2"], "--look-at takes CONVERSATION:TOKEN, both counted from 0, .*; got '1-2'"),
+        (
+            ["--look-at", "0:1", "1-2"],
+            "--look-at takes CONVERSATION:TOKEN, both counted from 0, .*; got '1-2'",
+        ),
         (["--look-at", "3:0"], "--look-at 3:0: there are 3 conversations"),
-        (["--look-at", "0:4", "--max-new-tokens", "4"], "--look-at 0:4: .* an answer is written up to 4 tokens"),
+        (
+            ["--look-at", "0:4", "--max-new-tokens", "4"],
+            "--look-at 0:4: .* an answer is written up to 4 tokens",
+        ),
         (["--branch", "nowhere"], "nowhere"),
         (["--tensor", "9"], "tensor must be 1 to 8"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_by_name(checkpoint, data, tmp_path, monkeypatch, wrong, named):
-    monkeypatch.setattr("pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured"))
+def test_what_cannot_be_measured_is_refused_by_name(
+    checkpoint, data, tmp_path, monkeypatch, wrong, named
+):
+    monkeypatch.setattr(
+        "pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured")
+    )
     with pytest.raises(SystemExit, match=named):
         main(arguments(checkpoint, data, tmp_path, *wrong))
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_conversation_without_an_image_or_an_answer_is_named_by_its_line(checkpoint, data, tmp_path):
-    user, assistant = {"role": "user", "content": "List"}, {"role": "assistant", "content": "A1 ink red\n"}
+def test_a_conversation_without_an_image_or_an_answer_is_named_by_its_line(
+    checkpoint, data, tmp_path
+):
+    user, assistant = (
+        {"role": "user", "content": "List"},
+        {"role": "assistant", "content": "A1 ink red\n"},
+    )
     asks = read_data(data)[0][:-1]
     for messages, why in (
         ([user, assistant], "there is no image to look at"),
@@ -162,7 +232,16 @@ def test_a_conversation_without_an_image_or_an_answer_is_named_by_its_line(check
 
 
 def request(checkpoint: Path, data: Path, **more) -> Request:
-    rest = {"branch": None, "lora": None, "against": None, "dtype": None, "only": (), "limit": 9, "fillers": (0,), "looks": 0}
+    rest = {
+        "branch": None,
+        "lora": None,
+        "against": None,
+        "dtype": None,
+        "only": (),
+        "limit": 9,
+        "fillers": (0,),
+        "looks": 0,
+    }
     rest |= {"look_at": (), "max_new_tokens": None, "batch_size": 2, "chunk": 64, "tensor": 1}
     return Request(checkpoint=checkpoint, data=data, output=checkpoint, **rest | more)
 
@@ -170,9 +249,12 @@ def request(checkpoint: Path, data: Path, **more) -> Request:
 def test_what_follows_the_last_answer_is_not_read(checkpoint, data):
     """A user turn with another image, unanswered."""
     processor, conversations = Processor.from_pretrained(checkpoint), read_data(data)
-    open_ended = write_data(data.with_name("open.jsonl"), [[*one, *conversations[0][:-1]] for one in conversations])
+    open_ended = write_data(
+        data.with_name("open.jsonl"), [[*one, *conversations[0][:-1]] for one in conversations]
+    )
     for given, wanted in zip(
-        *(make_task(request(checkpoint, file), processor).examples for file in (open_ended, data)), strict=True
+        *(make_task(request(checkpoint, file), processor).examples for file in (open_ended, data)),
+        strict=True,
     ):
         np.testing.assert_array_equal(given.input_ids, wanted.input_ids)
         np.testing.assert_array_equal(given.pixel_values, wanted.pixel_values)
@@ -181,10 +263,20 @@ def test_what_follows_the_last_answer_is_not_read(checkpoint, data):
 
 
 def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch):
-    """Not at the true answer: chosen tokens where they were asked for, its last where it stops before; else ever later ones."""
-    processor, model, seen, looked = Processor.from_pretrained(checkpoint), load(checkpoint), [], sections.looked
-    monkeypatch.setattr(sections, "looked", lambda *given, **how: seen.append(given) or looked(*given, **how))
-    chosen = make_task(request(checkpoint, data, look_at=("2:1", "0:5"), max_new_tokens=6), processor)
+    """Not at the true answer: chosen tokens where they were asked for, its last where it stops
+    before; else ever later ones."""
+    processor, model, seen, looked = (
+        Processor.from_pretrained(checkpoint),
+        load(checkpoint),
+        [],
+        sections.looked,
+    )
+    monkeypatch.setattr(
+        sections, "looked", lambda *given, **how: seen.append(given) or looked(*given, **how)
+    )
+    chosen = make_task(
+        request(checkpoint, data, look_at=("2:1", "0:5"), max_new_tokens=6), processor
+    )
     spread = make_task(request(checkpoint, data, looks=3, max_new_tokens=6), processor)
     written = write(model, chosen.examples, stop_tokens=(), max_new_tokens=6, rows=2).tokens
     stop = int(written[0][0])
@@ -194,48 +286,92 @@ def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch
         (chosen, (stop,), [(2, min(1, until)), (0, 0)]),
         (spread, (), [(0, 1), (1, 3), (2, 5)]),
     ):
-        section = sections.measure_looks({"checkpoint": model}, replace(task, stop_tokens=stop_tokens))
+        section = sections.measure_looks(
+            {"checkpoint": model}, replace(task, stop_tokens=stop_tokens)
+        )
         _, examples, columns = seen.pop()
-        for (number, token), panel, example, (column,) in zip(looks, section.panels, examples, columns, strict=True):
+        for (number, token), panel, example, (column,) in zip(
+            looks, section.panels, examples, columns, strict=True
+        ):
             prompt, true = prompt_of(task.examples[number])
             assert column == len(prompt.input_ids) + token
             own = written[number][: token + 1]
-            np.testing.assert_array_equal(example.input_ids[: column + 1], [*prompt.input_ids, *own])
+            np.testing.assert_array_equal(
+                example.input_ids[: column + 1], [*prompt.input_ids, *own]
+            )
             assert not np.array_equal(own, true[: token + 1])
-            assert panel.text == f"Token {token} of what it wrote in conversation {number}, both counted from 0."
+            assert (
+                panel.text
+                == f"Token {token} of what it wrote in conversation {number}, both counted from 0."
+            )
 
 
 @pytest.mark.parametrize("there", ["a file", "a folder that takes none"])
-def test_an_output_that_cannot_be_written_is_refused_before_it_measures(checkpoint, data, tmp_path, monkeypatch, there):
-    monkeypatch.setattr("pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured"))
+def test_an_output_that_cannot_be_written_is_refused_before_it_measures(
+    checkpoint, data, tmp_path, monkeypatch, there
+):
+    monkeypatch.setattr(
+        "pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured")
+    )
     (tmp_path / "file").touch()
-    out = tmp_path / "file" / "report" if there == "a file" else Path("/proc/self")  # root may write to any other
+    out = (
+        tmp_path / "file" / "report" if there == "a file" else Path("/proc/self")
+    )  # root may write to any other
     with pytest.raises(SystemExit, match=str(out)):
         main(arguments(checkpoint, data, out, "--only", "lens"))
 
 
-def test_without_matplotlib_it_says_what_to_install_before_it_measures(checkpoint, data, tmp_path, monkeypatch):
+def test_without_matplotlib_it_says_what_to_install_before_it_measures(
+    checkpoint, data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    monkeypatch.setattr("pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "pvm_jax.measure.report.command.measure", lambda *_: pytest.fail("measured")
+    )
     with pytest.raises(SystemExit, match=r"pip install 'pvm-jax\[measure\]'"):
         main(arguments(checkpoint, data, tmp_path, "--only", "lens"))
 
 
 def test_figures_draw_what_is_missing_as_missing(tmp_path):
-    """A single conversation has no interval, an empty series no line; the JSON says null, not NaN."""
+    """A single conversation has no interval, an empty series no line; the JSON says null, not
+    NaN."""
     nan = float("nan")
     panels = [
         Panel(
-            "line", "A <b>", "", "x", "y", [Series("one", [1, 2], [Estimate(0.1, nan, nan), Estimate(0.2, 0.1, 0.3)])], log="xy"
+            "line",
+            "A <b>",
+            "",
+            "x",
+            "y",
+            [Series("one", [1, 2], [Estimate(0.1, nan, nan), Estimate(0.2, 0.1, 0.3)])],
+            log="xy",
         ),
-        Panel("empty", "Empty", "", "x", "y", [Series("none", [], []), Series("ref", [1, 2], [Estimate(1, 1, 1)] * 2, True)]),
-        Panel("bars", "Bars", "", "x", "", [Series("one", [0], [Estimate(0.5, nan, nan)])], names=["a"], bounds=(0, 1)),
+        Panel(
+            "empty",
+            "Empty",
+            "",
+            "x",
+            "y",
+            [Series("none", [], []), Series("ref", [1, 2], [Estimate(1, 1, 1)] * 2, True)],
+        ),
+        Panel(
+            "bars",
+            "Bars",
+            "",
+            "x",
+            "",
+            [Series("one", [0], [Estimate(0.5, nan, nan)])],
+            names=["a"],
+            bounds=(0, 1),
+        ),
         AttentionMap("look", "Look", "", [np.zeros((32, 96, 3))], {"branch": [np.zeros((1, 3))]}),
     ]
     page = write_report([Section("all", "All", panels)], tmp_path, title="T").read_text()
     assert "A &lt;b&gt;" in page
     assert "<b>" not in page
-    assert json.loads((tmp_path / "report.json").read_text())["sections"]["all"]["figures"]["line"]["series"]["one"]["low"] == [
+    assert json.loads((tmp_path / "report.json").read_text())["sections"]["all"]["figures"]["line"][
+        "series"
+    ]["one"]["low"] == [
         None,
         0.1,
     ]
@@ -249,7 +385,9 @@ def test_8192_tokens_are_measured_in_under_2_gib(measurement):
     batch = Batch.empty(config, rows=1, length=8192, patches=64)
     graphdef, params = nnx.split(abstract_model(config))
     columns = np.zeros((1, 8000), np.int32)
-    compiled = reading._run.lower(graphdef, nnx.as_pure(params), batch, columns, measurement._program, 256).compile()
+    compiled = reading._run.lower(
+        graphdef, nnx.as_pure(params), batch, columns, measurement._program, 256
+    ).compile()
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     assert 2**20 < total < 2 * 2**30
