@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
+from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from train.step.flops import count_flops
 
@@ -179,7 +180,9 @@ def decode(
         cache = cache._replace(memories=memories)
     slot = jnp.asarray(samples.slots - 1)
     positions = jnp.full_like(token, segment_ids.shape[1] + samples.slots)
-    hidden, samples = model.decode(token, positions, segment_ids[:, 0], cache, samples, slot)
+    hidden, samples = pieces.decode(
+        model, token, positions, segment_ids[:, 0], cache, samples, slot
+    )
     return jnp.argmax(model.logits(hidden), -1).astype(jnp.int32), samples
 
 

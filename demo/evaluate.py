@@ -129,7 +129,7 @@ def make_task(checkpoint: Path, processor: Processor, settings: EvaluationSettin
 
 
 def grade(ids: np.ndarray, example: GridExample, processor: Processor) -> np.ndarray:
-    """[T]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all
+    """[tokens]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all
     others.
 
     Right is a pair of this grid that was not listed before, with the value that the scene has.

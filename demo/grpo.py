@@ -75,8 +75,8 @@ def write_report(
     """Writes results.json, results.md and results.png to `folder`.
 
     Args:
-        steps: at which was measured, [M].
-        rewards: held-out, [seeds, M].
+        steps: at which was measured, [points].
+        rewards: held-out, [seeds, points].
     """
     content = {"steps": list(steps), "seeds": list(seeds), "rewards": rewards.tolist()}
     (folder / "results.json").write_text(json.dumps(content) + "\n")

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from pvm_jax.data.batch import Batch, bucket_size
+from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -51,8 +52,9 @@ class Sampling(NamedTuple):
 class _State(NamedTuple):
     """The loop's carry, for N samples of each of B prompts.
 
-    `token` [B, N] is emitted but not yet read by the decoder; `position` and `segment_ids` [B] are
-    its; `output` is a Generation with [B, N] in front; `keys` [B, N] are the samples' own.
+    `token` [B, samples] is emitted but not yet read by the decoder; `position` and `segment_ids`
+    [B] are its; `output` is a Generation with [B, samples] in front; `keys` [B, samples] are the
+    samples' own.
     """
 
     samples: SampleCache
@@ -253,9 +255,9 @@ def prefill(
     slots: int,
     chunk: int,
 ) -> tuple[Cache, _State]:
-    """Reads the prompts and emits every sample's first token."""
+    """Reads the prompts and emits every sample's first token; `keys` [B, samples]."""
     model: Qwen3VL = nnx.merge(graphdef, params)
-    hidden, cache = model.prefill(batch, chunk=chunk, past=past)
+    hidden, cache = pieces.prefill(model, batch, chunk=chunk, past=past)
     state = _State(
         samples=SampleCache.empty(model.config, keys.shape[0], keys.shape[1], slots),
         token=jnp.zeros(keys.shape, jnp.int32),
@@ -336,8 +338,8 @@ def decode_loop(
     def step(state: _State) -> _State:
         slot = state.emitted - 1
         positions = jnp.broadcast_to((state.position + state.emitted)[:, None], state.token.shape)
-        hidden, samples = model.decode(
-            state.token, positions, state.segment_ids, cache, state.samples, slot
+        hidden, samples = pieces.decode(
+            model, state.token, positions, state.segment_ids, cache, state.samples, slot
         )
         return _emit(model, state._replace(samples=samples), hidden, sampling)
 
@@ -345,7 +347,7 @@ def decode_loop(
 
 
 def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) -> _State:
-    """Chooses each sample's next token from hidden [B, N, D] and records it."""
+    """Chooses each sample's next token from hidden [B, samples, D] and records it."""
     logits = model.logits(hidden)
     rows = state.keys.reshape(-1)
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows, state.emitted)

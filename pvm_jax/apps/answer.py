@@ -56,7 +56,7 @@ class Answerer:
         ]
 
     def written(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[np.ndarray]]:
-        """The token ids [T] of each example's samples, the stop token included."""
+        """The token ids [tokens] of each example's samples, the stop token included."""
         settings = Settings(**{**self.settings, "seeds": seeds})
         got = generate(
             self.model, self.batch(examples), max_new_tokens=self.max_new_tokens, **settings

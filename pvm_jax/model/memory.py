@@ -50,17 +50,19 @@ class CrossAttention(nnx.Module):
         self.kernel = config.attention
 
     def memorize(self, compact: jax.Array, segment_ids: jax.Array) -> Memory:
+        """Visual tokens in the branch's width, [B, V, width], and their segments [B, V]."""
         keys = self.k_norm(split_heads(self.k_proj(compact), self.head_dim))
         values = split_heads(self.v_proj(compact), self.head_dim)
         return Memory(keys, values, segment_ids)
 
     def queries(self, query: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, N, H]."""
+        """[B, S, width] -> [B, S, N, H]."""
         return self.q_norm(split_heads(self.q_proj(query), self.head_dim))
 
     def __call__(
         self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None
     ) -> jax.Array:
+        """[B, S, width] -> [B, S, width]; `segment_ids` and `limits` [B, S]."""
         recalled = attention(
             self.queries(query),
             memory.keys,

@@ -23,6 +23,7 @@ from pvm_jax import (
     without_pvm,
 )
 from pvm_jax.generation import Sampling, _start, decode_loop, prefill
+from pvm_jax.model import pieces
 from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES
@@ -98,7 +99,7 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
 
 
 def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):  # noqa: F811
-    """They read it where it lies, and the token is written into all layers at once (Qwen3VL.decode
+    """They read it where it lies, and the token is written into all layers at once (DecodingStep
     says why)."""
     run, state = _start(model, batch, STEPS, temperature=0.0)
     carried, written = [], []
@@ -116,7 +117,7 @@ def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
     monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim", counted_write)
     positions = np.zeros(state.token.shape, np.int32)
     args = (state.token, positions, state.segment_ids, run.cache, state.samples, state.emitted - 1)
-    jax.eval_shape(model.decode, *args)
+    jax.eval_shape(functools.partial(pieces.decode, model), *args)
     assert tuple(np.delete(state.samples.keys.shape, 4)) in carried
     assert state.samples.keys.shape not in carried
     assert written == [state.samples.keys.shape] * 2

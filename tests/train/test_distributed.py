@@ -118,7 +118,16 @@ def test_rows_need_not_be_neighbours_and_all_hear_of_a_signal_at_the_same_step()
     assert "process 0 goes on" in started[0].communicate()[0]
 
 
-def test_a_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
+@pytest.fixture
+def ctrl_c():
+    """Sets what SIGINT does: in a job in the background, pytest's process ignores it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_handlers_come_back(ctrl_c):
+    ctrl_c(signal.default_int_handler)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop_requests(make_mesh()) as stop_requested:
         assert not stop_requested()
@@ -127,6 +136,13 @@ def test_a_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so(ctrl_c):
+    ctrl_c(signal.SIG_IGN)
+    with stop_requests(make_mesh()) as stop_requested:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop_requested()
 
 
 def test_who_waits_in_vain_says_for_whom(root):
