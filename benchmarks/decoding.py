@@ -11,20 +11,20 @@ three kinds in turn, so that a busy machine is busy for all of them.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
+from pvm_jax.command_line import run_as_command
 from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from train.step.flops import count_flops
@@ -58,8 +58,8 @@ class Steps(NamedTuple):
 
 def main(
     size: str = "small",
-    visual_tokens: tuple[int, ...] = (256, 1024, 4096, 16384),
-    batches: tuple[int, ...] = (1, 8, 32),
+    visual_tokens: Sequence[int] = (256, 1024, 4096, 16384),
+    batches: Sequence[int] = (1, 8, 32),
     text_tokens: int = 256,
     steps: int = 16,
     repeats: int = 5,
@@ -242,4 +242,4 @@ def fastest_in_turn(runs: list[Callable[[], None]], repeats: int) -> list[float]
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -6,17 +6,16 @@ how long a plan takes.
         --checkpoint checkpoints/8b
 """
 
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.mixed_images import make_processor, write_mix
+from pvm_jax.command_line import run_as_command
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig
@@ -88,8 +87,8 @@ def main(
         )
         plan = make_plan(sizes, [order], buckets, batch_size=batch_size, packing=True, seed=0)
         if not len(plan):
-            sys.exit(
-                f"error: {len(sizes)} conversations fill no batch of {batch_size} rows of {name}"
+            raise ValueError(
+                f"{len(sizes)} conversations fill no batch of {batch_size} rows of {name}"
             )
         packed, rows = padding(plan, sizes, buckets), len(plan) * batch_size
         held = int((sizes <= [largest[0].tokens, largest[0].patches]).all(1).sum())
@@ -122,4 +121,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

@@ -1,9 +1,8 @@
 """An Orbax checkpoint back to a Hugging Face directory: `python -m convert.orbax_to_hf`."""
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from pvm_jax.checkpoint.directory import (
     write_config,
 )
 from pvm_jax.checkpoint.store import find
-from pvm_jax.command_line import command_parser
+from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig
 
 _READ_AHEAD = 4
@@ -33,7 +32,7 @@ examples:
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM --branch runs/sft/branch
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-plain \\
-      --plain --max-shard-size 2GB
+      --plain --max_shard_size 2GB
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-LoRA \\
       --plain --lora runs/sft_lora/lora
 The first two are for the authors' code, the others for transformers' own
@@ -41,34 +40,40 @@ Qwen3VLForConditionalGeneration.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line) and converts."""
-    parser = command_parser("python -m convert.orbax_to_hf", __doc__, EXAMPLES)
-    parser.add_argument(
-        "src", type=str, help="checkpoint directory (convert.hf_to_orbax, pvm_jax.save)"
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to convert, and what to put in or leave out.
+
+    Attributes:
+        src: checkpoint directory (convert.hf_to_orbax, pvm_jax.save).
+        dst: directory to write; absent or empty.
+        plain: leave the branch and its config keys out.
+        branch: take the PVM branch from this checkpoint.
+        lora: add this LoRA adapter's updates to the weights.
+        max_shard_size: largest safetensors file.
+    """
+
+    src: str
+    dst: str
+    plain: bool = False
+    branch: str | None = None
+    lora: str | None = None
+    max_shard_size: str = "5GB"
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv` (default: the process's arguments) and converts."""
+    options, _ = parse(
+        ExportOptions,
+        argv,
+        prog="python -m convert.orbax_to_hf",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+        by_place=["src", "dst"],
     )
-    parser.add_argument("dst", type=str, help="directory to write; absent or empty")
-    parser.add_argument(
-        "--plain", action="store_true", help="leave the branch and its config keys out"
-    )
-    parser.add_argument("--branch", type=str, help="take the PVM branch from this checkpoint")
-    parser.add_argument("--lora", type=str, help="add this LoRA adapter's updates to the weights")
-    parser.add_argument(
-        "--max-shard-size", type=str, default="5GB", help="largest safetensors file"
-    )
-    args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    try:
-        convert(
-            args.src,
-            args.dst,
-            plain=args.plain,
-            branch=args.branch,
-            lora=args.lora,
-            max_shard_size=args.max_shard_size,
-        )
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    convert(**vars(options))
 
 
 def convert(

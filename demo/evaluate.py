@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import auto_cli
 
 from demo.task import VALUES, GridExample, Mixture, draw, make_example
 from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
+from pvm_jax.command_line import run_as_command
 from pvm_jax.data.example import Example as Encoded
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import teacher_forced
@@ -205,4 +205,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh
 from jsonargparse import ArgumentParser
 
+from pvm_jax.command_line import parse
 from tests.check_docs import SMALLEST
-from train.cli import parse
 from train.grpo.config import GRPOConfig
 from train.sft.config import SFTConfig
 from train.step.program import rows_per_shard
@@ -86,7 +86,7 @@ def test_the_rows_of_a_run_divide_over_its_mesh(module, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     cls = {"train.sft": SFTConfig, "train.grpo": GRPOConfig}[module]
     config, _ = parse(
-        cls, arguments, prog=module, description="", examples="", flags={"--dry-run": ""}
+        cls, arguments, prog=module, description="", examples="", flags={"dry_run": ""}
     )
     sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if -1 not in sizes:

@@ -17,7 +17,7 @@ FLOORS = {
         "measure apps",
         "__main__",
     ],
-    "train": ["config cli", "data step rewards", "run", "sft grpo", "fit"],
+    "train": ["config", "data step rewards", "run", "sft grpo", "fit"],
 }
 """What may import what: a room reads those of its own floor and of the floors before it."""
 PACKAGES = {

@@ -17,10 +17,10 @@ from demo import checkpoint, compare, recall, regime
 from demo.compare_report import Measured, write_report
 from demo.evaluate import EvaluationSettings
 from demo.run import BRANCH
+from pvm_jax.command_line import parse
 from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
-from train.cli import parse
 from train.run.events import EventWriter
 from train.sft.config import SFTConfig
 from train.step.state import split_model
@@ -114,14 +114,14 @@ def test_variations_of_the_first_stage_change_one_thing():
 
 
 def test_an_unknown_variation_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="no variation is called 'x'; there are: as in the demo, "):
+    with pytest.raises(ValueError, match="no variation is called 'x'; there are: as in the demo, "):
         regime.main(tmp_path / "out", only=["x"])
     assert not (tmp_path / "out").exists()
 
 
 def test_lora_has_as_many_parameters_as_the_branch():
     layers, width = (1, 2), int(BRANCH[-1])
-    assert ("--pvm-layers", *map(str, layers), "--pvm-hidden-size", str(width)) == BRANCH
+    assert ("--pvm_layers", *map(str, layers), "--pvm_hidden_size", str(width)) == BRANCH
     given = dict(
         a.removeprefix("--lora.").split("=")
         for a in compare.METHODS["LoRA"].arguments
@@ -211,7 +211,7 @@ def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
     for _ in range(2):
         compare.claim(tmp_path / "out", {"steps": 1})
     with pytest.raises(
-        SystemExit, match=r"on other terms \(see .*terms\.json\): give another --out"
+        ValueError, match=r"on other terms \(see .*terms\.json\): give another --out"
     ):
         compare.claim(tmp_path / "out", {"steps": 2})
 

@@ -169,6 +169,15 @@ def finish(
     return said
 
 
+@contextmanager
+def raising() -> Iterator[None]:
+    """The error that ended a command in this process, in place of the exit."""
+    try:
+        yield
+    except SystemExit as ended:
+        raise (ended.__cause__ if ended.code == 2 else None) or ended from None
+
+
 def output_file(root: Path, run_dir: str | Path, process: int) -> Path:
     """Where a process of a run says what it says."""
     return root / f"{Path(run_dir).name}.{process}.txt"

@@ -60,9 +60,10 @@ def grpo_run(workplace):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RunLog, "add", record)
             patch.setattr(Sampler, "__call__", keep)
-            grpo.main(
-                runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more)
-            )
+            with runs.raising():
+                grpo.main(
+                    runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more)
+                )
         return metrics, rollouts
 
     return run
@@ -166,7 +167,7 @@ def test_meshes_and_parts_change_nothing_but_the_last_bits(grpo_run, whole):
 
 def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole, capsys):
     """The steps of a run: the first one's rewards are those of `whole`."""
-    grpo_run("dry", *UPDATES, "--dry-run")
+    grpo_run("dry", *UPDATES, "--dry_run")
     said = " ".join(capsys.readouterr().out.split())
     assert f"step 0: reward {whole[0][0]['reward/mean']:.3f}, loss" in said
     assert f"step 1: reward {whole[0][1]['reward/mean']:.3f}, loss" in said
@@ -177,7 +178,7 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole
     assert not (workplace / "dry").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         grpo_run(
-            "dry", *UPDATES, "--dry-run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}"
+            "dry", *UPDATES, "--dry_run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}"
         )
 
 
