@@ -217,11 +217,13 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ValueError, with a proposal where `message` names an unknown key."""
-        if not self.exit_on_error:  # one of jsonargparse's own, within another
-            super().error(message, ex)
         known = sorted({option.lstrip("-").rstrip("+") for option in self._option_string_actions})
         for word in filter(None, (word for words in _UNKNOWN.findall(message) for word in words)):
-            message += _nearest(word, known) or _nearest(word, [k.split(".")[-1] for k in known])
+            if "Did you mean" not in message:  # a section's own parser has said it before
+                last = [key.split(".")[-1] for key in known]
+                message += _nearest(word, known) or _nearest(word, last)
+        if not self.exit_on_error:  # a section's own, which the whole's asks
+            super().error(message, ex)
         for pattern, text in _PLAINER.items():
             message = re.sub(pattern, text, message, flags=re.DOTALL)
         raise ValueError(message) from ex

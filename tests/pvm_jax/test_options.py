@@ -147,7 +147,7 @@ def test_a_list_of_a_second_file_replaces_the_first_ones(file, tmp_path):
         (["a", "--max_new_token", "3"], "--max_new_token=3. Did you mean 'max_new_tokens'?"),
         (["a", "--max", "3"], "unrecognized arguments: --max=3. Did you mean 'max_new_tokens'?"),
         (["a", "--inner.rat=3"], "Did you mean 'inner.rate'?"),
-        (["a", "--held-out.rat=3"], "'rat' is not accepted"),
+        (["a", "--held-out.rat=3"], "'rat' is not accepted. Did you mean 'rate'?"),
         (["a", "-plain"], "unrecognized arguments: -plain"),
         (["a", "--max_new_tokens"], "--max_new_tokens: expected one argument"),
         (["a", "--max_new_tokens", "--plain"], "--max_new_tokens: expected one argument"),
