@@ -15,7 +15,7 @@ VENV := .venv/$(VERSION)$(if $(filter-out tested,$(PACKAGES)),-$(PACKAGES))
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo demo-grpo figures compare regime base test newest isa matrix faults docs-check lint format constraints clean
+.PHONY: help demo demo-grpo figures compare regime base test newest isa matrix faults docs-check lint format environment constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -75,6 +75,9 @@ lint: $(READY)  ## ruff and pyright
 format: $(READY)  ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+environment:  ## where the environment of PYTHON and PACKAGES is
+	@echo $(VENV)
 
 constraints: $(READY)  ## renew the versions that a fresh machine gets: pip's choice of today, for every Python that is here
 	$(BIN)/python -m tests.constraints $(PYTHONS)

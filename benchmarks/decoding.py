@@ -4,9 +4,9 @@ every step), and without.
 Weights and cache are random. Steps are timed as generation takes them, in one compiled loop, the
 three kinds in turn, so that a busy machine is busy for all of them.
 
-    python -m benchmarks.decoding --visual_tokens [256,1024] python -m benchmarks.decoding --size 4b
-    --limit_gib 60 python -m benchmarks.decoding --size 8b --count_only true       # what a step
-    computes and reads; nothing runs
+    python -m benchmarks.decoding --visual_tokens 256 1024
+    python -m benchmarks.decoding --size 4b --limit_gib 60
+    python -m benchmarks.decoding --size 8b --count_only   # what a step computes and reads; no run
 """
 
 import math

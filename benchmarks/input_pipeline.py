@@ -18,9 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.mixed_images import make_processor, write_mix
 from benchmarks.step_cost import step_cost
 from convert.dataset import convert
+from demo.mixed_images import make_processor, write_mix
 from pvm_jax.command_line import run_as_command
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.mixed_images import make_processor
 from convert import dataset
 from convert.dataset import convert, histogram
+from demo.mixed_images import make_processor
 from pvm_jax.data.conversations import open_conversations, size_of
 from pvm_jax.data.images import read_image
 from train.config import Bucket, DataConfig
@@ -288,7 +288,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(good, tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'shards'} cannot be written (")
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr

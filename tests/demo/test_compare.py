@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -21,6 +20,7 @@ from pvm_jax.command_line import parse
 from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
+from tests import tiny
 from train.run.events import EventWriter
 from train.sft.config import SFTConfig
 from train.step.state import split_model
@@ -148,11 +148,7 @@ def processor(tmp_path_factory) -> Processor:
 @pytest.fixture(scope="module")
 def model() -> Qwen3VL:
     config = checkpoint.make_config(checkpoint.make_tokenizer()).with_pvm((1,), 64)
-    text = replace(config.text, num_hidden_layers=2)
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0)))()
-    model.pvm["1"].gate_alpha[...] = jnp.ones(1)
-    return model
+    return tiny.make_model(tiny.cut(config, layers=2), gate=1)
 
 
 def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
@@ -175,14 +171,14 @@ def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
     np.testing.assert_allclose(shares(blind), 1 / 4, rtol=1e-5)
     by_cell = []
     for cell in range(4):
-        monkeypatch.setattr(recall, "_visual_token", lambda *_, cell=cell: cell)
+        monkeypatch.setattr(recall, "visual_token", lambda *_, cell=cell: cell)
         by_cell.append(shares(sharp))
     np.testing.assert_allclose(sum(by_cell), 1, rtol=1e-5)
     assert np.ptp(by_cell) > 0.1
 
 
 def test_cells_are_visual_tokens_in_reading_order():
-    assert [recall._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [
+    assert [recall.visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [
         0,
         1,
         2,

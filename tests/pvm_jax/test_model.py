@@ -30,6 +30,7 @@ from pvm_jax.model import pieces
 from pvm_jax.model.cache import SampleCache
 from pvm_jax.model.pieces import prefill
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
+from tests import tiny
 from tests.close import assert_close
 
 CONFIG = ModelConfig(
@@ -335,17 +336,14 @@ def test_compilations_are_bounded_by_the_buckets(model):
 @pytest.fixture(scope="module")
 def shallow() -> Qwen3VL:
     """One layer of every kind."""
-    text = dataclasses.replace(CONFIG.text, num_hidden_layers=2, pvm_layers=(1,))
-    vision = dataclasses.replace(CONFIG.vision, depth=1, deepstack_visual_indexes=(0,))
-    return randomized(dataclasses.replace(CONFIG, text=text, vision=vision))
+    return randomized(tiny.cut(CONFIG, layers=2))
 
 
 @pytest.fixture(scope="module")
-def smallest(shallow) -> Qwen3VL:
+def smallest() -> Qwen3VL:
     """Every parameter and every operation in one layer: what sharding needs to be tested, and no
     more to compile."""
-    text = dataclasses.replace(shallow.config.text, num_hidden_layers=1, pvm_layers=(0,))
-    return randomized(dataclasses.replace(shallow.config, text=text))
+    return randomized(tiny.cut(CONFIG))
 
 
 @pytest.fixture(scope="module")

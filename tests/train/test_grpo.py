@@ -17,7 +17,7 @@ from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.train import runs
 from train.grpo import __main__ as grpo
-from train.grpo.loop import _TRAINING_STREAM
+from train.grpo.loop import TRAINING_STREAM
 from train.grpo.rollout import Sampler
 from train.run.events import read_values
 from train.run.log import RunLog
@@ -53,7 +53,7 @@ def grpo_run(workplace):
 
         def keep(sampler, *args, **options):
             completions = sample(sampler, *args, **options)
-            if options["draw"][1] == _TRAINING_STREAM:
+            if options["draw"][1] == TRAINING_STREAM:
                 rollouts.append(completions)
             return completions
 

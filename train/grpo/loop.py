@@ -29,7 +29,7 @@ from train.run.log import HEADLINE, RunLog
 from train.step.program import rows_per_shard
 from train.step.state import TrainState, cast, split_model
 
-_TRAINING_STREAM, _HELD_OUT_STREAM = range(2)
+TRAINING_STREAM, _HELD_OUT_STREAM = range(2)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def roll_out(
     return sampler(
         sampler.model(state, work.frozen),
         batch,
-        draw=(work.config.seed, _TRAINING_STREAM, number),
+        draw=(work.config.seed, TRAINING_STREAM, number),
         seeds=range(len(batch.prompts)),
         samples=work.config.group_size,
         temperature=work.config.temperature,

@@ -24,6 +24,7 @@ from pvm_jax.measure.report.command import Request, make_task
 from pvm_jax.measure.report.figures import AttentionMap, Panel, Series
 from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.sections import MEASUREMENTS, Section
+from tests import tiny
 from tests.close import assert_close
 from tests.pvm_jax.test_model import randomized
 
@@ -37,13 +38,9 @@ def checkpoint(tmp_path_factory) -> Path:
 def save_random(folder: Path, scale: float) -> Path:
     """A checkpoint in `folder`; another scale of its parameters makes another model."""
     config = write_assets(folder / "assets").with_pvm((1,), 32)
-    text = replace(config.text, num_hidden_layers=2, hidden_size=64, intermediate_size=64)
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,), out_hidden_size=64)
-    save(
-        folder / "checkpoint",
-        randomized(replace(config, text=text, vision=vision), scale),
-        assets=folder / "assets",
-    )
+    text = {"hidden_size": 64, "intermediate_size": 64}
+    config = tiny.cut(config, layers=2, text=text, vision={"out_hidden_size": 64})
+    save(folder / "checkpoint", randomized(config, scale), assets=folder / "assets")
     return folder / "checkpoint"
 
 
