@@ -85,8 +85,10 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
-        if not self.fillers or min(self.fillers) < 0:
-            raise ValueError(f"--fillers must be 0 or more, got {list(self.fillers)}")
+        if not self.fillers:
+            raise ValueError("--fillers must have at least one number; 0 is no filler")
+        if min(self.fillers) < 0:
+            raise ValueError(f"--fillers must be 0 or more, got {min(self.fillers)}")
 
 
 def measure_checkpoint(request: Request) -> None:
