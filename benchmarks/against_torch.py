@@ -172,7 +172,7 @@ def _jax_step(graphdef, params, batch) -> Callable[[], object]:
 def _jax_decode(graphdef, params, batch, new_tokens: int) -> Callable[[], object]:
     model = nnx.merge(graphdef, params)
     return lambda: jax.block_until_ready(
-        generate(model, batch, max_new_tokens=new_tokens, temperature=0.0)
+        generate(model, batch, max_new_tokens=new_tokens, temperature=0.0, stop_tokens=())
     )
 
 

@@ -10,7 +10,6 @@ from typing import Literal
 import jax
 
 from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, question
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
 from pvm_jax.command_line import command, dispatch, parse
 from pvm_jax.data.processor import Processor
@@ -157,7 +156,6 @@ def generate(argv: Sequence[str]) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop_tokens=read_stop_tokens(options.checkpoint),
         num_samples=options.num_samples,
         rng=jax.random.key(options.seed),
     )

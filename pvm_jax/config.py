@@ -187,6 +187,8 @@ class ModelConfig:
         attention: attention kernel (`pvm_jax.model.attention`): None picks by platform, else "xla",
             "splash" or "cudnn".
         lora: the adapters that the model has; None: none.
+        stop_tokens: ids that end what the model writes, where its caller names none. `load` takes
+            them from the checkpoint's generation_config.json.
     """
 
     text: TextConfig = field(default_factory=TextConfig)
@@ -201,6 +203,7 @@ class ModelConfig:
     remat: str = "full"
     attention: str | None = None
     lora: LoRAConfig | None = None
+    stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.vision.out_hidden_size != self.text.hidden_size:

@@ -82,7 +82,7 @@ class Settings(TypedDict, total=False):
     temperature: 0 is greedy; the default is 1.
     top_k, top_p: sample among the k likeliest tokens / the smallest set of tokens with this
         probability.
-    stop_tokens: ids that end a row.
+    stop_tokens: ids that end a row; the default is the checkpoint's own, () lets no token end it.
     num_samples: of each prompt. They share its prefill, its keys and values and its memory; the
         default is 1.
     seeds: [B] integers in [0, 2^31), one a prompt; the default is its row. A row's sample depends
@@ -192,7 +192,7 @@ def _start(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
     rng: jax.Array | None = None,
@@ -217,7 +217,8 @@ def _start(
         raise ValueError(
             f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}"
         )
-    sampling = Sampling(temperature, top_k, top_p, tuple(stop_tokens))
+    ends = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+    sampling = Sampling(temperature, top_k, top_p, ends)
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     keys = _sample_keys(

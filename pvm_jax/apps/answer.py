@@ -35,7 +35,7 @@ class Answerer:
     """A model with all that it takes to ask it in text.
 
     Attributes:
-        settings: of the sampling; `stop_tokens` among them.
+        settings: of the sampling.
         max_new_tokens: of an answer.
     """
 
@@ -95,7 +95,7 @@ class ChatSession:
         start, times, tokens = time.perf_counter(), [], []
         processor, settings = self.answerer.processor, self.answerer.settings
         example = processor.encode_next([*self.messages, message])
-        stop_tokens = settings.get("stop_tokens", ())
+        stop_tokens = settings.get("stop_tokens", self.answerer.model.config.stop_tokens)
         if self.chat.unread is not None and self.chat.unread not in stop_tokens:
             example = replace(
                 example, input_ids=np.append(self.chat.unread, example.input_ids), loss_mask=None

@@ -25,6 +25,7 @@ from pvm_jax.checkpoint.directory import (
     compare_shapes,
     copy_assets,
     read_config,
+    read_stop_tokens,
     reason_of,
     write_aside,
     write_config,
@@ -84,7 +85,7 @@ def load(
     if branch is not None:
         config = config.without_pvm()
     width = dtype_name(stored_arrays(root)[_EMBEDDING].dtype if dtype is None else dtype)
-    config = replace(config, dtype=width, param_dtype=width)
+    config = replace(config, dtype=width, param_dtype=width, stop_tokens=read_stop_tokens(root))
     graphdef, params = nnx.split(abstract_model(config))
     model = nnx.merge(graphdef, nnx.State(_restore(root, params, mesh, dtype)))
     model = model if branch is None else load_branch(branch, model, dtype=dtype)

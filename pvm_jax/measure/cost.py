@@ -73,10 +73,11 @@ def cost(
 def _seconds(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[float, float]:
     """To the first token, and of each further one."""
     start = time.perf_counter()
-    next(stream(model, batch, max_new_tokens=new_tokens, temperature=0.0))
+    next(stream(model, batch, max_new_tokens=new_tokens, temperature=0.0, stop_tokens=()))
     first = time.perf_counter() - start
     start = time.perf_counter()
-    generate(model, batch, max_new_tokens=new_tokens, temperature=0.0).tokens.block_until_ready()
+    got = generate(model, batch, max_new_tokens=new_tokens, temperature=0.0, stop_tokens=())
+    got.tokens.block_until_ready()
     return first, (time.perf_counter() - start - first) / (new_tokens - 1)
 
 

@@ -126,7 +126,10 @@ class TestLoad:
     def test_config_round_trip(self, model, tmp_path):
         """What is of the run, not of the model, is not stored."""
         save(tmp_path / "saved", filled(replace(model.config, remat="none", attention="xla")))
-        assert load(tmp_path / "saved").config == model.config
+        assert load(tmp_path / "saved").config == replace(model.config, stop_tokens=())
+
+    def test_stop_tokens_are_the_checkpoints(self, model):
+        assert model.config.stop_tokens == (511,)
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint directory"):

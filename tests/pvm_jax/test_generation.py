@@ -273,6 +273,15 @@ def test_placeholders_are_never_drawn(model, batch):  # noqa: F811
     assert len(drawn) > 60  # at this temperature nearly everything else is
 
 
+def test_a_row_ends_at_the_checkpoints_own_stop_token(model, batch, greedy):  # noqa: F811
+    own = int(greedy.tokens[0, 3])
+    graphdef, params = nnx.split(model)
+    told = nnx.merge(graphdef, params)
+    told.config = dataclasses.replace(model.config, stop_tokens=(own,))
+    got = generate(told, batch, max_new_tokens=STEPS, temperature=0.0)
+    assert got.lengths[0] == np.flatnonzero(np.asarray(greedy.tokens[0]) == own)[0] + 1 < STEPS
+
+
 def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
     stop = int(greedy.tokens[0, 3])
     got = generate(model, batch, max_new_tokens=STEPS, temperature=0.0, stop_tokens=(stop,))
