@@ -117,8 +117,28 @@ class Recipe:
     log_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(config: RunConfig, recipe: Recipe) -> None:
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        steps: that are done.
+        total: steps of the whole run.
+        written: the branch, the adapter or the model that was trained; None where the run was told
+            to stop before its last step: the same call goes on.
+        log: TensorBoard's directory; `train.run.events.read_values` reads it.
+    """
+
+    steps: int
+    total: int
+    written: Path | None
+    log: Path
+
+
+def run(config: RunConfig, recipe: Recipe) -> RunResult:
     """Trains as `config` says, from the last step checkpoint in `run_dir` if there is one.
+
+    Several processes must have joined before (`train.run.distributed.join`); a lone one need not.
 
     Raises:
         ValueError: as `recipe.prepare`, or if `run_dir` holds a run with another config.
@@ -127,6 +147,7 @@ def run(config: RunConfig, recipe: Recipe) -> None:
     """
     mesh = make_mesh(**asdict(config.mesh))
     run_dir = Path(config.run_dir).absolute()
+    log_dir = run_dir / "log"
     result = run_dir / RESULTS[config.trainable]
     _claim(run_dir, config)
     if result.exists():
@@ -145,7 +166,7 @@ def run(config: RunConfig, recipe: Recipe) -> None:
                 work = replace(work, state=None)  # gives its memory back
                 work = replace(work, state=checkpoints.restore(work.program.state))
             with RunLog(
-                run_dir / "log",
+                log_dir,
                 start=work.done,
                 total=work.total,
                 every=config.log_every,
@@ -177,9 +198,10 @@ def run(config: RunConfig, recipe: Recipe) -> None:
                 work = replace(work, state=recipe.train(work, log, step_done))
         if work.done < work.total:
             log.print(f"stopped after step {work.done}; the same command continues")
-            return
+            return RunResult(work.done, work.total, None, log_dir)
         export(config, mesh, work.program.model(work.state, work.frozen), result)
         log.print(f"written: {result}")
+    return RunResult(work.done, work.total, result, log_dir)
 
 
 def load_model(config: RunConfig, mesh: Mesh) -> Qwen3VL:
