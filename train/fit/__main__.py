@@ -15,6 +15,7 @@ from pvm_jax.sharding import make_mesh
 from train.fit import grpo, sft
 from train.fit.footprint import gib
 from train.grpo.config import GRPOConfig
+from train.published import with_config_files
 from train.sft.config import SFTConfig
 from train.step.compile_ahead import gpu_devices, tpu_devices, usable_bytes
 
@@ -94,6 +95,7 @@ def recipe(argv: Sequence[str]) -> type[FitConfig] | type[FitGRPOConfig]:
 def main(argv: Sequence[str]) -> None:
     """Parses `argv` (default: the process's arguments), prints what a step takes, and exits with
     the status that EXAMPLES names."""
+    argv = with_config_files(argv)
     config, _ = parse(
         recipe(argv), argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES
     )

@@ -11,12 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import Pipe
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
 
 import numpy as np
 
 from train.rewards.functions import SOLUTION, check_name
+
+_OURS = str(Path(__file__).parents[2])
+"""The folder in which this package lies."""
 
 START_LIMIT = 300
 """Seconds that a worker may take to import its graders."""
@@ -169,6 +173,18 @@ class Rewards:
             self._idle.put(worker)
 
 
+def _python_path() -> str:
+    """PYTHONPATH of a process that finds what this one finds, and as `train` this package: a folder
+    that holds another comes after it."""
+
+    def is_other(path: str) -> bool:
+        theirs = [Path(path, "train.py"), Path(path, "train", "__init__.py")]
+        return path != _OURS and any(map(Path.exists, theirs))
+
+    others = [path for path in sys.path if is_other(path)]
+    return os.pathsep.join([*(path for path in sys.path if path not in others), _OURS, *others])
+
+
 class _Worker:
     """A process of train.rewards.worker, and the next one when it has ended."""
 
@@ -179,8 +195,9 @@ class _Worker:
     def start(self) -> None:
         self.connection, theirs = Pipe()
         # Should a grader import JAX, it must not take the accelerator that the run has.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-m", "train.rewards.worker", str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": _python_path(), "JAX_PLATFORMS": "cpu"}
+        # -P: not from the folder that it starts in, which -m alone looks into first.
+        command = [sys.executable, "-P", "-m", "train.rewards.worker", str(theirs.fileno())]
         with theirs:
             self.process = subprocess.Popen(
                 command,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from pvm_jax.command_line import TRACEBACK, parse
 from train.config import RunConfig
+from train.published import with_config_files
 from train.run.distributed import joined
 from train.run.dry_run import dry_run
 from train.run.lifecycle import Recipe, run
@@ -27,7 +28,7 @@ def main(
 ) -> None:
     """Parses `argv` into a `cls` and runs or tries the recipe."""
     config, flags = parse(
-        cls, argv, prog=prog, description=description, examples=examples, flags=_FLAGS
+        cls, with_config_files(argv), prog=prog, description=description, examples=examples, flags=_FLAGS
     )
     with joined(config.distributed, with_traceback=TRACEBACK in argv):
         if flags:
