@@ -27,6 +27,8 @@ def main(pythons: Sequence[str]) -> None:
             "-m",
             "pip",
             "freeze",
+            "--all",  # setuptools too, which the tests build the wheel with
+            "--exclude=pip",
             "--exclude-editable",
         ]
         found = subprocess.run(
