@@ -75,3 +75,7 @@ def _run(words: Sequence[str]) -> None:
     # The user's own modules (a reward, say) are found where the command was given, but after ours.
     sys.path.append(os.getcwd())
     module.main([*command.first, *words[count:]])
+
+
+if __name__ == "__main__":
+    main()

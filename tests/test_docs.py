@@ -19,8 +19,9 @@ from train.sft.config import SFTConfig
 from train.step.program import rows_per_shard
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m ([a-z_]+(?:\.[a-z_]+)*)((?:\\\n|[^`\n])*)")
+PVM = re.compile(r"^ {4}pvm ((?:\\\n|[^`\n])*)", re.MULTILINE)
 END = re.compile(r"\s(?:#|>|&)")
 """What follows is the shell's."""
 
@@ -31,12 +32,14 @@ def shown():
     """(module, arguments) of every command in the documentation."""
     for file in FILES:
         text = file.read_text()
-        for match in COMMAND.finditer(text):
-            module, rest = match.groups()
+        for match in [*COMMAND.finditer(text), *PVM.finditer(text)]:
+            *module, rest = match.groups()
             words = shlex.split(END.split(rest.replace("\\\n", " "))[0], comments=True)
             place = f"{file.name}:{text.count(chr(10), 0, match.start()) + 1}"
             yield pytest.param(
-                module, [word for word in words if word not in PLACEHOLDERS], id=place
+                *(module or ["pvm_jax.console"]),
+                [word for word in words if word not in PLACEHOLDERS],
+                id=place,
             )
 
 
