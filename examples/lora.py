@@ -10,6 +10,7 @@ back and must write what backbone and adapter write together.
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 from jsonargparse import auto_cli
 
 import pvm_jax
@@ -66,7 +67,8 @@ def main(
         ("merged", out / "back", None),
     ):
         model = pvm_jax.load(path, lora=lora)
-        logits[name] = np.asarray(model(pvm_jax.Batch.from_hf(arrays, model.config)))
+        batch = pvm_jax.Batch.from_hf(arrays, model.config)
+        logits[name] = np.asarray(nnx.jit(pvm_jax.Qwen3VL.__call__)(model, batch))
     for one, other in (("backbone", "adapter"), ("adapter", "merged")):
         gap = np.abs(logits[one] - logits[other]).max()
         print(f"largest difference of logits, {one} and {other}: {gap:.1e}")
