@@ -104,3 +104,13 @@ def test_settings_and_examples_that_cannot_be_are_refused():
         rewards(["", ""], [{}])
     with pytest.raises(ValueError, match="needs 'solution' in every example"):
         rewards([""], [{"solution": " "}])
+
+
+def test_a_train_of_the_user_stays_out_of_the_graders_way(tmp_path, monkeypatch):
+    """Modules of theirs beside it are found."""
+    (tmp_path / "train.py").write_text("raise SystemExit('not the train that was asked for')")
+    (tmp_path / "grades_of_mine.py").write_text("def length(text, example):\n    return len(text)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with Rewards([RewardConfig("grades_of_mine:length")], time_limit=5, workers=1) as rewards:
+        assert rewards(["four"], [{}]).totals[0] == 4

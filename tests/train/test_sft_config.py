@@ -96,6 +96,22 @@ def test_help_has_examples_and_print_config_is_complete(capsys):
     assert "eps: 1.0e-08" in output
 
 
+def test_a_config_that_comes_with_the_package_has_a_name(tmp_path, monkeypatch, capsys):
+    """From any folder; a file of that name there comes first, and another name is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("checkpoint: my checkpoint\n")
+    words = {}
+    for name in ("sft_qwen3_vl_8b", "mine", "sft_qwen3_vl_9b"):
+        with pytest.raises(SystemExit):
+            sft.main(["--config", name, "--print_config"])
+        words[name] = capsys.readouterr()
+    assert "checkpoint: checkpoints/qwen3_vl_8b" in words["sft_qwen3_vl_8b"].out
+    assert "checkpoint: my checkpoint" in words["mine"].out
+    assert "no config of that name comes with the package; there are grpo_qwen3_vl_4b, " in (
+        words["sft_qwen3_vl_9b"].err
+    )
+
+
 @pytest.mark.parametrize("name", ["sft_qwen3_vl_4b", "sft_qwen3_vl_8b"])
 def test_shipped_recipes_are_the_published_one(name):
     config, _ = parse(

@@ -28,7 +28,12 @@ def main(
 ) -> None:
     """Parses `argv` into a `cls` and runs or tries the recipe."""
     config, flags = parse(
-        cls, with_config_files(argv), prog=prog, description=description, examples=examples, flags=_FLAGS
+        cls,
+        with_config_files(argv),
+        prog=prog,
+        description=description,
+        examples=examples,
+        flags=_FLAGS,
     )
     with joined(config.distributed, with_traceback=TRACEBACK in argv):
         if flags:
