@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, cast
 
 import jinja2
 import numpy as np
+from numpy.typing import ArrayLike
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -208,8 +209,9 @@ class Processor:
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: ArrayLike, *, skip_special_tokens: bool = True) -> str:
         """The text of token ids [S]."""
+        ids = np.asarray(ids, int)
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def decoder(self) -> Callable[[int], str]:
