@@ -9,10 +9,10 @@ wants to know must look into the memory. `make demo` does the same for longer.
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import auto_cli
 
 import pvm_jax
 from demo.task import Mixture, draw, make_example, write
+from pvm_jax.command_line import run_as_command
 from pvm_jax.measure.accuracy import teacher_forced
 from train.config import Bucket, DataConfig, OptimizerConfig
 from train.run.events import read_values
@@ -69,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

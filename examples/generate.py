@@ -1,7 +1,7 @@
 """Load a checkpoint and ask it about an image, three ways: at once, as a stream, several samples.
 
     python -m convert.hf_to_orbax demo/base out/demo/checkpoint \
-        --pvm-layers 1 2 --pvm-hidden-size 128
+        --pvm_layers 1 2 --pvm_hidden_size 128
     python -m examples.generate
 
 The first command makes the checkpoint (the demo's, which `make demo` makes too); the other examples
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jsonargparse import auto_cli
 
 import pvm_jax
 from demo.task import Mixture, draw, make_example
+from pvm_jax.command_line import run_as_command
 
 
 def main(checkpoint: Path = Path("out/demo/checkpoint"), branch: Path | None = None) -> None:
@@ -57,4 +57,4 @@ def main(checkpoint: Path = Path("out/demo/checkpoint"), branch: Path | None = N
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

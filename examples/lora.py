@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from jsonargparse import auto_cli
 
 import pvm_jax
 from convert.hf_to_orbax import convert as hf_to_orbax
 from convert.orbax_to_hf import convert as orbax_to_hf
 from demo.task import Mixture, draw, make_example, write
+from pvm_jax.command_line import run_as_command
 from pvm_jax.config import LoRAConfig
 from train.config import Bucket, DataConfig, OptimizerConfig
 from train.sft import SFTConfig, run
@@ -75,4 +75,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jsonargparse import auto_cli
 
 import pvm_jax
 from demo.task import Mixture, draw, make_example
+from pvm_jax.command_line import run_as_command
 from pvm_jax.measure.intervals import estimate
 from pvm_jax.measure.reading import at_predicting, find_answers, read
 
@@ -59,4 +59,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
-
 
 def net(completion: str, example: Mapping[str, Any]) -> float:
     """Right lines less wrong ones, over the lines that there were to write: guessing does not pay.
@@ -71,4 +69,6 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    from pvm_jax.command_line import run_as_command
+
+    run_as_command(main)

@@ -72,7 +72,7 @@ def test_it_converts_and_trains_in_another_folder(wheel, tmp_path):
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    run("convert", str(ROOT / "demo" / "base"), "base", "--pvm-layers", "1")
+    run("convert", str(ROOT / "demo" / "base"), "base", "--pvm_layers", "1")
     small = ("--config=sft_qwen3_vl_8b", "--checkpoint=base", "--data.sources=data.jsonl")
     small += ("--data.buckets=[{tokens: 32, patches: 4}]", "--accumulation=1", "--max_steps=2")
     run("train", "sft", *small, "--run_dir=run", "--batch_size=8", "--epochs=2")
