@@ -11,6 +11,7 @@ import jax
 
 from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, question
 from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.checkpoint.store import load
 from pvm_jax.command_line import command, dispatch, parse
 from pvm_jax.data.processor import Processor
@@ -144,6 +145,14 @@ def generate(argv: Sequence[str]) -> None:
         by_place=["question"],
         repeated=["image"],
     )
+    if options.output is None:
+        _answer(options)
+        return
+    with sole_writer(options.output, otherwise="give another --output"):
+        _answer(options)
+
+
+def _answer(options: GenerateOptions) -> None:
     mesh = tensor_mesh(options.tensor)
     processor = Processor.from_pretrained(options.checkpoint)
     model = load(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.config import ModelConfig
 
 _MAX_LINES = 100
@@ -37,27 +38,29 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if `path` is there and not an empty directory.
+        OSError: if another process writes there.
     """
     target = Path(path).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists and is not empty: choose another place or remove it"
-        )
-    aside, primary = aside_of(target), jax.process_index() == 0
-    if primary:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    sync_global_devices(f"made {aside}")
-    try:
-        yield aside
-    except BaseException:
+    with sole_writer(target):
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise FileExistsError(
+                f"{target} exists and is not empty: choose another place or remove it"
+            )
+        aside, primary = aside_of(target), jax.process_index() == 0
         if primary:
-            _discard(aside)
-        raise
-    sync_global_devices(f"wrote {aside}")
-    if primary:
-        os.replace(aside, target)
-    sync_global_devices(f"finished {target}")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        sync_global_devices(f"made {aside}")
+        try:
+            yield aside
+        except BaseException:
+            if primary:
+                _discard(aside)
+            raise
+        sync_global_devices(f"wrote {aside}")
+        if primary:
+            os.replace(aside, target)
+        sync_global_devices(f"finished {target}")
 
 
 def _discard(directory: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.conversations import Conversations, check_learnable, open_conversations
 from pvm_jax.data.example import Example
@@ -97,7 +98,13 @@ def measure_checkpoint(request: Request) -> None:
     Raises:
         FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming
             what is wrong.
+        OSError: if another process writes to `output`.
     """
+    with sole_writer(request.output, otherwise="give another --output"):
+        _measure_alone(request)
+
+
+def _measure_alone(request: Request) -> None:
     mesh = tensor_mesh(request.tensor)
     processor = Processor.from_pretrained(request.checkpoint)
     task = make_task(request, processor)
