@@ -64,6 +64,8 @@ class ExamplesConfig:
             the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
+        measure_anew: a run goes on although its sources no longer hold what it began with: it
+            measures them again, and lays out what is left of its steps by what they hold now.
     """
 
     sources: str | list[str | Source]
@@ -72,6 +74,7 @@ class ExamplesConfig:
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
+    measure_anew: bool = False
 
     def __post_init__(self):
         if not self.mixture:

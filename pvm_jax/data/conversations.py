@@ -143,17 +143,17 @@ def open_conversations(path: str | Path, *, every_column: bool = False) -> Conve
     )
 
 
-def stored_bytes(path: str | Path) -> int:
-    """Bytes of the file at `path`, or of all files in the directory."""
+def stored_files(path: str | Path) -> list[Path]:
+    """The file at `path`, or those of the pattern or in the directory, but hidden ones; sorted."""
     path = Path(path)
     files = (
         [path]
         if path.is_file()
         else path.parent.glob(path.name)
         if has_magic(str(path))
-        else path.rglob("*")
+        else path.glob("[!.]*")
     )
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sorted(file for file in files if file.is_file())
 
 
 def size_of(messages: Messages, count: Callable[[Messages], tuple[int, int]]) -> tuple[int, int]:
