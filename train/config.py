@@ -232,6 +232,8 @@ class RunConfig:
         trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head
             and branch) or "all" (the vision tower too).
         lora: the adapters, with trainable "lora".
+        tags_as_text: added tokens of the tokenizer, as ["<think>", "</think>"], that prompts and
+            answers hold in letters: Qwen3-VL-Instruct was never trained on these two.
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.
@@ -258,6 +260,7 @@ class RunConfig:
     branch: str | None = None
     trainable: Trainable = "pvm"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    tags_as_text: list[str] = field(default_factory=list)
     accumulation: int = 1
     epochs: int = 1
     max_steps: int | None = None

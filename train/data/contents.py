@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def _pictures(conversations: Conversations, index: int) -> bytes:
         conversation = parse(conversations[index], ())
     except ValueError:
         return b""
-    sources = [source for _, source in conversation.images]
+    sources: list[Any] = [source for _, source in conversation.images]
     sources += [frame for _, video in conversation.videos for frame in video.frames]
     found = hashlib.sha256()
     for source in sources:

@@ -32,6 +32,7 @@ _FREE_KEYS = {
     "mesh",
     "not_finite",
     "remat",
+    "reward_memory",
     "reward_time_limit",
     "reward_workers",
     "rollout_mesh",

@@ -1,9 +1,12 @@
 """A training run from checkpoint to result, whatever its steps are: claim the directory, load, go
 on after an interruption, train, write the result."""
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -11,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
+from pvm_jax.checkpoint.directory import copy_assets
 from pvm_jax.checkpoint.store import load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
@@ -196,4 +200,21 @@ def export(config: RunConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
     params = jax.tree.map(
         lambda x, stored: x.astype(stored.dtype), nnx.as_pure(trained), nnx.as_pure(stored)
     )
-    save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=config.checkpoint)
+    with _assets(config) as assets:
+        save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=assets)
+
+
+@contextmanager
+def _assets(config: RunConfig) -> Iterator[str]:
+    """The directory whose files go with the model: the checkpoint, or a copy that forgets the tags
+    which the model has learned as text."""
+    if not config.tags_as_text:
+        yield config.checkpoint
+        return
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(Path(config.checkpoint) / "config.json", Path(folder) / "config.json")
+        copy_assets(config.checkpoint, Path(folder))
+        processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
+        processor.tokenizer.save_pretrained(folder)
+        (Path(folder) / "added_tokens.json").unlink(missing_ok=True)
+        yield folder
