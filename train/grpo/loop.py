@@ -20,8 +20,8 @@ from train.grpo.grading import RolloutGrader, completion_values, grading, reward
 from train.grpo.held_out import Evaluation
 from train.grpo.program import Fixed, GRPOProgram
 from train.grpo.prompts import PromptBatch, PromptData, load_prompts
-from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.reward_watch import RewardWatch
+from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.update import Graded, parts_of, train_on, weigh
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
