@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
+from pvm_jax.paths import local_path
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
@@ -45,10 +46,17 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
+        object.__setattr__(self, "path", str(local_path(self.path)))
         if not self.weight > 0:
             raise ValueError(
                 f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
             )
+
+
+def mixture_of(sources: str | list[str | Source]) -> list[Source]:
+    """One or several sources, each with its weight. Raises ValueError for a path that is a URL."""
+    several = [sources] if isinstance(sources, str) else sources
+    return [source if isinstance(source, Source) else Source(source) for source in several]
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,7 @@ class ExamplesConfig:
     @property
     def mixture(self) -> list[Source]:
         """The sources, each with its weight."""
-        sources = [self.sources] if isinstance(self.sources, str) else self.sources
-        return [source if isinstance(source, Source) else Source(source) for source in sources]
+        return mixture_of(self.sources)
 
 
 @dataclass(frozen=True)
@@ -278,6 +285,9 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
+        for name in ("checkpoint", "run_dir", "branch"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(local_path(getattr(self, name))))
         for name in (
             "accumulation",
             "epochs",

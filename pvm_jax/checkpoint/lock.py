@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 from filelock import FileLock, Timeout
 
+from pvm_jax.paths import local_path
+
 
 @contextmanager
 def sole_writer(
@@ -24,11 +26,12 @@ def sole_writer(
 
     Raises:
         OSError: if another process writes there, or the lock cannot be made.
+        ValueError: for a URL (`local_path`).
     """
+    path = local_path(target).absolute()
     if jax.process_index() != 0:
         yield
         return
-    path = Path(target).absolute()
     file = path.with_name(f".{path.name}.lock") if lock is None else lock
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
 from pvm_jax.data.tags import with_tags_as_text
+from pvm_jax.paths import local_path
 
 VISUAL_TOKENS = {
     "image_token": "<|image_pad|>",
@@ -95,7 +96,7 @@ class Processor:
             ValueError: for a preprocessor setting that is not computed here, a tokenizer without
                 visual tokens, or a tag that is none.
         """
-        folder = Path(path)
+        folder = local_path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such directory")
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):

@@ -2,7 +2,15 @@
 
 from dataclasses import KW_ONLY, dataclass, field
 
-from train.config import ExamplesConfig, MeshConfig, OptimizerConfig, RunConfig, Source, Trainable
+from train.config import (
+    ExamplesConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    Source,
+    Trainable,
+    mixture_of,
+)
 from train.grpo.policy import LossType, ScaleRewards
 from train.rewards.pool import RewardConfig, reward_names
 
@@ -32,7 +40,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         if (
-            not self.sources
+            not mixture_of(self.sources)
             or self.every < 1
             or self.samples < 1
             or self.shown < 0
