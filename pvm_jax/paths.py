@@ -18,8 +18,8 @@ def local_path(path: str | Path) -> Path:
     text = str(path)
     if found := _URL.match(text):
         raise ValueError(
-            f"{found[1]}://{text[found.end() :]} is a URL: give a path of this machine, of a mounted"
-            " bucket (docs/tpu.md) or of a copy of the files"
+            f"{found[1]}://{text[found.end() :]} is a URL: give a path of this machine, of a"
+            " mounted bucket (docs/tpu.md) or of a copy of the files"
         )
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):

@@ -1,4 +1,4 @@
-"""Paths as users write them: ~ is the home directory, and a URL is refused before anything starts."""
+"""Paths as users write them: ~ is the home directory, a URL is refused before anything starts."""
 
 from pathlib import Path
 
