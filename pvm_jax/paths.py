@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # as Path writes it too, which keeps one slash
 
@@ -25,3 +26,12 @@ def local_path(path: str | Path) -> Path:
     if expanded.startswith("~"):
         raise ValueError(f"{text}: there is no such user here; ./{text} is a file of this name")
     return Path(expanded)
+
+
+def make_local(options: Any, *names: str) -> None:
+    """Puts `local_path` of these fields of a frozen dataclass in their place: str stays str; None
+    and "" stay. Raises ValueError as that does."""
+    for name in names:
+        value = getattr(options, name)
+        if value:
+            object.__setattr__(options, name, type(value)(local_path(value)))

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.paths import local_path
+from pvm_jax.paths import make_local
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
@@ -46,7 +46,7 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
-        object.__setattr__(self, "path", str(local_path(self.path)))
+        make_local(self, "path")
         if not self.weight > 0:
             raise ValueError(
                 f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
@@ -285,9 +285,7 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
-        for name in ("checkpoint", "run_dir", "branch"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, str(local_path(getattr(self, name))))
+        make_local(self, "checkpoint", "run_dir", "branch")
         for name in (
             "accumulation",
             "epochs",

@@ -6,10 +6,12 @@ import pytest
 
 from convert import dataset, hf_to_orbax, orbax_to_hf
 from pvm_jax import load
+from pvm_jax.__main__ import GenerateOptions
 from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
+from pvm_jax.measure.report.command import Request
 from pvm_jax.paths import local_path
 from train.config import Bucket, DataConfig, Source
 from train.grpo.config import EvaluationConfig
@@ -60,6 +62,11 @@ DOORS = {
     "weighted source": lambda url: Source(url, 0.5),
     "held out": HeldOutConfig,
     "evaluation": EvaluationConfig,
+    "generate to": lambda url: GenerateOptions("none", input=Path("q"), output=Path(url)),
+    "generate with": lambda url: GenerateOptions("none", question="q", branch=url),
+    "a picture": lambda url: GenerateOptions("none", question="q", image=[url]),
+    "measure": lambda url: Request(Path("none"), Path(url), Path("report")),
+    "measure to": lambda url: Request(Path("none"), Path("none"), Path(url)),
 }
 
 

@@ -23,6 +23,7 @@ from pvm_jax.measure.report.figures import check_matplotlib
 from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.paths import make_local
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 
@@ -71,6 +72,7 @@ class Request:
     tensor: int = 1
 
     def __post_init__(self):
+        make_local(self, "checkpoint", "data", "output", "branch", "lora", "against")
         if unknown := [name for name in self.only if name not in MEASUREMENTS]:
             raise ValueError(
                 f"--only: there is no measurement {', '.join(map(repr, unknown))}, but"
