@@ -30,6 +30,7 @@ from pvm_jax.data.conversations import (
 from pvm_jax.data.images import encoded_bytes, read_image
 from pvm_jax.data.messages import Messages, parse
 from pvm_jax.data.processor import Processor
+from pvm_jax.paths import local_path
 
 EXAMPLES = """
 examples:
@@ -122,8 +123,8 @@ def convert(
     """
     if max_tokens is not None and processor is None:
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
+    dst = local_path(dst)
     conversations = open_conversations(src)
-    dst = Path(dst)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = _Summary()

@@ -36,6 +36,7 @@ from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
+from pvm_jax.paths import local_path
 
 EXAMPLES = """
 examples:
@@ -126,7 +127,7 @@ def convert(
             is broken.
         ValueError: if the branch is both described and left out, or for another dtype.
     """
-    src = Path(src)
+    src, dst = local_path(src), local_path(dst)
     original = read_config(src)
     reader = SafetensorsReader(src)
     if plain:

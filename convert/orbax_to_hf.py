@@ -25,6 +25,7 @@ from pvm_jax.checkpoint.directory import (
 from pvm_jax.checkpoint.store import find
 from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig
+from pvm_jax.paths import local_path
 
 _READ_AHEAD = 4
 EXAMPLES = """
@@ -104,7 +105,7 @@ def convert(
         raise ValueError(
             f"--plain leaves the branch out that --branch {branch} puts in: give one of them"
         )
-    root = find(src)
+    root, dst = find(src), local_path(dst)
     config = ModelConfig.from_hf(root)
     arrays: Arrays = open_arrays(root)
     found = {path: tuple(array.shape) for path, array in arrays.items()}

@@ -6,6 +6,7 @@ writer wants all tensors of a file at once.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Self
 
 import ml_dtypes
 import numpy as np
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from pvm_jax.checkpoint.directory import CheckpointError
@@ -94,7 +94,8 @@ def write_safetensors(
     chunks: Iterator[np.ndarray],
     max_shard_size: str,
 ) -> None:
-    """Writes files of at most `max_shard_size` ("5GB"), and the index where there are several.
+    """Writes files of at most `max_shard_size` ("5GB") or one larger tensor, and the index where
+    there are several.
 
     Args:
         chunks: the tensors' contents, in the order of `tensors`; each tensor in as many pieces as
@@ -103,14 +104,8 @@ def write_safetensors(
     Raises:
         ValueError: if `max_shard_size` is no size.
     """
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda planned: planned.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for filename in sorted(split.filename_to_tensors):
-        names = split.filename_to_tensors[filename]
+    files = _split(tensors, _size(max_shard_size))
+    for filename, names in files.items():
         with open(directory / filename, "wb") as file:
             file.write(_encode_header({name: tensors[name] for name in names}))
             left = sum(tensors[name].nbytes for name in names)
@@ -120,9 +115,40 @@ def write_safetensors(
                 left -= piece.nbytes
             file.flush()
             os.fsync(file.fileno())
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: filename for filename, names in files.items() for name in names},
+        }
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _size(text: str) -> int:
+    """The bytes of "5GB", "500MB" and the like."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])B\s*", text, re.IGNORECASE)
+    size = float(found[1]) * 1000 ** ("KMGT".index(found[2].upper()) + 1) if found else 0
+    if size < 1:
+        raise ValueError(f"max_shard_size {text!r} is no size such as 5GB, 500MB")
+    return int(size)
+
+
+def _split(tensors: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
+    """{file: names of its tensors}, in the order of `tensors`, each of at most `most` bytes or one
+    larger tensor."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > most:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor.nbytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {
+        f"model-{number:05d}-of-{len(files):05d}.safetensors": names
+        for number, names in enumerate(files, 1)
+    }
 
 
 def _files(directory: Path) -> list[Path]:

@@ -10,12 +10,14 @@ from typing import Literal
 import jax
 
 from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, question
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.checkpoint.store import load
 from pvm_jax.command_line import command, dispatch, parse
 from pvm_jax.data.processor import Processor
 from pvm_jax.generation import Settings
 from pvm_jax.measure.report.command import Request, measure_checkpoint
 from pvm_jax.model.qwen3_vl import without_pvm
+from pvm_jax.paths import local_path, make_local
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 EXAMPLES = """
@@ -50,7 +52,7 @@ examples:
 
 # What an answer to a line of --input depends on.
 _DECISIVE = ("checkpoint", "branch", "lora", "pvm", "dtype", "num_samples", "max_new_tokens")
-_DECISIVE += ("temperature", "top_k", "top_p", "seed")
+_DECISIVE += ("temperature", "top_k", "top_p", "seed", "tags_as_text")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class GenerateOptions:
         lora: put this LoRA adapter beside the weights.
         pvm: "off": the same weights without the branch.
         image: image file; may be given several times.
+        tags_as_text: added tokens, as '<think>', that texts hold in letters: those that the branch
+            or the adapter was trained with.
         chat: ask line after line; the line '/image FILE' adds an image.
         input: answer these conversations: JSONL or another format of the training data.
         output: JSONL file for the answers; what is there already is not asked again.
@@ -85,6 +89,7 @@ class GenerateOptions:
     lora: str | None = None
     pvm: Literal["on", "off"] = "on"
     image: Sequence[str] = ()
+    tags_as_text: list[str] | None = None
     chat: bool = False
     input: Path | None = None
     output: Path | None = None
@@ -99,6 +104,8 @@ class GenerateOptions:
     tensor: int = 1
 
     def __post_init__(self):
+        make_local(self, "checkpoint", "branch", "lora", "input", "output")
+        object.__setattr__(self, "image", [str(local_path(image)) for image in self.image])
         given = [name for name in ("question", "chat", "input") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
@@ -143,8 +150,18 @@ def generate(argv: Sequence[str]) -> None:
         by_place=["question"],
         repeated=["image"],
     )
+    if options.output is None:
+        _answer(options)
+        return
+    with sole_writer(options.output, otherwise="give another --output"):
+        _answer(options)
+
+
+def _answer(options: GenerateOptions) -> None:
     mesh = tensor_mesh(options.tensor)
-    processor = Processor.from_pretrained(options.checkpoint)
+    processor = Processor.from_pretrained(
+        options.checkpoint, tags_as_text=options.tags_as_text or ()
+    )
     model = load(
         options.checkpoint,
         mesh=mesh,

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "pvm_jax": [
-        "config command_line sharding",
+        "config command_line paths sharding",
         "data",
         "model",
         "checkpoint generation",

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.config import ModelConfig
+from pvm_jax.paths import local_path
 
 _MAX_LINES = 100
 _ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model")
@@ -37,27 +39,30 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if `path` is there and not an empty directory.
+        OSError: if another process writes there.
+        ValueError: for a URL (`local_path`).
     """
-    target = Path(path).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists and is not empty: choose another place or remove it"
-        )
-    aside, primary = aside_of(target), jax.process_index() == 0
-    if primary:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    sync_global_devices(f"made {aside}")
-    try:
-        yield aside
-    except BaseException:
+    target = local_path(path).absolute()
+    with sole_writer(target):
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise FileExistsError(
+                f"{target} exists and is not empty: choose another place or remove it"
+            )
+        aside, primary = aside_of(target), jax.process_index() == 0
         if primary:
-            _discard(aside)
-        raise
-    sync_global_devices(f"wrote {aside}")
-    if primary:
-        os.replace(aside, target)
-    sync_global_devices(f"finished {target}")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        sync_global_devices(f"made {aside}")
+        try:
+            yield aside
+        except BaseException:
+            if primary:
+                _discard(aside)
+            raise
+        sync_global_devices(f"wrote {aside}")
+        if primary:
+            os.replace(aside, target)
+        sync_global_devices(f"finished {target}")
 
 
 def _discard(directory: Path) -> None:
@@ -73,7 +78,7 @@ def _discard(directory: Path) -> None:
 def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
     """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file, or
     where it names none."""
-    file = Path(checkpoint) / "generation_config.json"
+    file = local_path(checkpoint) / "generation_config.json"
     ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     return (ids,) if isinstance(ids, int) else tuple(ids or ())
 
@@ -81,7 +86,7 @@ def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
 def copy_assets(source: str | Path, target: Path) -> None:
     """Copies the tokenizer's, processor's and generation's files, not the weights, their index or
     config.json."""
-    for file in sorted(Path(source).iterdir()):
+    for file in sorted(local_path(source).iterdir()):
         own = file.name == "config.json" or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in _ASSET_SUFFIXES and not own:
             shutil.copyfile(file, target / file.name)
@@ -158,7 +163,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         CheckpointError: if it is not JSON.
     """
-    file = Path(directory) / "config.json"
+    file = local_path(directory) / "config.json"
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:

@@ -35,6 +35,7 @@ from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, dtype_name
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
+from pvm_jax.paths import local_path
 from pvm_jax.sharding import param_shardings
 
 PARAMS = "params"
@@ -70,8 +71,9 @@ def load(
         FileNotFoundError: if there is nothing at `path`.
         CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the
             branch or the adapter was trained on another backbone.
-        ValueError: for another dtype.
+        ValueError: for another dtype, or a URL (`pvm_jax.paths.local_path`).
     """
+    branch, lora = (part and local_path(part) for part in (branch, lora))  # refused at once
     root = find(path)
     for key, argument, what in (
         (_BRANCH_KEY, "branch", "a PVM branch"),
@@ -256,8 +258,9 @@ def find(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError, CheckpointError: saying what is there instead.
+        ValueError: for a URL (`local_path`).
     """
-    root = Path(path).absolute()
+    root = local_path(path).absolute()
     if (
         (root / "config.json").is_file()
         and (root / PARAMS).is_dir()

@@ -25,6 +25,7 @@ import msgpack
 import numpy as np
 
 from pvm_jax.data.messages import Messages
+from pvm_jax.paths import local_path
 
 SHARDS_INDEX = "dataset.json"
 """The file that makes a directory one of `convert.dataset`'s; written last."""
@@ -114,7 +115,7 @@ def open_conversations(path: str | Path, *, every_column: bool = False) -> Conve
         ValueError: if what is there holds no conversation or is none of the formats.
         ImportError: if it takes pyarrow, and that is not installed.
     """
-    path = Path(path)
+    path = local_path(path)
     if has_magic(str(path)) and not path.exists():
         return ParquetFiles(path, sorted(Path(path.parent).glob(path.name)), every_column)
     if path.is_file():
@@ -143,17 +144,17 @@ def open_conversations(path: str | Path, *, every_column: bool = False) -> Conve
     )
 
 
-def stored_bytes(path: str | Path) -> int:
-    """Bytes of the file at `path`, or of all files in the directory."""
-    path = Path(path)
+def stored_files(path: str | Path) -> list[Path]:
+    """The file at `path`, or those of the pattern or in the directory, but hidden ones; sorted."""
+    path = local_path(path)
     files = (
         [path]
         if path.is_file()
         else path.parent.glob(path.name)
         if has_magic(str(path))
-        else path.rglob("*")
+        else path.glob("[!.]*")
     )
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sorted(file for file in files if file.is_file())
 
 
 def size_of(messages: Messages, count: Callable[[Messages], tuple[int, int]]) -> tuple[int, int]:

@@ -24,6 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
+from pvm_jax.data.tags import with_tags_as_text
+from pvm_jax.paths import local_path
 
 VISUAL_TOKENS = {
     "image_token": "<|image_pad|>",
@@ -82,21 +84,26 @@ class Processor:
         self._placeholder = re.compile(f"{run}|{re.escape(self._video)}|{re.escape(self._image)}")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
+    def from_pretrained(cls, path: str | Path, *, tags_as_text: Sequence[str] = ()) -> Self:
         """Reads tokenizer, chat template and preprocessor config from a Hugging Face or converted
         checkpoint directory.
 
+        Args:
+            tags_as_text: added tokens, as "<think>", that texts hold in letters instead
+                (`pvm_jax.data.tags`).
+
         Raises:
             FileNotFoundError: if the directory or one of the files is not there.
-            ValueError: for a preprocessor setting that is not computed here, or a tokenizer without
-                visual tokens.
+            ValueError: for a preprocessor setting that is not computed here, a tokenizer without
+                visual tokens, or a tag that is none.
         """
-        folder = Path(path)
+        folder = local_path(path)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such directory")
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise FileNotFoundError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = with_tags_as_text(tokenizer, tags_as_text)
         return cls(tokenizer, _chat_template(folder, tokenizer), *_pixel_settings(folder))
 
     def encode(self, messages: Messages, *, add_generation_prompt: bool = False) -> Example:

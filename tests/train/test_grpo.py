@@ -18,6 +18,7 @@ from tests.close import assert_close
 from tests.train import runs
 from train.grpo import __main__ as grpo
 from train.grpo.loop import TRAINING_STREAM
+from train.grpo.reward_watch import RewardWatch
 from train.grpo.rollout import Sampler
 from train.run.events import read_values
 from train.run.log import RunLog
@@ -42,6 +43,7 @@ def grpo_run(workplace):
 
     def run(run_dir, *more, stop_at=None):
         metrics, rollouts, add, sample = {}, [], RunLog.add, Sampler.__call__
+        watched, watch = [], RewardWatch.__call__
 
         def record(log, step, values, **options):
             metrics[step] = {
@@ -57,13 +59,19 @@ def grpo_run(workplace):
                 rollouts.append(completions)
             return completions
 
+        def look(self, table, completions):
+            watched.append(completions)
+            watch(self, table, completions)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RewardWatch, "__call__", look)
             patch.setattr(RunLog, "add", record)
             patch.setattr(Sampler, "__call__", keep)
             with runs.raising():
                 grpo.main(
                     runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more)
                 )
+        assert [id(one) for one in watched] == [id(one) for one in rollouts]
         return metrics, rollouts
 
     return run

@@ -63,7 +63,10 @@ def grading(
         yield RolloutGrader(None, processor, say)
         return
     with Rewards(
-        config.rewards, time_limit=config.reward_time_limit, workers=config.reward_workers
+        config.rewards,
+        time_limit=config.reward_time_limit,
+        memory=config.reward_memory,
+        workers=config.reward_workers,
     ) as rewards:
         yield RolloutGrader(rewards, processor, say)
 

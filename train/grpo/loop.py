@@ -20,6 +20,7 @@ from train.grpo.grading import RolloutGrader, completion_values, grading, reward
 from train.grpo.held_out import Evaluation
 from train.grpo.program import Fixed, GRPOProgram
 from train.grpo.prompts import PromptBatch, PromptData, load_prompts
+from train.grpo.reward_watch import RewardWatch
 from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.update import Graded, parts_of, train_on, weigh
 from train.run.dry_run import STEPS as DRY_STEPS
@@ -61,7 +62,7 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
             f"{config.checkpoint}/generation_config.json names no eos_token_id: no completion would"
             " ever end"
         )
-    processor = Processor.from_pretrained(config.checkpoint)
+    processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
     data = load_prompts(
         config.data,
         processor,
@@ -97,6 +98,7 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
     sampler, fixed = Sampler(config, program, work.mesh), Fixed(frozen, work.reference)
     batches = work.data.iterator(work.done, config.data.threads, config.data.prefetch)
     seen: set[Bucket] = set()
+    watch = RewardWatch(work.processor, log.print)
     with grading(config, work.processor, log.print) as grade:
         held_out = evaluation(work, config.held_out, sampler, grade) if config.held_out else None
         for number in range(work.done, total):
@@ -111,6 +113,7 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
                 rollout_seconds = time.perf_counter() - start
             with log.phase("rewards"):
                 rewards, table = grade(completions, batch.prompts)
+                watch(table, completions)
             graded = weigh(config, batch, completions, rewards)
             shapes = {part.shape for part in parts_of(config, graded)}
             if new_shape := not shapes <= seen:

@@ -90,6 +90,7 @@ class Rewards:
     Args:
         configs: the functions, in the order of the table's columns.
         time_limit: seconds for one function and one completion.
+        memory: GiB that a process may write to; a grader that asks for more fails.
         workers: processes.
 
     Raises:
@@ -98,18 +99,24 @@ class Rewards:
     """
 
     def __init__(
-        self, configs: Sequence[RewardConfig], *, time_limit: float = 10.0, workers: int = 4
+        self,
+        configs: Sequence[RewardConfig],
+        *,
+        time_limit: float = 10.0,
+        memory: float = 4.0,
+        workers: int = 4,
     ):
         names = reward_names(configs)
-        if time_limit <= 0 or workers < 1:
+        if time_limit <= 0 or memory <= 0 or workers < 1:
             raise ValueError(
-                f"rewards: needs time_limit > 0 and workers >= 1, got {time_limit} and {workers}"
+                f"rewards: needs time_limit > 0, memory > 0 and workers >= 1, got {time_limit},"
+                f" {memory} and {workers}"
             )
         self.names, self._weights = (
             names,
             np.array([config.weight for config in configs], np.float64),
         )
-        self._workers = [_Worker(names, time_limit) for _ in range(workers)]
+        self._workers = [_Worker(names, time_limit, memory) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -188,8 +195,8 @@ def _python_path() -> str:
 class _Worker:
     """A process of train.rewards.worker, and the next one when it has ended."""
 
-    def __init__(self, names: tuple[str, ...], time_limit: float):
-        self.names, self.time_limit = names, time_limit
+    def __init__(self, names: tuple[str, ...], time_limit: float, memory: float):
+        self.names, self.time_limit, self.memory = names, time_limit, memory
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -209,7 +216,7 @@ class _Worker:
                 start_new_session=True,
             )
         try:
-            self.connection.send((self.names, self.time_limit))
+            self.connection.send((self.names, self.time_limit, self.memory))
             if not self.connection.poll(START_LIMIT):
                 raise RuntimeError(
                     f"a process for the rewards took more than {START_LIMIT} s to start"

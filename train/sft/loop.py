@@ -46,7 +46,7 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
         config.batch_size, config.accumulation, mesh
     )  # refuses before anything is loaded
     model = load_model(config, mesh)
-    processor = Processor.from_pretrained(config.checkpoint)
+    processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
     data = load_training_data(
         config.data,
         processor,

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.conversations import Conversations, check_learnable, open_conversations
 from pvm_jax.data.example import Example
@@ -22,6 +23,7 @@ from pvm_jax.measure.report.figures import check_matplotlib
 from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.paths import make_local
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 
@@ -70,6 +72,7 @@ class Request:
     tensor: int = 1
 
     def __post_init__(self):
+        make_local(self, "checkpoint", "data", "output", "branch", "lora", "against")
         if unknown := [name for name in self.only if name not in MEASUREMENTS]:
             raise ValueError(
                 f"--only: there is no measurement {', '.join(map(repr, unknown))}, but"
@@ -97,7 +100,13 @@ def measure_checkpoint(request: Request) -> None:
     Raises:
         FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming
             what is wrong.
+        OSError: if another process writes to `output`.
     """
+    with sole_writer(request.output, otherwise="give another --output"):
+        _measure_alone(request)
+
+
+def _measure_alone(request: Request) -> None:
     mesh = tensor_mesh(request.tensor)
     processor = Processor.from_pretrained(request.checkpoint)
     task = make_task(request, processor)
