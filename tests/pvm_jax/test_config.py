@@ -31,8 +31,7 @@ def test_reads_rope_parameters_as_transformers_5_writes_them():
     [
         (changed(model_type="qwen3_vl_moe"), "model_type"),
         ({"model_type": "qwen3_vl"}, "text_config and vision_config missing"),
-        (changed(text_config={"rope_scaling": {"rope_type": "yarn"}}), "yarn"),
-        (changed(text_config={"attention_bias": True}), "attention_bias"),
+        (changed(text_config={"rope_scaling": {"rope_type": "longrope"}}), "longrope"),
         (changed(vision_config={"hidden_act": "relu"}), "hidden_act"),
         (changed(vision_config={"rope_parameters": {"rope_theta": 5e4}}), "rope_theta"),
         (changed(text_config={"pvm_layers": [3, 1]}), "pvm_layers must be ascending"),
