@@ -22,6 +22,8 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from pvm_jax.json_file import is_number
+
 MAX_ASPECT_RATIO = 200
 CACHED_PATCHES = 256
 """Patches normalized at a time: what they need fits a processor core's cache (half the time of all
@@ -65,7 +67,19 @@ class PixelSettings:
     default_size: ClassVar[dict[str, int]]
 
     def __post_init__(self):
-        if not 0 < self.min_pixels <= self.max_pixels:
+        for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size"):
+            value = getattr(self, name)
+            if not (is_number(value) and int(value) == value > 0):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not (is_number(self.rescale_factor) and self.rescale_factor > 0):
+            raise ValueError(
+                f"rescale_factor must be a finite number above 0, got {self.rescale_factor!r}"
+            )
+        if not all(map(is_number, self.mean)):
+            raise ValueError(f"image_mean must be finite numbers, got {self.mean}")
+        if not all(is_number(value) and value > 0 for value in self.std):
+            raise ValueError(f"image_std must be finite numbers above 0, got {self.std}")
+        if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
