@@ -154,7 +154,7 @@ def convert(
         )
         if pvm_visibility is not None:
             config = replace(config, text=replace(config.text, pvm_visibility=pvm_visibility))
-    if (src / "tokenizer.json").exists():
+    if any((src / name).exists() for name in ("tokenizer.json", "vocab.json")):
         read_tokenizer(src)
     slots = layout(config)
     wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}

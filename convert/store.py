@@ -16,6 +16,7 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from pvm_jax.checkpoint.checksums import verify_checksums
 from pvm_jax.checkpoint.identity import checksum_part, identity
 from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
 
@@ -56,9 +57,10 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
     """The arrays of a checkpoint (`create`, `pvm_jax.save`), open for reading, by path.
 
     Raises:
-        CheckpointError: if they cannot be opened.
+        CheckpointError: if they cannot be opened, or are damaged.
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    verify_checksums(directory)
     paths = stored_arrays(directory)
     with explaining_damage(directory):
         stores = {

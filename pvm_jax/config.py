@@ -325,10 +325,10 @@ class ModelConfig:
             if "yarn" in text:
                 text["yarn"] = Yarn(**text["yarn"])
             vision = VisionConfig(**sections.vision)
-            config = cls(text=TextConfig(**text), vision=vision, **sections.own)
+            read = cls(text=TextConfig(**text), vision=vision, **sections.own)
         except ValueError as error:
             raise ValueError(f"{sections.file}: {error}") from None
-        return replace(config, **overrides)
+        return replace(read, **overrides)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this model (the authors' PVM keys included where there

@@ -2,8 +2,8 @@
 train/run/checkpoints.py.)
 
 A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face
-names them, and `params/`, an Orbax pytree of the model's parameters (paths as in
-model/qwen3_vl.py). It lives on a local or mounted file system.
+names them, `params/`, an Orbax pytree of the model's parameters (paths as in model/qwen3_vl.py),
+and its checksums. It lives on a local or mounted file system.
 """
 
 import math
@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
+from pvm_jax.checkpoint.checksums import verify_checksums, write_checksums
 from pvm_jax.checkpoint.directory import (
     CheckpointError,
     aside_of,
@@ -305,7 +306,10 @@ def stored_arrays(root: Path) -> dict[str, jax.ShapeDtypeStruct]:
         CheckpointError: if what Orbax wrote about it cannot be read.
     """
     with explaining_damage(root):
-        stored = by_path(ocp.metadata(str(root / PARAMS)).metadata)
+        metadata = ocp.metadata(str(root / PARAMS)).metadata
+        if not isinstance(metadata, Mapping):  # Orbax only warns of what it cannot read
+            raise ValueError("no metadata of arrays")
+        stored = by_path(metadata)
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in stored.items()}
 
 
@@ -314,6 +318,7 @@ def _restore(
 ) -> dict[str, Any]:
     """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint may hold parts that
     are not asked for."""
+    verify_checksums(root)
     expected, stored = by_path(params), stored_arrays(root)
     width = None if dtype is None else dtype_name(dtype)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
@@ -360,6 +365,8 @@ def _write(directory: Path, params: dict[str, Any]) -> None:
     try:
         with orbax_context():
             ocp.save(str(directory / PARAMS), params)
+        if jax.process_index() == 0:
+            write_checksums(directory, PARAMS)
     except Exception as error:  # whatever the layers below say about a disk
         raise CheckpointError(
             f"{directory} could not be written: {reason_of(error)}. Make room there and give the"
