@@ -40,6 +40,8 @@ from pvm_jax.data.tokenizer import read_tokenizer
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
 
+_BUFFERS = ("I64", "BOOL")
+"""Types of what is stored beside weights, and of no quantised ones."""
 EXAMPLES = """
 examples:
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b
@@ -226,12 +228,12 @@ def _check(
         by_type.setdefault(reader.tensors[name].dtype, []).append(name)
     problems = []
     for dtype, names in by_type.items():
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not (dtype in _BUFFERS and wanted.keys().isdisjoint(names)):
             raise CheckpointError(
                 f"{src} is quantised: {len(names)} tensors are {dtype} ({names[0]}): convert the"
                 f" one in {', '.join(DTYPES)} that it was made of"
             )
-        if dtype not in KEPT and not one_dtype:
+        if dtype in DTYPES.keys() - KEPT.keys() and not one_dtype:
             problems.append(
                 f"wrong type: {len(names)} tensors are {dtype} ({names[0]}): choose what they"
                 " become with --dtype"

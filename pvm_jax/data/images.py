@@ -64,12 +64,19 @@ class PixelSettings:
         "resample": (int(Image.Resampling.BICUBIC),),
     }
     refuses: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = (
+        "min_pixels",
+        "max_pixels",
+        "patch_size",
+        "merge_size",
+        "temporal_patch_size",
+    )
     default_size: ClassVar[dict[str, int]]
 
     def __post_init__(self):
-        for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size"):
+        for name in self.sizes:
             value = getattr(self, name)
-            if not (is_number(value) and int(value) == value > 0):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not (is_number(self.rescale_factor) and self.rescale_factor > 0):
             raise ValueError(
@@ -186,10 +193,18 @@ class VideoSettings(PixelSettings):
 
     computes = PixelSettings.computes | {"video_processor_type": ("Qwen3VLVideoProcessor",)}
     refuses = ("min_pixels", "max_pixels")
+    sizes = (*PixelSettings.sizes, "max_video_tokens")
     default_size: ClassVar[dict[str, int]] = {
         "shortest_edge": 128 * 32 * 32,
         "longest_edge": 768 * 32 * 32,
     }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.cap_pixels_per_frame, bool):
+            raise ValueError(
+                f"cap_pixels_per_frame must be true or false, got {self.cap_pixels_per_frame!r}"
+            )
 
     def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
         if frames < self.temporal_patch_size:

@@ -376,14 +376,15 @@ def _pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
             f"{folder}: no preprocessor_config.json (nor image_processor in processor_config.json)"
         )
     image_settings = ImageSettings.from_config(image, str(folder / file))
-    video = nested.object("video_processor", None) or _read(
-        folder / "video_preprocessor_config.json"
-    )
+    video = nested.object("video_processor", None)
+    source = "processor_config.json" if video else "video_preprocessor_config.json"
+    video = video or _read(folder / source)
     if not video:
         # Hugging Face then reads the images' file, whose min_pixels and max_pixels mean nothing to
         # videos.
+        source = file
         video = {key: value for key, value in image.items() if key not in VideoSettings.refuses}
-    return image_settings, VideoSettings.from_config(video, f"{folder}: video preprocessor")
+    return image_settings, VideoSettings.from_config(video, str(folder / source))
 
 
 def _read(file: Path) -> JsonObject:

@@ -124,6 +124,15 @@ class TestTypes:
             hf_to_orbax.convert(variant(change), tmp_path / "orbax")
         assert "\n" not in str(error.value)
 
+    def test_so_is_one_whose_weights_have_other_names(self, variant, tmp_path):
+        def change(tensors: dict, config: dict) -> None:
+            weight = tensors.pop("model.language_model.layers.0.mlp.up_proj.weight")
+            name = "model.language_model.layers.0.mlp.up_proj.qweight"
+            tensors[name] = weight.astype(np.int32)
+
+        with pytest.raises(CheckpointError, match=r"is quantised: 1 tensors are I32"):
+            hf_to_orbax.convert(variant(change), tmp_path / "orbax")
+
 
 def test_a_cast_rounds_once():
     """float64 -> bfloat16 by way of float32 would round these to even, and then down."""

@@ -220,6 +220,19 @@ def test_settings_that_are_not_computed_are_refused(changes, message):
         ImageSettings.from_config(QWEN3_VL | changes, "here.json")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_video_tokens": 0}, "max_video_tokens must be a whole number of at least 1, got 0"),
+        ({"cap_pixels_per_frame": 1}, "cap_pixels_per_frame must be true or false, got 1"),
+    ],
+)
+def test_settings_of_videos_that_make_no_sense_are_refused(changes, message):
+    config = {key: value for key, value in QWEN3_VL.items() if "image_processor" not in key}
+    with pytest.raises(ValueError, match=message):
+        VideoSettings.from_config(config | changes, "here.json")
+
+
 def test_default_size_is_that_of_transformers():
     config = {key: value for key, value in QWEN3_VL.items() if key != "size"}
     settings = ImageSettings.from_config(config, "test")
