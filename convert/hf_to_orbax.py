@@ -23,21 +23,26 @@ from convert.layout import (
     sources,
 )
 from convert.report import report
-from convert.safetensors_files import DTYPES, SafetensorsReader
+from convert.safetensors_files import DTYPES, KEPT, SafetensorsReader, cast
 from convert.store import BlockWriter, blocks, create
 from pvm_jax.checkpoint.directory import (
+    CheckpointError,
     compare_shapes,
     copy_assets,
     read_config,
+    refuse_peft,
     write_aside,
     write_config,
 )
 from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig, dtype_name
+from pvm_jax.data.tokenizer import read_tokenizer
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
 from pvm_jax.paths import local_path
 
+_BUFFERS = ("I64", "BOOL")
+"""Types of what is stored beside weights, and of no quantised ones."""
 EXAMPLES = """
 examples:
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b
@@ -124,10 +129,13 @@ def convert(
         FileNotFoundError: if config.json or weights are missing.
         FileExistsError: if `dst` holds something.
         CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file
-            is broken.
-        ValueError: if the branch is both described and left out, or for another dtype.
+            is broken; for a quantised checkpoint and for an adapter of the peft library.
+        ValueError: if the branch is both described and left out, or for another dtype; naming file
+            and key, for a config.json that is not computed here, and for a tokenizer that cannot be
+            read or knows ids for which the model has no row.
     """
     src, dst = local_path(src), local_path(dst)
+    refuse_peft(src)
     original = read_config(src)
     reader = SafetensorsReader(src)
     if plain:
@@ -149,6 +157,8 @@ def convert(
         )
         if pvm_visibility is not None:
             config = replace(config, text=replace(config.text, pvm_visibility=pvm_visibility))
+    if any((src / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        read_tokenizer(src)
     slots = layout(config)
     wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}
     with reader:
@@ -214,14 +224,24 @@ def _check(
         and _same(reader, HEAD, EMBEDDING)
     ):
         del found[HEAD]
-    problems = [
-        f"wrong type: {name}: expected {' or '.join(DTYPES)}, found {reader.tensors[name].dtype}"
-        for name in found
-        if name in wanted and reader.tensors[name].dtype not in DTYPES
-    ]
+    by_type: dict[str, list[str]] = {}
+    for name in found:
+        by_type.setdefault(reader.tensors[name].dtype, []).append(name)
+    problems = []
+    for dtype, names in by_type.items():
+        if dtype not in DTYPES and not (dtype in _BUFFERS and wanted.keys().isdisjoint(names)):
+            raise CheckpointError(
+                f"{src} is quantised: {len(names)} tensors are {dtype} ({names[0]}): convert the"
+                f" one in {', '.join(DTYPES)} that it was made of"
+            )
+        if dtype in DTYPES.keys() - KEPT.keys() and not one_dtype:
+            problems.append(
+                f"wrong type: {len(names)} tensors are {dtype} ({names[0]}): choose what they"
+                " become with --dtype"
+            )
     for path, source in sources(wanted).items():
         types = {reader.tensors[name].dtype for name in source.names if name in reader.tensors}
-        if len(types) > 1 and types <= DTYPES.keys() and not one_dtype:
+        if len(types) > 1 and types <= KEPT.keys() and not one_dtype:
             problems.append(
                 f"mixed types: the layers of {path} are {' and '.join(sorted(types))}: choose one"
                 " with --dtype"
@@ -276,7 +296,7 @@ def _read(
             else:
                 raw = np.empty(part.shape, dtype)
                 reader.read(name, start, raw)
-                part[...] = raw
+                part[...] = cast(raw, array.dtype, name)
         yield block, content
 
 

@@ -22,7 +22,7 @@ from pvm_jax.checkpoint.directory import (
     write_aside,
     write_config,
 )
-from pvm_jax.checkpoint.store import find
+from pvm_jax.checkpoint.store import explaining_damage, find
 from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig
 from pvm_jax.paths import local_path
@@ -128,11 +128,12 @@ def convert(
         copy_assets(root, aside)
         write_config(aside, config, read_config(root))
         write_safetensors(
-            aside, tensors, _contents(arrays, slots, updates, advance), max_shard_size
+            aside, tensors, _contents(root, arrays, slots, updates, advance), max_shard_size
         )
 
 
 def _contents(
+    root: Path,
     arrays: Arrays,
     slots: Mapping[str, Slot],
     updates: Mapping[str, Update],
@@ -149,7 +150,8 @@ def _contents(
         if not reading:
             return
         slot, rows, future = reading.popleft()
-        content = future.result()
+        with explaining_damage(root):
+            content = future.result()
         yield (
             updates[slot.path].merged(content, slot.index, rows)
             if slot.path in updates

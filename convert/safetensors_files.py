@@ -19,10 +19,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pvm_jax.checkpoint.directory import CheckpointError
+from pvm_jax.json_file import JsonObject, read_json
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE = "model.safetensors"
+KEPT = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""What a model computes in."""
+DTYPES = KEPT | {"F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
+"""What can be read; the others have to be cast to one of KEPT."""
+NAMES = {dtype: name for name, dtype in KEPT.items()}
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,27 @@ class SafetensorsReader:
         Raises:
             FileNotFoundError: if there are no safetensors, or a file that the index names is
                 missing.
-            CheckpointError: for a file that is cut off or otherwise broken, named.
+            CheckpointError: for a file that is cut off or otherwise broken, named; for a tensor
+                that is in two files, or elsewhere than the index says.
+            ValueError: for an index that is malformed or leaves the directory.
         """
         self.tensors: dict[str, Stored] = {}
-        for file in _files(directory):
-            self.tensors |= _header(file)
+        index = _index(directory)
+        for name in sorted(set(index.values())) if index else [SINGLE]:
+            for tensor, stored in _header(directory / name).items():
+                if first := self.tensors.get(tensor):
+                    raise CheckpointError(
+                        f"{directory}: {tensor} is in {first.file.name} and in {name}"
+                    )
+                if index and index.get(tensor) != name:
+                    where = f"in {index[tensor]}" if tensor in index else "nowhere"
+                    raise CheckpointError(f"{directory}: {tensor} is in {name}, {where} by {INDEX}")
+                self.tensors[tensor] = stored
+        if lost := [tensor for tensor in index if tensor not in self.tensors]:
+            raise CheckpointError(
+                f"{directory}: {INDEX} places {lost[0]} in {index[lost[0]]}, which lacks it"
+                f" ({len(lost)} such tensors)"
+            )
         self._open = ExitStack()
         self._descriptors: dict[Path, int] = {}
 
@@ -151,38 +172,76 @@ def _split(tensors: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
     }
 
 
-def _files(directory: Path) -> list[Path]:
-    single, index = directory / "model.safetensors", directory / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"{directory} has neither model.safetensors nor {INDEX}")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if missing := [name for name in names if not (directory / name).is_file()]:
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`values` of the tensor `name` in `dtype`, one of KEPT, each rounded once, to the nearest.
+
+    Raises:
+        CheckpointError: if a finite number becomes infinite.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values
+        if values.dtype == np.float64 and dtype != np.float32:
+            narrow = _round_to_odd(values)
+        result = narrow.astype(dtype)
+    infinite = ~np.isfinite(result)
+    if infinite.any() and np.isfinite(values[infinite]).any():
+        raise CheckpointError(f"{name} holds numbers that are too large for {dtype}")
+    return result
+
+
+def _round_to_odd(values: np.ndarray) -> np.ndarray:
+    """float64 -> float32 such that a second rounding, to fewer bits, is that of `values`."""
+    near = values.astype(np.float32)
+    bits, wide = near.view(np.uint32), near.astype(np.float64)
+    bits -= np.abs(wide) > np.abs(values)
+    bits |= wide != values
+    return near
+
+
+def _index(directory: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says; nothing where all are in one file."""
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.exists():
+        if not single.is_file():
+            raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
+        return {}
+    content = read_json(index)
+    weight_map = content.object("weight_map")
+    if not weight_map:
+        content.refuse("weight_map", "is empty")
+    places = {tensor: weight_map.text(tensor) for tensor in weight_map}
+    for tensor, name in places.items():
+        if name != Path(name).name or name == "..":
+            weight_map.refuse(tensor, f"must be a file of this directory, got {name!r}")
+    names = set(places.values())
+    if single.is_file() and SINGLE not in names:
+        raise CheckpointError(
+            f"{directory} has both {SINGLE} and {INDEX}, which does not name it: remove the one"
+            " that is out of date"
+        )
+    if missing := [name for name in sorted(names) if not (directory / name).is_file()]:
         raise FileNotFoundError(
             f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}"
         )
-    return [directory / name for name in names]
+    return places
 
 
 def _header(file: Path) -> dict[str, Stored]:
     try:
-        with safe_open(file, "numpy") as content:
-            names = content.offset_keys()
-            slices = {name: content.get_slice(name) for name in names}
-            shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
-            dtypes = {name: view.get_dtype() for name, view in slices.items()}
+        with safe_open(file, "numpy"):  # checks that the header fits the file
+            pass
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
     with open(file, "rb") as raw:
-        offset = 8 + int.from_bytes(raw.read(8), "little")
+        length = int.from_bytes(raw.read(8), "little")
+        header = JsonObject(json.loads(raw.read(length)), str(file))
     stored = {}
-    for name in names:
-        stored[name] = Stored(file, dtypes[name], shapes[name], offset)
-        # Tensors of other types are refused later, by name; nothing behind them is read.
-        offset += prod(shapes[name]) * (
-            DTYPES[dtypes[name]].itemsize if dtypes[name] in DTYPES else 0
-        )
+    for name in header:
+        if name != "__metadata__":
+            entry = header.object(name)
+            begin, _ = entry.integers("data_offsets")
+            shape = entry.integers("shape")
+            stored[name] = Stored(file, entry.text("dtype"), shape, 8 + length + begin)
     return stored
 
 

@@ -72,18 +72,23 @@ class Attention(nnx.Module):
 
     def __init__(self, c: TextConfig, *, dtype: str, rngs: Rngs):
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, q_width, ("heads", "embed"), dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(c.hidden_size, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(c.hidden_size, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(q_width, c.hidden_size, ("embed", "heads"), dtype=dtype, rngs=rngs)
+
+        def linear(width: int, features: int, axes: tuple[str, str]) -> Linear:
+            return Linear(width, features, axes, bias=c.attention_bias, dtype=dtype, rngs=rngs)
+
+        self.q_proj = linear(c.hidden_size, q_width, ("heads", "embed"))
+        self.k_proj = linear(c.hidden_size, kv_width, ("kv_heads", "embed"))
+        self.v_proj = linear(c.hidden_size, kv_width, ("kv_heads", "embed"))
+        self.o_proj = linear(q_width, c.hidden_size, ("embed", "heads"))
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.head_dim = c.head_dim
+        self.magnitude = c.yarn.attention_factor if c.yarn else 1.0
 
     def heads(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, S, D] -> q [B, S, N, H], k and v [B, S, K, H]; q and k rotated."""
-        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles)
-        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles)
+        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles, self.magnitude)
+        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles, self.magnitude)
         v = split_heads(self.v_proj(x), self.head_dim)
         return (
             constrain(q, "batch", "length", "heads", "head_dim"),
@@ -182,7 +187,7 @@ class Decoder(nnx.Module):
             probe: takes of every layer what it returns, a pytree of arrays.
         """
         c = self.config.text
-        angles = mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+        angles = mrope_angles(positions, c)
         graphdef, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
         # Beside the FFN, where the equation has it. With a cache the branch is added behind its

@@ -72,7 +72,7 @@ def _inner(model, batch: Batch):
     entering = jnp.concatenate(
         [jnp.where((batch.visual_index >= 0)[..., None], visual, embeds)[None], trace.streams[:-1]]
     )
-    angles = mrope_angles(batch.positions, c.head_dim, c.rope_theta, c.mrope_section)
+    angles = mrope_angles(batch.positions, c)
     graphdef, stacked = nnx.split(decoder.layers)
     layers = []
     for layer, stream in enumerate(entering):
