@@ -30,7 +30,7 @@ from pvm_jax.data.conversations import (
 from pvm_jax.data.images import encoded_bytes, read_image
 from pvm_jax.data.messages import Messages, parse
 from pvm_jax.data.processor import Processor
-from pvm_jax.paths import local_path
+from pvm_jax.files.paths import local_path
 
 EXAMPLES = """
 examples:

@@ -25,7 +25,7 @@ import msgpack
 import numpy as np
 
 from pvm_jax.data.messages import Messages
-from pvm_jax.paths import local_path
+from pvm_jax.files.paths import local_path
 
 SHARDS_INDEX = "dataset.json"
 """The file that makes a directory one of `convert.dataset`'s; written last."""
