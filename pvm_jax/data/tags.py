@@ -36,7 +36,7 @@ def with_tags_as_text(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         forget_tags(Path(folder), tags)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def forget_tags(folder: Path, tags: Sequence[str]) -> None:
