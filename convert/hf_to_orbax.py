@@ -36,7 +36,7 @@ from pvm_jax.checkpoint.directory import (
 )
 from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig, dtype_name
-from pvm_jax.data.tokenizer import read_tokenizer
+from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.paths import local_path
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
@@ -157,7 +157,7 @@ def convert(
         )
         if pvm_visibility is not None:
             config = replace(config, text=replace(config.text, pvm_visibility=pvm_visibility))
-    if any((src / name).exists() for name in ("tokenizer.json", "vocab.json")):
+    if has_tokenizer(src):
         read_tokenizer(src)
     slots = layout(config)
     wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}

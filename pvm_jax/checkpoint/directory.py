@@ -14,7 +14,7 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.tokenizer import read_tokenizer
+from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.json_file import JsonObject, read_json
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import local_path
@@ -80,7 +80,7 @@ def _discard(directory: Path) -> None:
 
 def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
     """The end-of-sequence ids: of generation_config.json, else of config.json, else the
-    tokenizer's; none where a file says null.
+    tokenizer's; none where a file says null, or weights stand without a tokenizer.
 
     Raises:
         FileNotFoundError, ValueError: naming file and key, if they cannot be read.
@@ -93,6 +93,8 @@ def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
     for source in (*([read_json(file)] if file.exists() else []), text, config):
         if "eos_token_id" in source:
             return _ids(source, rows)
+    if not has_tokenizer(checkpoint):
+        return ()
     tokenizer: Any = read_tokenizer(checkpoint)
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 

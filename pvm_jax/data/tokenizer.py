@@ -27,6 +27,11 @@ _DEFAULT = "default"
 """Which of several chat templates is taken, as transformers does."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer to read."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, and where there is a config.json, one that fits it.
 
@@ -37,7 +42,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if not has_tokenizer(folder):
         raise FileNotFoundError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
     config = read_config(folder) if (folder / "config.json").exists() else None
     if config is not None:

@@ -192,6 +192,11 @@ class TestStopTokens:
         change(base / "config.json", text_config=text | {"eos_token_id": [8, 9]})
         assert read_stop_tokens(base) == (8, 9)
 
+    def test_of_weights_alone_none(self, base):
+        for name in ("generation_config.json", "tokenizer.json"):
+            (base / name).unlink()
+        assert read_stop_tokens(base) == ()
+
     @pytest.mark.parametrize("value", ["<|im_end|>", -1, True, [1, "2"], 2.0, 640])
     def test_what_is_no_token_is_named(self, base, value):
         change(base / "generation_config.json", eos_token_id=value)
