@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 def plain_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -36,7 +36,7 @@ def with_tags_as_text(
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         forget_tags(Path(folder), tags)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return type(tokenizer).from_pretrained(folder, local_files_only=True)
 
 
 def forget_tags(folder: Path, tags: Sequence[str]) -> None:
