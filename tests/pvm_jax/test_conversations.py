@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pvm_jax.data import conversations as module
+from pvm_jax.data import tables
 from pvm_jax.data.conversations import open_conversations, stored_bytes
 from pvm_jax.data.images import read_image
 
@@ -160,7 +160,7 @@ def test_several_files_can_be_chosen_by_a_pattern(tmp_path):
 def test_parquet_keeps_few_row_groups_in_memory(tmp_path, monkeypatch):
     conversations = open_conversations(as_parquet(tmp_path))
     first = conversations._table(0)
-    monkeypatch.setattr(module, "ROW_GROUP_CACHE_BYTES", 2 * first.nbytes)
+    monkeypatch.setattr(tables, "ROW_GROUP_CACHE_BYTES", 2 * first.nbytes)
     assert conversations._table(0) is first
     for part in (1, 2, 3):
         conversations._table(part)
@@ -178,7 +178,7 @@ def test_a_single_image_column_and_messages_as_json_are_read(tmp_path):
 def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "data.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    module._pyarrow.cache_clear()
+    tables._pyarrow.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'pvm-jax\[data\]'"):
         open_conversations(tmp_path / "data.parquet")
 

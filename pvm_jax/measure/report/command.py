@@ -11,10 +11,11 @@ from rich.console import Console
 
 from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
-from pvm_jax.data.conversations import Conversations, check_learnable, open_conversations
+from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.data.messages import naming
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.stored import Conversations
 from pvm_jax.measure.ablations import silence, with_filler
 from pvm_jax.measure.pictures import partners
 from pvm_jax.measure.reading import find_answers
