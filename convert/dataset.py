@@ -22,7 +22,7 @@ from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.command_line import command_parser
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.images import encoded_bytes, read_image
-from pvm_jax.data.messages import Messages, parse
+from pvm_jax.data.messages import ChatMessages, Messages, parse, variables_of
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
@@ -196,7 +196,8 @@ class _Check:
         try:
             messages = self.conversations[index]
             with self.conversations.naming(index):
-                return self._checked([_embedded(message) for message in messages])
+                embedded = ChatMessages(map(_embedded, messages), variables_of(messages))
+                return self._checked(embedded)
         except ValueError as error:
             where = self.conversations.where(index)
             return Rejected(where, str(error).removeprefix(f"{where}: "))

@@ -12,7 +12,7 @@ from glob import has_magic
 from pathlib import Path
 
 from pvm_jax.data.json_files import JsonLines
-from pvm_jax.data.messages import Messages
+from pvm_jax.data.messages import MARKS, Messages, is_learned
 from pvm_jax.data.shards import SHARDS_INDEX, Shards
 from pvm_jax.data.stored import Conversations
 from pvm_jax.data.tables import ParquetFiles, SavedDataset
@@ -81,6 +81,11 @@ def size_of(messages: Messages, count: Callable[[Messages], tuple[int, int]]) ->
 
 
 def check_learnable(messages: Messages) -> None:
-    """Raises ValueError unless there is an assistant turn."""
+    """Raises ValueError unless there is an assistant turn, and one that is not marked as not to be
+    learned."""
     if not any(message.get("role") == "assistant" for message in messages):
         raise ValueError("there is no assistant turn to learn from")
+    if not any(map(is_learned, messages)):
+        raise ValueError(
+            f"every assistant turn is marked as not to be learned ({', '.join(MARKS)})"
+        )

@@ -18,6 +18,7 @@ from convert import dataset
 from convert.dataset import convert, histogram
 from pvm_jax.data.conversations import open_conversations, size_of
 from pvm_jax.data.images import read_image
+from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig
 from train.data import loading as train_data
 from train.data.loading import load_training_data
@@ -112,8 +113,10 @@ def test_training_measures_shards_only_if_another_processor_did(
 ):
     convert(good, tmp_path / "shards", processor)
     convert(good, tmp_path / "unmeasured")
-    other = make_processor(tmp_path / "other")[0]
-    other.chat_template = other.chat_template.replace("Picture ", "Image ")
+    template = processor.chat_template.replace("Picture ", "Image ")
+    other = Processor(
+        processor.tokenizer, template, processor.image_settings, processor.video_settings
+    )
     config = None
 
     def report(path, processor):
