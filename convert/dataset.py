@@ -22,7 +22,7 @@ from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.command_line import command_parser
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.images import encoded_bytes, read_image
-from pvm_jax.data.messages import ChatMessages, Messages, parse, variables_of
+from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, variables_of
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
@@ -234,10 +234,9 @@ def _embedded_part(part: Any) -> Any:
     part = {key: value for key, value in part.items() if value is not None}
     if part.get("type") == "video" and isinstance(part.get("video"), list):
         return part | {"video": [_embedded_image(frame) for frame in part["video"]]}
-    if part.get("type") == "image":
-        sources = [part.pop(key) for key in ("image", "url", "path") if key in part]
-        if len(sources) == 1:
-            return part | {"image": _embedded_image(sources[0])}
+    if part.get("type") in ("image", "image_url"):
+        source = image_source(part)
+        return part | {"type": "image", "image": _embedded_image(source)}
     return part
 
 

@@ -50,7 +50,7 @@ class ChatMessages(list[Mapping[str, Any]]):
 
 def variables_of(messages: Messages) -> dict[str, Any]:
     """What the chat template is given beside the messages."""
-    return messages.variables if isinstance(messages, ChatMessages) else {}
+    return dict(messages.variables) if isinstance(messages, ChatMessages) else {}
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _parse_part(part: Mapping[str, Any], where: str, conversation: Conversation)
                 raise ValueError("a text part needs a string under 'text'")
             parsed = {"type": "text", "text": text}
         case "image" | "image_url":
-            conversation.images.append((where, _image_source(part)))
+            conversation.images.append((where, image_source(part)))
             parsed = {"type": "image"}
         case "video":
             conversation.videos.append((where, _parse_video(part)))
@@ -232,8 +232,12 @@ def _parse_part(part: Mapping[str, Any], where: str, conversation: Conversation)
     return parsed
 
 
-def _image_source(part: dict[str, Any]) -> Source:
-    """Takes the picture out of an image part, and what tables put beside it."""
+def image_source(part: dict[str, Any]) -> Source:
+    """Takes the picture out of an image part, which then is without it.
+
+    Raises:
+        ValueError: unless there is one.
+    """
     if part.get("text") == "":
         del part["text"]
     given = [key for key in IMAGE_KEYS if key in part]

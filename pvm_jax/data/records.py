@@ -1,128 +1,164 @@
-"""What a stored record means: its columns -> chat messages with their pictures in them."""
+"""What a stored record means: its columns -> chat messages with their pictures in them.
+
+docs/data.md has the table of the conventions that are read.
+"""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pvm_jax.data.messages import Messages
+from pvm_jax.data.messages import MARKS, ChatMessages
+from pvm_jax.data.placement import placed
 
-COLUMNS = ("messages", "images", "image")
-"""The columns of a record that make up its conversation."""
+TURNS = ("messages", "conversations", "prompt")
+"""The columns of which a record has one: what is said."""
+
+COLUMNS = (
+    *TURNS,
+    "completion",
+    "system",
+    "images",
+    "image",
+    "videos",
+    "video",
+    "tools",
+    "chat_template_kwargs",
+)
+"""The columns that make up a conversation; the others are the record's own, as a solution."""
+
+_REFUSED = ("audio", "audios", "chosen", "rejected", "rejected_response", "history", "functions")
+"""Columns that say what is to be learned in ways that are not read."""
+
+_SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "observation": "tool",
+}
+"""Who speaks in ShareGPT's records, where it is not called as the role."""
+
+_NEAR = 0.86
 
 
-def record_messages(record: Any, root: Path) -> Messages:
+def record_messages(record: Any, root: Path) -> ChatMessages:
     """The messages of a record with each picture in its part, relative paths starting from `root`.
 
-    An {"type": "image"} part without a picture of its own shows the next one of the record's
-    `images` (or `image`) column. Where no message has image parts, the pictures stand at the
-    beginning of the first user turn, as TRL has it.
-
     Raises:
-        ValueError: if it is not a record of messages, or image parts and pictures differ in number.
+        ValueError: for what is no record of messages, a column that would have to be read and is
+            not, and pictures that have no place.
     """
-    if not isinstance(record, Mapping) or "messages" not in record:
+    if not isinstance(record, Mapping):
         raise ValueError('not an object {"messages": [{"role": …, "content": …}, …]}')
-    messages = record["messages"]
-    if isinstance(
-        messages, str
-    ):  # tables whose contents are now strings, now lists, hold them as JSON
-        messages = json.loads(messages)
-    if not isinstance(messages, list) or not all(
-        isinstance(message, Mapping) for message in messages
-    ):
-        raise ValueError("messages must be a list of {'role': …, 'content': …}")
-    pictures = _pictures(record)
-    parts = [part for message in messages for part in _content_parts(message)]
-    if pictures and not any(part.get("type") == "image" for part in parts):
-        messages = _with_leading_images(messages, len(pictures))
-        parts = [part for message in messages for part in _content_parts(message)]
-    shown = sum(_is_placeholder(part) for part in parts)
-    if shown != len(pictures):
+    record = {name: value for name, value in record.items() if value is not None}
+    _check_names(record)
+    return ChatMessages(placed(_turns(record), record, root), _variables(record))
+
+
+def concerns(name: str) -> bool:
+    """Whether a column makes up the conversation, or might be meant to."""
+    return name in (*COLUMNS, *_REFUSED, *MARKS) or _near(name) is not None
+
+
+def _near(name: str) -> str | None:
+    found = get_close_matches(name.lower(), COLUMNS, 1, _NEAR)
+    return found[0] if found and name not in COLUMNS else None
+
+
+def _check_names(record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+        if value in ("", [], {}) or name in COLUMNS:
+            continue
+        if near := _near(name):
+            raise ValueError(f"nothing reads {name!r}: did you mean {near!r}?")
+        if name in _REFUSED:
+            raise ValueError(f"{name!r} is not read here: give what is to be learned as messages")
+        if name in MARKS and value not in (True, 1):
+            raise ValueError(
+                f"{name!r} marks a turn and not a record: leave the record out, or put it in its"
+                " turns"
+            )
+
+
+def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is said, as messages of role and content."""
+    given = [name for name in TURNS if name in record]
+    if not given:
         raise ValueError(
-            f"the messages have {shown} image parts for the {len(pictures)} pictures of the record"
+            'not an object {"messages": [{"role": …, "content": …}, …]}: it has none of'
+            f" {', '.join(TURNS)}"
         )
-    supply = iter(pictures)
-    return [_with_pictures(message, supply, root) for message in messages]
+    if len(given) > 1:
+        raise ValueError(f"both {given[0]!r} and {given[1]!r} say what is said: leave one out")
+    turns = _messages(record, given[0])
+    if "completion" in record:
+        if given[0] != "prompt":
+            raise ValueError(f"'completion' belongs to 'prompt', not to {given[0]!r}")
+        # As TRL has it, the prompt's own answers are not learned.
+        turns = [
+            dict(turn) | {"loss": False}
+            if turn.get("role") == "assistant" and not any(mark in turn for mark in MARKS)
+            else turn
+            for turn in turns
+        ]
+        turns += _messages(record, "completion")
+    system = record.get("system", "")
+    if not isinstance(system, str):
+        raise ValueError(f"'system' must be a text, got {type(system).__name__}")
+    if system:
+        if turns and turns[0].get("role") == "system":
+            raise ValueError("both 'system' and the first message are the system's: leave one out")
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns
 
 
-def _pictures(record: Mapping[str, Any]) -> list[Any]:
-    """The pictures beside the messages, in order."""
-    images, image = record.get("images"), record.get("image")
-    if images and image is not None:
-        raise ValueError(
-            "the record has both an 'images' and an 'image' column: leave one of them out"
-        )
-    if images is not None and not isinstance(images, list):
-        raise ValueError(f"'images' must be a list, got {type(images).__name__}")
-    return list(images or ([] if image is None else [image]))
+def _messages(record: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The messages in column `name`, ShareGPT's as the others."""
+    messages = _unpacked(record[name], name)
+    if not isinstance(messages, list):
+        raise ValueError(f"{name} must be a list of {{'role': …, 'content': …}}")
+    messages = [_unpacked(message, name) for message in messages]
+    if not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(f"{name} must be a list of {{'role': …, 'content': …}}")
+    return [_chat_message(message) for message in messages]
 
 
-def _content_parts(message: Mapping[str, Any]) -> list[Any]:
-    content = message.get("content")
-    return (
-        [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-    )
-
-
-_IMAGE_KEYS = ("image", "url", "path")
-
-
-def _is_placeholder(part: Mapping[str, Any]) -> bool:
-    return part.get("type") == "image" and all(part.get(key) is None for key in _IMAGE_KEYS)
-
-
-def _with_leading_images(messages: list[Any], count: int) -> list[Any]:
-    """Image parts before what the first user turn says."""
-    first = next(
-        (number for number, message in enumerate(messages) if message.get("role") == "user"), None
-    )
-    if first is None:
-        raise ValueError(f"no turn shows the record's {count} pictures: there is no user turn")
-    content = messages[first].get("content")
-    text = (
-        content
-        if isinstance(content, list)
-        else [{"type": "text", "text": content}]
-        if content
-        else []
-    )
-    shown = dict(messages[first]) | {"content": [{"type": "image"} for _ in range(count)] + text}
-    return [*messages[:first], shown, *messages[first + 1 :]]
-
-
-def _with_pictures(
-    message: Mapping[str, Any], supply: Iterator[Any], root: Path
-) -> Mapping[str, Any]:
-    if not isinstance(message.get("content"), list):
+def _chat_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    if message.get("role") is not None or message.get("from") is None:
         return message
-    return dict(message) | {
-        "content": [_with_picture(part, supply, root) for part in message["content"]]
-    }
+    rest = {key: value for key, value in message.items() if key not in ("from", "value", "role")}
+    speaker = message["from"]
+    return {"role": _SPEAKERS.get(speaker, speaker), "content": message.get("value")} | rest
 
 
-def _with_picture(part: Any, supply: Iterator[Any], root: Path) -> Any:
-    if not isinstance(part, Mapping):
-        return part
-    if _is_placeholder(part):
-        return dict(part) | {"image": _absolute(next(supply), root)}
-    if part.get("type") == "image":
-        return dict(part) | {
-            key: _absolute(part[key], root) for key in _IMAGE_KEYS if part.get(key) is not None
-        }
-    if isinstance(part.get("video"), list):
-        return dict(part) | {"video": [_absolute(frame, root) for frame in part["video"]]}
-    return part
+def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template gets besides the messages."""
+    variables = _unpacked(record.get("chat_template_kwargs") or {}, "chat_template_kwargs")
+    if not isinstance(variables, Mapping):
+        raise ValueError("'chat_template_kwargs' must be an object of names and values")
+    tools = _unpacked(record.get("tools") or [], "tools") or []
+    if not isinstance(tools, list):
+        raise ValueError("'tools' must be a list of functions' JSON schemas")
+    tools = [_unpacked(tool, "tools") for tool in tools]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError("'tools' must be a list of functions' JSON schemas")
+    if not tools:
+        return dict(variables)
+    if "tools" in variables:
+        raise ValueError("'chat_template_kwargs' has tools, and so has the record: leave one out")
+    return {"tools": tools, **variables}
 
 
-def _absolute(image: Any, root: Path) -> Any:
-    """`image` with its path, if it is one, made absolute."""
-    if isinstance(image, str):
-        return image if image.startswith("data:") or "://" in image else str(root / image)
-    if (
-        isinstance(image, Mapping)
-        and image.get("bytes") is None
-        and isinstance(image.get("path"), str)
-    ):
-        return dict(image) | {"path": _absolute(image["path"], root)}
-    return image
+def _unpacked(value: Any, name: str) -> Any:
+    """`value`; what tables hold as a text of JSON, since it differs from row to row, as it was."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: a text here must be JSON, of messages or of tools ({error}): give what is"
+            " said as a list of {'role': …, 'content': …}"
+        ) from error

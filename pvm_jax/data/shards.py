@@ -8,7 +8,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from pvm_jax.data.messages import Messages
+from pvm_jax.data.messages import Messages, variables_of
 from pvm_jax.data.stored import Parts
 
 SHARDS_INDEX = "dataset.json"
@@ -48,9 +48,12 @@ class Shards(Parts):
 
 
 def pack_record(messages: Messages) -> bytes:
-    """One record of a shard: the messages as MessagePack, images as {"bytes": …, "path": …} in
-    their parts."""
-    record = msgpack.packb({"messages": messages})
+    """One record of a shard as MessagePack: the messages, images as {"bytes": …, "path": …} in
+    their parts, and what the chat template gets besides."""
+    variables = variables_of(messages)
+    tools = {"tools": variables.pop("tools")} if "tools" in variables else {}
+    others = {"chat_template_kwargs": variables} if variables else {}
+    record = msgpack.packb({"messages": list(messages), **tools, **others})
     assert record is not None
     return record
 

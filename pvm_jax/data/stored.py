@@ -8,11 +8,11 @@ from typing import Any, overload
 
 import numpy as np
 
-from pvm_jax.data.messages import Messages
+from pvm_jax.data.messages import ChatMessages
 from pvm_jax.data.records import COLUMNS, record_messages
 
 
-class Conversations(Sequence[Messages]):
+class Conversations(Sequence[ChatMessages]):
     """The conversations at a path, each read when it is asked for; safe to read from several
     threads.
 
@@ -38,10 +38,10 @@ class Conversations(Sequence[Messages]):
         read."""
 
     @overload
-    def __getitem__(self, index: int) -> Messages: ...
+    def __getitem__(self, index: int) -> ChatMessages: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Messages]: ...
-    def __getitem__(self, index: int | slice) -> Messages | list[Messages]:
+    def __getitem__(self, index: slice) -> list[ChatMessages]: ...
+    def __getitem__(self, index: int | slice) -> ChatMessages | list[ChatMessages]:
         """The messages of conversation `index` (from 0), each picture in its part, paths made
         absolute.
 
@@ -65,13 +65,15 @@ class Conversations(Sequence[Messages]):
 
     @contextmanager
     def naming(self, index: int) -> Iterator[None]:
-        """Turns what conversation `index` is refused for into a ValueError that names its place."""
+        """Turns what conversation `index` is refused for into a ValueError that names its place,
+        once."""
+        where = f"{self.where(index)}: "
         try:
             yield
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self.where(index)}: {error}") from error
+            raise ValueError(f"{where}{str(error).removeprefix(where)}") from error
         except Exception as error:  # no check foresees all that a record can hold
-            raise ValueError(f"{self.where(index)}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{where}{type(error).__name__}: {error}") from error
 
     @property
     def _root(self) -> Path:

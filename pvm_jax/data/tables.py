@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pvm_jax.data.records import COLUMNS
+from pvm_jax.data.records import TURNS, concerns
 from pvm_jax.data.stored import Parts
 
 ROW_GROUP_CACHE_BYTES = 512 * 2**20
@@ -48,7 +48,7 @@ class ParquetFiles(Parts):
 
     def _record(self, index: int) -> Any:
         part, place = self.place_of(index)
-        return self._table(part).slice(place, 1).to_pylist()[0]
+        return _row(self._table(part), place)
 
     def _table(self, part: int) -> Any:
         with self._lock:
@@ -95,7 +95,7 @@ class SavedDataset(Parts):
 
     def _record(self, index: int) -> Any:
         part, place = self.place_of(index)
-        return self._batches[part].slice(place, 1).to_pylist()[0]
+        return _row(self._batches[part], place)
 
 
 @lru_cache
@@ -123,11 +123,40 @@ def _mapped_batches(file: Path) -> list[Any]:
 
 
 def _wanted(names: Sequence[str], every_column: bool) -> list[str]:
-    return [name for name in names if every_column or name in COLUMNS]
+    return [name for name in names if every_column or concerns(name)]
 
 
 def _check_columns(file: Path, names: Sequence[str]) -> None:
-    if "messages" not in names:
+    if not set(TURNS) & set(names):
         raise ValueError(
-            f"{file} has no column 'messages' (and 'images' or 'image'), only {', '.join(names)}"
+            f"{file} has no column 'messages' (and 'images' or 'image'; {' and '.join(TURNS[1:])}"
+            f" are read too), only {', '.join(names)}"
         )
+
+
+def _decoder(kind: Any) -> Callable[[Any], Any] | None:
+    """What turns values of an Arrow type into what was stored, where it holds columns of JSON
+    (`datasets` 5 stores so what differs from row to row); None: nothing is to be done."""
+    types = _pyarrow("types")
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return lambda value: value if value is None else json.loads(value)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = _decoder(kind.value_type)
+        return inner and (lambda value: value if value is None else [inner(one) for one in value])
+    if types.is_struct(kind):
+        inners = {field.name: d for field in kind if (d := _decoder(field.type))}
+        return (lambda value: _decoded(value, inners)) if inners else None
+    return None
+
+
+def _decoded(row: dict[str, Any] | None, decoders: dict[str, Callable[[Any], Any]]) -> Any:
+    """A row (or a struct) with its columns of JSON decoded."""
+    if row is None:
+        return None
+    return row | {name: decode(row[name]) for name, decode in decoders.items()}
+
+
+def _row(table: Any, place: int) -> dict[str, Any]:
+    """Row `place` of a table or a record batch."""
+    decoders = {field.name: d for field in table.schema if (d := _decoder(field.type))}
+    return _decoded(table.slice(place, 1).to_pylist()[0], decoders)
