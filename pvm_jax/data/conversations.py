@@ -1,26 +1,30 @@
-"""Conversations on disk, read at random: JSONL, Parquet, a directory saved by `datasets`, or shards
-of `convert.dataset`.
+"""Conversations on disk, read at random: JSON files, Parquet, a directory saved by `datasets`, or
+shards of `convert.dataset`.
 
-Every format holds records {"messages": [...], "images": [...]}: chat messages as TRL and Hugging
-Face have them, and the pictures that their {"type": "image"} parts show, in order. docs/data.md has
-an example of each.
+Every format holds records, as {"messages": [...], "images": [...]}: chat messages as TRL and
+Hugging Face have them, and the pictures that their {"type": "image"} parts show, in order.
+docs/data.md has an example of each, and the other conventions.
 """
 
 import json
-from collections.abc import Callable
-from glob import has_magic
+from collections.abc import Callable, Sequence
+from glob import glob, has_magic
 from pathlib import Path
 
-from pvm_jax.data.json_files import JsonLines
+from pvm_jax.data.json_files import JsonFile
 from pvm_jax.data.messages import MARKS, Messages, is_learned
 from pvm_jax.data.shards import SHARDS_INDEX, Shards
-from pvm_jax.data.stored import Conversations
+from pvm_jax.data.stored import Conversations, Joined
 from pvm_jax.data.tables import ParquetFiles, SavedDataset
 
+_IN_DIRECTORIES = ("*.jsonl", "*.jsonl.gz")
 
-def open_conversations(path: str | Path, *, every_column: bool = False) -> Conversations:
-    """Opens a JSONL or Parquet file, several Parquet files (`data/train-*.parquet`), or a directory
-    of another format.
+
+def open_conversations(
+    path: str | Path | Sequence[str | Path], *, every_column: bool = False
+) -> Conversations:
+    """Opens a JSON or Parquet file, a directory of another format, or several of these: a pattern
+    (`data/train-*.jsonl`) or a list.
 
     Args:
         every_column: also read what a table holds besides messages and pictures
@@ -31,17 +35,35 @@ def open_conversations(path: str | Path, *, every_column: bool = False) -> Conve
         ValueError: if what is there holds no conversation or is none of the formats.
         ImportError: if it takes pyarrow, and that is not installed.
     """
+    if not isinstance(path, str | Path):
+        given = [Path(one) for one in path]
+        if len(given) != 1:
+            return _several(Path(", ".join(map(str, given))), given, every_column)
+        (path,) = given
     path = Path(path)
     if has_magic(str(path)) and not path.exists():
-        return ParquetFiles(path, sorted(Path(path.parent).glob(path.name)), every_column)
+        return _several(path, _matching(path), every_column)
     if path.is_file():
-        return (
-            ParquetFiles(path, [path], every_column)
-            if path.suffix == ".parquet"
-            else JsonLines(path)
-        )
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or directory of conversations")
+        return _several(path, [path], every_column)
+    if path.is_dir():
+        return _directory(path, every_column)
+    if path.exists():
+        raise ValueError(f"{path} is no regular file, nor a directory: copy it into one")
+    raise FileNotFoundError(f"{path}: no such file or directory of conversations")
+
+
+def _several(path: Path, members: Sequence[Path], every_column: bool) -> Conversations:
+    """`members`, called `path` together."""
+    if not members:
+        raise FileNotFoundError(f"{path}: no such file of conversations")
+    if all(member.suffix == ".parquet" and member.is_file() for member in members):
+        return ParquetFiles(path, members, every_column)
+    if members == [path]:
+        return JsonFile(path)
+    return Joined(path, [open_conversations(one, every_column=every_column) for one in members])
+
+
+def _directory(path: Path, every_column: bool) -> Conversations:
     if (path / SHARDS_INDEX).is_file():
         return Shards(path)
     if (path / "dataset_dict.json").is_file():
@@ -52,24 +74,27 @@ def open_conversations(path: str | Path, *, every_column: bool = False) -> Conve
         )
     if (path / "state.json").is_file():
         return SavedDataset(path, every_column)
-    if parquet := sorted(path.glob("*.parquet")):
-        return ParquetFiles(path, parquet, every_column)
-    raise ValueError(
-        f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset), no"
-        " state.json (datasets.Dataset.save_to_disk) and no *.parquet files"
-    )
+    files = sorted(path.glob("*.parquet"))
+    if lines := sorted(file for pattern in _IN_DIRECTORIES for file in path.glob(pattern)):
+        if files:
+            raise ValueError(f"{path} has *.parquet and *.jsonl files: choose one by a pattern")
+        files = lines
+    if not files:
+        raise ValueError(
+            f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset),"
+            " no state.json (datasets.Dataset.save_to_disk) and no *.parquet or *.jsonl files"
+        )
+    return _several(path, files, every_column)
+
+
+def _matching(path: Path) -> list[Path]:
+    return [Path(found) for found in sorted(glob(str(path), recursive=True))]
 
 
 def stored_bytes(path: str | Path) -> int:
     """Bytes of the file at `path`, or of all files in the directory."""
     path = Path(path)
-    files = (
-        [path]
-        if path.is_file()
-        else path.parent.glob(path.name)
-        if has_magic(str(path))
-        else path.rglob("*")
-    )
+    files = path.rglob("*") if path.is_dir() else [path] if path.is_file() else _matching(path)
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

@@ -53,7 +53,7 @@ class Conversations(Sequence[ChatMessages]):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
         with self.naming(index):
-            return record_messages(self._record(index), self._root)
+            return record_messages(self._record(index), self._root(index))
 
     def columns(self, index: int) -> dict[str, Any]:
         """What the record of conversation `index` holds besides messages and pictures, as a
@@ -75,10 +75,41 @@ class Conversations(Sequence[ChatMessages]):
         except Exception as error:  # no check foresees all that a record can hold
             raise ValueError(f"{where}{type(error).__name__}: {error}") from error
 
-    @property
-    def _root(self) -> Path:
-        """What relative image paths start from."""
+    def _root(self, index: int) -> Path:
+        """What relative image paths of conversation `index` start from."""
         return self.path if self.path.is_dir() else self.path.parent
+
+
+class Joined(Conversations):
+    """Several files or directories, one after the other."""
+
+    def __init__(self, path: Path, members: Sequence[Conversations]):
+        """`path` is what they are called together."""
+        self.path, self._members = path, members
+        self._ends = np.cumsum([len(member) for member in members])
+        measured = {member.measured_by for member in members}
+        sizes = [member.sizes for member in members if member.sizes is not None]
+        if len(measured) == 1 and len(sizes) == len(members):
+            self.measured_by, self.sizes = measured.pop(), np.concatenate(sizes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def where(self, index: int) -> str:
+        member, place = self._place_of(index)
+        return member.where(place)
+
+    def _record(self, index: int) -> Any:
+        member, place = self._place_of(index)
+        return member._record(place)
+
+    def _root(self, index: int) -> Path:
+        member, place = self._place_of(index)
+        return member._root(place)
+
+    def _place_of(self, index: int) -> tuple[Conversations, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._members[number], index - (int(self._ends[number - 1]) if number else 0)
 
 
 class Parts(Conversations):
