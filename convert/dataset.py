@@ -21,7 +21,8 @@ from rich.progress import track
 from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.command_line import command_parser
 from pvm_jax.data.conversations import check_learnable, open_conversations
-from pvm_jax.data.images import encoded_bytes, read_image
+from pvm_jax.data.image_files import encoded_bytes
+from pvm_jax.data.images import read_image
 from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, variables_of
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record

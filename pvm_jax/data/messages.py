@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
-from pvm_jax.data.images import Source
+from pvm_jax.data.image_files import Source
 
 DEFAULT_FPS = 24.0
 
