@@ -3,8 +3,9 @@ convert.dataset`."""
 
 import json
 import os
+import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from pvm_jax.data.stored import Conversations
 EXAMPLES = """
 examples:
   python -m convert.dataset data/train.jsonl data/train --checkpoint checkpoints/8b
-  python -m convert.dataset 'downloads/train-*.parquet' data/train \\
+  python -m convert.dataset downloads/train-*.parquet data/train \\
       --checkpoint checkpoints/8b --max-tokens 8192
   python -m convert.dataset saved_by_datasets data/train --max-rejected 0.05
 With --checkpoint, the tokens and patches of every example are stored too, and training starts
@@ -43,6 +44,9 @@ SHARD_BYTES = 512 * 2**20
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _CHUNK = 8
 _HISTOGRAM_WIDTH = 40
+_REASONS = 5
+_PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\d+(?:\.\d+)?|\[[^\]]*\]""")
+"""What differs from one reject to the next of the same kind: names, paths, numbers."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "src",
         type=str,
-        help="JSONL or Parquet file, several of these, or a directory (docs/data.md)",
+        nargs="+",
+        help="JSON or Parquet files, or a directory (docs/data.md)",
     )
     parser.add_argument("dst", type=str, help="directory to write; absent or empty")
     parser.add_argument(
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(
-    src: str | Path,
+    src: str | Path | Sequence[str | Path],
     dst: str | Path,
     processor: Processor | None = None,
     *,
@@ -124,7 +129,7 @@ def convert(
             conversations, _Check(conversations, processor, max_tokens), threads
         ):
             if isinstance(checked, Rejected):
-                summary.rejected += 1
+                summary.reject(checked.reason)
                 report.write(json.dumps(checked._asdict()) + "\n")
             else:
                 writer.write(checked.record)
@@ -134,12 +139,12 @@ def convert(
             raise ValueError(
                 f"{summary.rejected} of {len(conversations)} examples were rejected, and"
                 f" --max-rejected allows a share of {max_rejected}; the reason of each is in"
-                f" {report_file}"
+                f" {report_file}\n" + "\n".join(summary.reasons())
             )
         if processor is not None:
             np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
         index = {
-            "source": str(src),
+            "source": str(conversations.path),
             "examples": len(summary.sizes),
             "measured_by": None if processor is None else processor.fingerprint,
             "shards": shards,
@@ -320,11 +325,30 @@ class _Summary:
     images: int = 0
     bytes: int = 0
     rejected: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    first_of_kind: dict[str, str] = field(default_factory=dict)
 
     def add(self, checked: Checked) -> None:
         self.sizes.append(checked.size)
         self.images += checked.images
         self.bytes += len(checked.record)
+
+    def reject(self, reason: str) -> None:
+        """Counts a reject."""
+        kind = _PARTICULARS.sub("…", reason)
+        self.rejected += 1
+        self.kinds[kind] += 1
+        self.first_of_kind.setdefault(kind, reason)
+
+    def reasons(self) -> list[str]:
+        """A line for each of the most frequent kinds of reasons: how many, and the first."""
+        lines = [
+            f"{count:>9,}: {self.first_of_kind[kind]}"
+            for kind, count in self.kinds.most_common(_REASONS)
+        ]
+        if left := self.rejected - sum(count for _, count in self.kinds.most_common(_REASONS)):
+            lines.append(f"{left:>9,}: for other reasons")
+        return lines
 
     def describe(self, dst: Path, report_file: Path, *, measured: bool) -> str:
         """A few lines for the user."""
@@ -334,6 +358,7 @@ class _Summary:
         ]
         if self.rejected:
             lines.append(f"{self.rejected:,} examples rejected: {report_file}")
+            lines += self.reasons()
         if measured:
             tokens, patches = np.array(self.sizes).sum(0)
             lines.append(

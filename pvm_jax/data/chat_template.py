@@ -229,3 +229,16 @@ def _first_question(messages: Sequence[dict[str, Any]]) -> int:
 
 def _nearest(name: str, names: Collection[str]) -> str | None:
     return next(iter(get_close_matches(name.lower(), names, 1)), None)
+
+
+def check_border(asked: str, content: Any) -> None:
+    """Raises ValueError for an answer that begins with white space, which the tokenizer joins to
+    the end of what asks for it."""
+    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    answer = next((text for text in texts if text), "")
+    if answer[:1].isspace():
+        raise ValueError(
+            "the tokenizer merges characters across the border of an assistant turn: the prompt's"
+            f" end {asked[-1:]!r} and the answer's beginning {answer[:1]!r} become one token, near"
+            f" {answer[:40]!r}: strip white space from the turn's beginning"
+        )

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pvm_jax.data.chat_template import ChatTemplate, Segment
+from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
@@ -327,7 +327,7 @@ class Processor:
         if ids != self._ids(text):
             answers = [m for m in conversation.messages if m["role"] == "assistant"]
             for (asked, _), answer in zip(segments[::2], answers, strict=False):
-                _check_border(asked, answer["content"])
+                check_border(asked, answer["content"])
         if sum(np.isin(ids, self._control_ids)) != len(self._control.findall(text)):
             raise ValueError(
                 "the tokenizer makes a control token of what is none in the text: write it in"
@@ -351,19 +351,6 @@ class Processor:
             ids[number, columns] = row
             mask[number, columns] = 1
         return {"input_ids": ids, "attention_mask": mask}
-
-
-def _check_border(asked: str, content: Any) -> None:
-    """Raises ValueError for an answer that begins with white space, which the tokenizer joins to
-    the end of what asks for it."""
-    texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-    answer = next((text for text in texts if text), "")
-    if answer[:1].isspace():
-        raise ValueError(
-            "the tokenizer merges characters across the border of an assistant turn: the prompt's"
-            f" end {asked[-1:]!r} and the answer's beginning {answer[:1]!r} become one token, near"
-            f" {answer[:40]!r}: strip white space from the turn's beginning"
-        )
 
 
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:

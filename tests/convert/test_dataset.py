@@ -238,6 +238,36 @@ def test_more_rejects_than_allowed_are_an_error_and_leave_the_report_alone(tmp_p
         convert(file, tmp_path / "shards", processor)
 
 
+def test_the_most_frequent_reasons_are_said_with_their_counts(tmp_path, processor, capsys):
+    fine = conversation({"type": "text", "text": "List"})
+    missing = [conversation({"type": "image", "image": f"{n}.png"}) for n in range(9)]
+    kinds = [
+        *({"messages": []}, {"messages": 3}, {"messages": [3]}, [], {"messages": [fine]}),
+        fine | {"audios": ["a"]},
+    ]
+    file = write(tmp_path, [fine, *missing, *kinds, *["{"] * 4])
+    convert(file, tmp_path / "shards", processor, max_rejected=1)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if "19 examples rejected" in line) + 1
+    counts = [line.split(":")[0].strip() for line in lines[start : start + 6]]
+    assert (counts[0], counts[1], len(counts)) == ("9", "4", 6)
+    assert lines[start].endswith("0.png does not exist")
+    assert lines[start + 5].endswith("for other reasons")
+    assert sum(map(int, counts)) == 19
+    with pytest.raises(ValueError, match=r"(?s)the reason of each is in .*\n +9: .*\n +4: "):
+        convert(file, tmp_path / "none", processor)
+
+
+def test_several_files_become_one_directory(tmp_path, processor):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [conversation({"type": "text", "text": f"List {name}"})])
+    files = [str(tmp_path / name / "data.jsonl") for name in ("a", "b")]
+    dataset.main([*files, str(tmp_path / "shards")])
+    shards = open_conversations(tmp_path / "shards")
+    assert [messages[0]["content"][0]["text"] for messages in shards] == ["List a", "List b"]
+
+
 def test_what_an_interrupted_run_leaves_does_not_open(good, tmp_path, monkeypatch):
     """The folder as it is at every record that is written, as `kill -9` would leave it."""
     write_record, seen = dataset._ShardWriter.write, []
