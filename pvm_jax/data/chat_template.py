@@ -35,6 +35,7 @@ _LINKS = {"tool": ("name", "tool_call_id")}
 
 _ROLE_TESTS = re.compile(r"""\brole\b['"\]]*\s*(?:[=!]=|in)\s*[(\[]?((?:\s*['"]\w+['"],?)+)""")
 
+_ONE_MESSAGE = re.compile(r"\b(?:for|set)\s+(\w+)\s*(?:=|in\b)[^%]*?messages\b")
 _NOTHING = ("", [], {})
 
 _PROBE = "Zq7Probe"
@@ -57,8 +58,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template cannot be read: {error}") from error
         self._variables = {value for _, kind, value in tokens if kind == "name"}
-        strings = {value[1:-1] for _, kind, value in tokens if kind == "string"}
-        self._names = self._variables | strings
+        self._keys = _keys_read(source)
         self._roles = {*_ROLES, *re.findall(r"\w+", " ".join(_ROLE_TESTS.findall(source)))}
         self._taken = {"messages", "add_generation_prompt"} | set(
             inspect.signature(tokenizer.apply_chat_template).parameters
@@ -79,7 +79,7 @@ class ChatTemplate:
                     " a checkpoint whose template does"
                 )
         for number, message in enumerate(conversation.messages):
-            self._check_names(number, message)
+            self._check_names(conversation, number, message)
         text = self._render(conversation, conversation.messages, add_generation_prompt)
         for number, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
@@ -164,7 +164,9 @@ class ChatTemplate:
                 f"the chat template refuses the first {len(messages)} messages: {error}"
             ) from error
 
-    def _check_names(self, number: int, message: dict[str, Any]) -> None:
+    def _check_names(
+        self, conversation: Conversation, number: int, message: dict[str, Any]
+    ) -> None:
         """Raises ValueError for a role or a key that means nothing to the template."""
         role = message["role"]
         if role not in self._roles:
@@ -173,8 +175,11 @@ class ChatTemplate:
                 f"messages[{number}]: unknown role {role!r}: "
                 + (f"did you mean {near!r}?" if near else f"there are {', '.join(_ROLES)}")
             )
-        for key in _own_keys(message):
-            if key not in self._names:
+        for key in set(_own_keys(message)) - self._keys:
+            changed = list(conversation.messages)
+            changed[number] = {name: value for name, value in message.items() if name != key}
+            texts = [self._render(conversation, m, False) for m in (changed, conversation.messages)]
+            if texts[0] == texts[1]:
                 raise _unread(number, key)
 
     def _check_shown(
@@ -199,6 +204,16 @@ class ChatTemplate:
             self._shown.add(kind)
 
 
+def _keys_read(source: str) -> set[str]:
+    """The keys of a message that a template names: as message.key, message['key'],
+    message.get('key') or 'key' in message."""
+    names = "|".join({"messages", *_ONE_MESSAGE.findall(source)})
+    index = r"(?:\[[^\]'\"]*\])?"
+    read = rf"""\b(?:{names}){index}(?:\.get\(|\.|\[)\s*['"]?(\w+)"""
+    asked = rf"""['"](\w+)['"]\s+(?:not\s+)?in\s+(?:{names})\b"""
+    return {*re.findall(read, source), *re.findall(asked, source)}
+
+
 def _own_keys(message: dict[str, Any]) -> list[str]:
     """The keys whose values the template alone can read."""
     skipped = ("role", "content", *_LINKS.get(message["role"], ()))
@@ -213,12 +228,16 @@ def _unread(number: int, key: str) -> ValueError:
     )
 
 
+def _has_text(part: Any) -> bool:
+    return isinstance(part, dict) and bool(part.get("text"))
+
+
 def _probed(value: Any) -> Any:
     """`value` with the probe in place of its text; None where it has none."""
     if isinstance(value, str):
         return _PROBE if value else None
-    if isinstance(value, list) and any("text" in part for part in value):
-        return [part | {"text": _PROBE} if "text" in part else part for part in value]
+    if isinstance(value, list) and any(map(_has_text, value)):
+        return [part | {"text": _PROBE} if _has_text(part) else part for part in value]
     return None
 
 

@@ -23,6 +23,9 @@ MARKS = ("weight", "loss", "train", "trainable")
 """Keys of an assistant turn that say whether it is learned, in the words of OpenAI, ms-swift,
 Axolotl and verl."""
 
+_CALL_KEYS = ("id", "type", "index")
+_FUNCTION_KEYS = ("name", "arguments")
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -109,6 +112,7 @@ def parse(messages: Messages, reserved: Sequence[str]) -> Conversation:
                 conversation.unlearned.add(number)
             message = {key: value for key, value in message.items() if key not in MARKS}
             conversation.messages.append(message)
+            _check_calls(message.get("tool_calls", []))
             _check_texts(message, reserved)
     for name, value in conversation.variables.items():
         with naming(name):
@@ -135,6 +139,28 @@ def is_learned(message: Mapping[str, Any]) -> bool:
             f" {message.get('role')!r}"
         )
     return answer and all(marks.values())
+
+
+def _check_calls(calls: Any) -> None:
+    """Raises ValueError unless they are calls of functions, as {"function": {"name": …,
+    "arguments": …}} or the function alone."""
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if (
+            not isinstance(call, Mapping)
+            or not isinstance(function, Mapping)
+            or not isinstance(function.get("name"), str)
+            or not isinstance(function.get("arguments", {}), str | Mapping)
+        ):
+            raise ValueError(
+                f'tool_calls[{number}] must be {{"type": "function", "function": {{"name": …,'
+                f' "arguments": {{…}}}}}}, got {call!r:.80}'
+            )
+        known = (
+            {"function", *_CALL_KEYS} if function is not call else {*_CALL_KEYS, *_FUNCTION_KEYS}
+        )
+        if unread := {*call} - known | {*function} - known - {*_FUNCTION_KEYS}:
+            raise ValueError(f"tool_calls[{number}]: nothing reads {', '.join(sorted(unread))}")
 
 
 def _check_texts(value: Any, reserved: Sequence[str]) -> None:

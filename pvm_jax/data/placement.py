@@ -151,8 +151,13 @@ def _with_leading(messages: Sequence[Message], kind: str, count: int) -> Sequenc
             f"no turn shows the record's {count} {_WORDS[kind]}: there is no user turn"
         )
     content = messages[first].get("content")
-    if not isinstance(content, list):
+    if isinstance(content, str):
         content = [{"type": "text", "text": content}] if content else []
+    if not isinstance(content, list):
+        raise ValueError(
+            f"messages[{first}]: content must be a string or a list of parts, got"
+            f" {type(content).__name__}"
+        )
     shown = dict(messages[first]) | {"content": [{"type": kind}] * count + content}
     return [*messages[:first], shown, *messages[first + 1 :]]
 

@@ -130,6 +130,8 @@ def _chat_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return message
     rest = {key: value for key, value in message.items() if key not in ("from", "value", "role")}
     speaker = message["from"]
+    if not isinstance(speaker, str):
+        raise ValueError(f"'from' must be a text, as human or gpt, got {speaker!r:.80}")
     return {"role": _SPEAKERS.get(speaker, speaker), "content": message.get("value")} | rest
 
 

@@ -80,8 +80,8 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         [says("user", "<|endoftext|>"), A],
         [says("user", "<|stop|>"), A],
         [says("user", parts("<|image_", "pad|>")), A],
-        [Q, says("assistant", "", tool_calls=[{"function": {"<|im_end|>": 1}}])],
-        [Q, says("assistant", "", tool_calls=[{"function": {"arguments": {"<|im_end|>": 1}}}])],
+        [Q, says("assistant", "", tool_calls=[{"function": {"name": "<|im_end|>"}}])],
+        [Q, says("assistant", "", tool_calls=[{"name": "f", "arguments": {"<|im_end|>": 1}}])],
         [Q, says("assistant", "a", reasoning_content="<|im_end|>")],
         ChatMessages([Q, A], {"tools": [{"function": {"name": "<|im_start|>"}}]}),
         ChatMessages([Q, A], {"tools": [{"<|im_start|>": {}}]}),
@@ -174,9 +174,15 @@ def test_nulls_of_tables_are_gone_from_tool_calls(processor):
         ([says("", "q"), A], "unknown role '': there are system, user, assistant, tool"),
         ([Q, A, says("system", "s"), Q, A], r"messages\[2\]: .* leaves out this turn .*'system'"),
         ([Q, says("assistant", "a", wieght=0)], r"\[1\]: nothing reads the key 'wieght'.*'weight'"),
-        ([Q, says("assistant", "a", reasoning="r")], "nothing reads the key 'reasoning'"),
+        ([Q, says("assistant", "a", thought="r")], "nothing reads the key 'thought'"),
         ([says("user", "q", name="Ann"), A], "nothing reads the key 'name'"),
         ([says("user", "q", reasoning_content="r", tool_calls=[CALL]), A], None),
+        ([Q, says("assistant", "a", function={"x": 1})], "nothing reads the key 'function'"),
+        ([Q, says("assistant", "a", tools=["x"])], "nothing reads the key 'tools'"),
+        ([Q, says("assistant", "", tool_calls=["f"])], r"tool_calls\[0\] must be"),
+        ([Q, says("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": 1}}])],
+         r"tool_calls\[0\] must be"),
+        ([Q, says("assistant", "", tool_calls=[CALL | {"x": 1}])], "nothing reads x"),
         ([Q, says("assistant", "a", weight=0.5)], "weight must be true or false"),
         ([Q, says("assistant", "a", loss="no")], "loss must be true or false"),
         ([Q, says("assistant", "a", loss=True, weight=0)], "weight and loss say different things"),
@@ -205,6 +211,12 @@ def test_a_tools_turn_may_name_its_call_and_empty_keys_say_nothing(processor):
     ]
     assert "<|im_start|>tool\n1<|im_end|>" in written(processor, messages)
     assert len(learned_runs(processor.encode(messages), processor)) == 2
+
+
+def test_a_key_that_is_read_in_an_unusual_way_is_read(tmp_path_factory):
+    copied = TOOLS_TEMPLATE.replace("(m.reasoning_content or '')", "(m[['note'][0]] or '')")
+    processor = made(tmp_path_factory, copied)
+    assert "\nwell a<|im_end|>" in written(processor, [Q, says("assistant", "a", note="well ")])
 
 
 def test_roles_that_the_template_names_are_its_own(tmp_path_factory):

@@ -193,6 +193,8 @@ def test_shareGPT_has_a_system_column_tools_and_marks(tmp_path):
         ({"messages": [USER], "prompt": [USER]}, "both 'messages' and 'prompt'"),
         ({"messages": [USER], "completion": [ANSWER]}, "'completion' belongs to 'prompt'"),
         ({"prompt": "The sky is", "completion": " blue."}, "prompt: a text here must be JSON"),
+        ({"conversations": [{"from": ["human"], "value": "q"}]}, "'from' must be a text"),
+        ({"messages": [{"role": "user"}, ANSWER], "image": "a"}, "content must be a string"),
         ({"messages": [USER], "system": ["s"]}, "'system' must be a text"),
         ({"messages": [{"role": "system", "content": "s"}], "system": "s"}, "leave one out"),
         ({"messages": [USER, ANSWER], "imagess": ["a"]}, "reads 'imagess': did you mean 'images'"),
