@@ -11,12 +11,11 @@ from collections.abc import Callable
 try:
     import torch  # pyright: ignore[reportMissingImports]
 except ImportError:
-    sys.exit("benchmarks.against_torch needs PyTorch: pip install torch==2.13.0")
+    sys.exit("error: benchmarks.against_torch needs PyTorch: pip install torch==2.13.0")
 
 import jax
 import numpy as np
 from flax import nnx
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -25,6 +24,7 @@ from benchmarks.device import best
 from benchmarks.sizes import TEXT
 from convert.layout import layout
 from pvm_jax import Batch, ModelConfig, VisionConfig, abstract_model, generate
+from pvm_jax.command_line import run_as_command
 from pvm_jax.model.parameters import by_path
 from train.config import OptimizerConfig
 from train.step.optimizer import make_optimizer, make_schedule
@@ -172,9 +172,9 @@ def _jax_step(graphdef, params, batch) -> Callable[[], object]:
 def _jax_decode(graphdef, params, batch, new_tokens: int) -> Callable[[], object]:
     model = nnx.merge(graphdef, params)
     return lambda: jax.block_until_ready(
-        generate(model, batch, max_new_tokens=new_tokens, temperature=0.0)
+        generate(model, batch, max_new_tokens=new_tokens, temperature=0.0, stop_tokens=())
     )
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -6,7 +6,7 @@ much slower the steps are that run while the files are written. All ratios are o
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from pvm_jax import ModelConfig
+from pvm_jax.command_line import run_as_command
 from train.run.checkpoints import TrainCheckpoints
 from train.sft.config import SFTConfig
 
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
 
 def main(
-    sizes: tuple[int, ...] = (6, 1000),
+    sizes: Sequence[int] = (6, 1000),
     saves: int = 5,
     step_seconds: float = 0.5,
     every: int = SFTConfig.checkpoint_every,
@@ -119,4 +119,4 @@ def measure(size: int, saves: int, step_seconds: float, directory: Path) -> Iter
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

@@ -3,6 +3,9 @@
 Writes a checkpoint of random bfloat16 weights in Hugging Face's layout, copies it, converts it
 (each in a process of its own, with the files out of the page cache before and everything on the
 disk after), and prints a table. 8b takes 18 GB of disk for the checkpoint and as much for a result.
+
+    python -m benchmarks.conversion --preset 2b
+    python -m benchmarks.conversion --scratch /data --back
 """
 
 import os
@@ -14,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -24,15 +28,10 @@ from benchmarks.sizes import config_of
 from convert.layout import layout
 from convert.safetensors_files import Planned, write_safetensors
 from pvm_jax.checkpoint.directory import write_config
-from pvm_jax.command_line import command_parser
+from pvm_jax.command_line import run_as_command
 from pvm_jax.config import ModelConfig
 
 PIECE = 2**25
-EXAMPLES = """
-examples:
-  python -m benchmarks.conversion --preset 2b
-  python -m benchmarks.conversion --scratch /data --back
-"""
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,23 @@ class Run:
     peak_memory: int
 
 
-def main() -> None:
-    parser = command_parser("python -m benchmarks.conversion", __doc__, EXAMPLES)
-    parser.add_argument("--preset", choices=["small", "2b", "4b", "8b", "32b"], default="8b")
-    parser.add_argument(
-        "--scratch",
-        type=str,
-        help="where to work (default: the temporary directory); cleaned up after",
-    )
-    parser.add_argument("--back", action="store_true", help="also convert back")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        source, copied, orbax, back = (
-            Path(scratch) / name for name in ("hf", "copy", "orbax", "back")
+def main(
+    preset: Literal["small", "2b", "4b", "8b", "32b"] = "8b",
+    scratch: str | None = None,
+    back: bool = False,
+) -> None:
+    """Prints a table.
+
+    Args:
+        preset: size of the checkpoint.
+        scratch: where to work (None: the system's temporary directory); cleaned up after.
+        back: also convert back.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as place:
+        source, copied, orbax, again = (
+            Path(place) / name for name in ("hf", "copy", "orbax", "back")
         )
-        write_random(source, config_of(args.preset).without_pvm())
+        write_random(source, config_of(preset).without_pvm())
         size = sum(file.stat().st_size for file in source.iterdir())
         idle = measure(
             [sys.executable, "-c", "import convert.hf_to_orbax, convert.orbax_to_hf"], source
@@ -65,14 +66,14 @@ def main() -> None:
         runs["hf_to_orbax"] = measure(
             [*command, "convert.hf_to_orbax", str(source), str(orbax)], source
         )
-        if args.back:
+        if back:
             runs["orbax_to_hf"] = measure(
-                [*command, "convert.orbax_to_hf", str(orbax), str(back), "--plain"], orbax
+                [*command, "convert.orbax_to_hf", str(orbax), str(again), "--plain"], orbax
             )
-            shutil.rmtree(back)
+            shutil.rmtree(again)
         shutil.rmtree(orbax)
         runs["cp, after"] = copy(source, copied)
-    show(args.preset, size, idle, runs)
+    show(preset, size, idle, runs)
 
 
 def write_random(directory: Path, config: ModelConfig) -> None:
@@ -105,7 +106,7 @@ def measure(command: list[str], reads: Path) -> Run:
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     if status:
-        sys.exit(f"failed: {' '.join(command)}")
+        raise RuntimeError(f"failed: {' '.join(command)}")
     return Run(time.monotonic() - start, usage.ru_maxrss * 1024)
 
 
@@ -142,4 +143,4 @@ def show(preset: str, size: int, idle: Run, runs: dict[str, Run]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main)

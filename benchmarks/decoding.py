@@ -4,27 +4,28 @@ every step), and without.
 Weights and cache are random. Steps are timed as generation takes them, in one compiled loop, the
 three kinds in turn, so that a busy machine is busy for all of them.
 
-    python -m benchmarks.decoding --visual_tokens [256,1024] python -m benchmarks.decoding --size 4b
-    --limit_gib 60 python -m benchmarks.decoding --size 8b --count_only true       # what a step
-    computes and reads; nothing runs
+    python -m benchmarks.decoding --visual_tokens 256 1024
+    python -m benchmarks.decoding --size 4b --limit_gib 60
+    python -m benchmarks.decoding --size 8b --count_only   # what a step computes and reads; no run
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
+from pvm_jax.command_line import run_as_command
+from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from train.step.flops import count_flops
 
@@ -57,8 +58,8 @@ class Steps(NamedTuple):
 
 def main(
     size: str = "small",
-    visual_tokens: tuple[int, ...] = (256, 1024, 4096, 16384),
-    batches: tuple[int, ...] = (1, 8, 32),
+    visual_tokens: Sequence[int] = (256, 1024, 4096, 16384),
+    batches: Sequence[int] = (1, 8, 32),
     text_tokens: int = 256,
     steps: int = 16,
     repeats: int = 5,
@@ -179,7 +180,9 @@ def decode(
         cache = cache._replace(memories=memories)
     slot = jnp.asarray(samples.slots - 1)
     positions = jnp.full_like(token, segment_ids.shape[1] + samples.slots)
-    hidden, samples = model.decode(token, positions, segment_ids[:, 0], cache, samples, slot)
+    hidden, samples = pieces.decode(
+        model, token, positions, segment_ids[:, 0], cache, samples, slot
+    )
     return jnp.argmax(model.logits(hidden), -1).astype(jnp.int32), samples
 
 
@@ -239,4 +242,4 @@ def fastest_in_turn(runs: list[Callable[[], None]], repeats: int) -> list[float]
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.sizes import config_of
 from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, abstract_model
+from pvm_jax.command_line import run_as_command
 from train.config import OptimizerConfig
 from train.step.flops import count_flops, peak_flops
 from train.step.optimizer import make_optimizer, make_schedule
@@ -129,4 +129,4 @@ def best(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -15,13 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.mixed_images import make_processor, write_mix
 from benchmarks.step_cost import step_cost
 from convert.dataset import convert
+from demo.mixed_images import make_processor, write_mix
+from pvm_jax.command_line import run_as_command
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from train.config import Bucket, DataConfig
@@ -118,4 +118,4 @@ def measure_whole(data: TrainingData, threads: int) -> float:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

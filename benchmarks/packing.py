@@ -1,34 +1,27 @@
 """Share of padding with and without packing, on conversations about real and synthetic images, and
 how long a plan takes.
 
-    python -m benchmarks.packing python -m benchmarks.packing --data '{sources: data/train.jsonl,
-    buckets: [{tokens: 8192, patches: 8192}]}' \
-        --checkpoint checkpoints/8b
+    python -m benchmarks.packing
+    python -m benchmarks.packing --checkpoint checkpoints/8b \
+        --data '{sources: data/train.jsonl, buckets: [{tokens: 8192, patches: 8192}]}'
 """
 
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.mixed_images import make_processor, write_mix
+from demo.mixed_images import BUCKETS, make_processor, write_mix
+from pvm_jax.command_line import run_as_command
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
-from train.config import Bucket, DataConfig
+from train.config import DataConfig
 from train.data.loading import measure
 from train.data.packing import make_plan, padding, padding_of_single_examples
 
-PATCHES_PER_TOKEN = (
-    1.25  # of the mix; rows with much more or less of either would be padded in the other
-)
-BUCKETS = [
-    Bucket(tokens, int(tokens * PATCHES_PER_TOKEN)) for tokens in (512, 1024, 2048, 4096, 8192)
-]
 MANY = 500_000
 
 
@@ -88,8 +81,8 @@ def main(
         )
         plan = make_plan(sizes, [order], buckets, batch_size=batch_size, packing=True, seed=0)
         if not len(plan):
-            sys.exit(
-                f"error: {len(sizes)} conversations fill no batch of {batch_size} rows of {name}"
+            raise ValueError(
+                f"{len(sizes)} conversations fill no batch of {batch_size} rows of {name}"
             )
         packed, rows = padding(plan, sizes, buckets), len(plan) * batch_size
         held = int((sizes <= [largest[0].tokens, largest[0].patches]).all(1).sum())
@@ -122,4 +115,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

@@ -7,16 +7,17 @@ The published shapes are traced abstractly: no parameter is allocated.
     python -m benchmarks.step_cost --sizes '[2b, 32b]' --tokens 2048 --patches 4096
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, get_args
 
 import jax
 from flax import nnx
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
 from pvm_jax import Batch, LoRAConfig, ModelConfig, abstract_model
+from pvm_jax.command_line import run_as_command
 from train.config import OptimizerConfig, Trainable
 from train.step.flops import count_flops
 from train.step.optimizer import make_optimizer
@@ -34,7 +35,7 @@ class Cost(NamedTuple):
     moments: int
 
 
-def main(sizes: tuple[str, ...] = ("4b", "8b"), tokens: int = 8192, patches: int = 8192) -> None:
+def main(sizes: Sequence[str] = ("4b", "8b"), tokens: int = 8192, patches: int = 8192) -> None:
     """Prints a table with a line for each size and each kind of training.
 
     Args:
@@ -114,4 +115,4 @@ def _bytes(tree) -> int:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    run_as_command(main)

@@ -4,7 +4,6 @@ convert.dataset`."""
 import json
 import os
 import re
-import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +18,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import track
 
+from pvm_jax import command_line
 from pvm_jax.checkpoint.directory import write_aside
-from pvm_jax.command_line import command_parser
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.image_files import encoded_bytes
 from pvm_jax.data.images import read_image
@@ -28,13 +27,14 @@ from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, v
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
+from pvm_jax.paths import local_path
 
 EXAMPLES = """
 examples:
   python -m convert.dataset data/train.jsonl data/train --checkpoint checkpoints/8b
-  python -m convert.dataset downloads/train-*.parquet data/train \\
-      --checkpoint checkpoints/8b --max-tokens 8192
-  python -m convert.dataset saved_by_datasets data/train --max-rejected 0.05
+  python -m convert.dataset 'downloads/train-*.parquet' data/train \\
+      --checkpoint checkpoints/8b --max_tokens 8192
+  python -m convert.dataset saved_by_datasets data/train --max_rejected 0.05
 With --checkpoint, the tokens and patches of every example are stored too, and training starts
 without measuring them.
 """
@@ -49,47 +49,51 @@ _PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\d+(?:\.\d+)?|\[[^\]]*\]""
 """What differs from one reject to the next of the same kind: names, paths, numbers."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line) and converts."""
-    parser = command_parser("python -m convert.dataset", __doc__, EXAMPLES)
-    parser.add_argument(
-        "src",
-        type=str,
-        nargs="+",
-        help="JSON or Parquet files, or a directory (docs/data.md)",
+@dataclass(frozen=True)
+class DatasetOptions:
+    """What to convert, and what is left out.
+
+    Attributes:
+        src: JSON or Parquet file, several by a pattern, or a directory (docs/data.md).
+        dst: directory to write; absent or empty.
+        checkpoint: whose tokenizer and image settings measure the examples.
+        max_tokens: longer examples are rejected (needs --checkpoint).
+        max_rejected: more than this share of rejects is an error.
+        threads: examples read at the same time; by default one for each core.
+    """
+
+    src: str
+    dst: str
+    checkpoint: str | None = None
+    max_tokens: int | None = None
+    max_rejected: float = 0.01
+    threads: int | None = None
+
+    def __post_init__(self):
+        if self.max_tokens is not None and self.checkpoint is None:
+            raise ValueError("--max_tokens needs --checkpoint: it is the tokenizer that counts")
+
+
+@command_line.command
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv` (default: the process's arguments) and converts."""
+    options, _ = command_line.parse(
+        DatasetOptions,
+        argv,
+        prog="python -m convert.dataset",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+        by_place=["src", "dst"],
     )
-    parser.add_argument("dst", type=str, help="directory to write; absent or empty")
-    parser.add_argument(
-        "--checkpoint", type=str, help="whose tokenizer and image settings measure the examples"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, help="longer examples are rejected (needs --checkpoint)"
-    )
-    parser.add_argument(
-        "--max-rejected",
-        type=float,
-        default=0.01,
-        help="more than this share of rejects is an error",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="examples read at the same time"
-    )
-    args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    if args.max_tokens is not None and args.checkpoint is None:
-        parser.error("--max-tokens needs --checkpoint: it is the tokenizer that counts")
-    try:
-        processor = Processor.from_pretrained(args.checkpoint) if args.checkpoint else None
-        convert(
-            args.src,
-            args.dst,
-            processor,
-            max_tokens=args.max_tokens,
-            max_rejected=args.max_rejected,
-            threads=args.threads,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    convert(
+        options.src,
+        options.dst,
+        Processor.from_pretrained(options.checkpoint) if options.checkpoint else None,
+        max_tokens=options.max_tokens,
+        max_rejected=options.max_rejected,
+        threads=(os.cpu_count() or 1) if options.threads is None else options.threads,
+    )
 
 
 def convert(
@@ -119,8 +123,8 @@ def convert(
     """
     if max_tokens is not None and processor is None:
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
+    dst = local_path(dst)
     conversations = open_conversations(src)
-    dst = Path(dst)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = _Summary()
@@ -138,7 +142,7 @@ def convert(
         if summary.rejected > max_rejected * len(conversations) or not shards:
             raise ValueError(
                 f"{summary.rejected} of {len(conversations)} examples were rejected, and"
-                f" --max-rejected allows a share of {max_rejected}; the reason of each is in"
+                f" --max_rejected allows a share of {max_rejected}; the reason of each is in"
                 f" {report_file}\n" + "\n".join(summary.reasons())
             )
         if processor is not None:
@@ -220,7 +224,7 @@ class _Check:
         example = self.processor.encode(messages)
         if self.max_tokens is not None and len(example.input_ids) > self.max_tokens:
             raise ValueError(
-                f"too long: {len(example.input_ids)} tokens, --max-tokens is {self.max_tokens}"
+                f"too long: {len(example.input_ids)} tokens, --max_tokens is {self.max_tokens}"
             )
         return Checked(
             pack_record(messages), (len(example.input_ids), example.num_patches), len(sources)

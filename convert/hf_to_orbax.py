@@ -1,11 +1,11 @@
 """A Hugging Face directory of Qwen3-VL, plain or with the PVM branch, to Orbax: `python -m
 convert.hf_to_orbax`."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -23,70 +23,85 @@ from convert.layout import (
     sources,
 )
 from convert.report import report
-from convert.safetensors_files import DTYPES, SafetensorsReader
+from convert.safetensors_files import DTYPES, KEPT, SafetensorsReader, cast
 from convert.store import BlockWriter, blocks, create
 from pvm_jax.checkpoint.directory import (
+    CheckpointError,
     compare_shapes,
     copy_assets,
     read_config,
+    refuse_peft,
     write_aside,
     write_config,
 )
-from pvm_jax.command_line import command_parser
+from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig, dtype_name
+from pvm_jax.data.tokenizer import read_tokenizer
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
+from pvm_jax.paths import local_path
 
+_BUFFERS = ("I64", "BOOL")
+"""Types of what is stored beside weights, and of no quantised ones."""
 EXAMPLES = """
 examples:
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-4B-Instruct checkpoints/4b \\
-      --pvm-layers 5 11 17 --pvm-hidden-size 512
+      --pvm_layers 5 11 17 --pvm_hidden_size 512
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-2B-Instruct checkpoints/2b \\
-      --dtype float32 --pvm-visibility preceding
+      --dtype float32 --pvm_visibility preceding
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b_plain --plain
 A plain Qwen3-VL gets a fresh branch, at layers that its size decides; until trained, it changes
 nothing (gate 0). Without a branch (--plain) it is what LoRA and full fine-tuning start from.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line) and converts."""
-    parser = command_parser("python -m convert.hf_to_orbax", __doc__, EXAMPLES)
-    parser.add_argument("src", type=str, help="Hugging Face directory: config.json and safetensors")
-    parser.add_argument("dst", type=str, help="directory to write; absent or empty")
-    parser.add_argument(
-        "--pvm-layers",
-        type=int,
-        nargs="+",
-        help="decoder layers that get a branch (default: by size)",
+@dataclass(frozen=True)
+class ImportOptions:
+    """What to convert, and the branch that it gets.
+
+    Attributes:
+        src: Hugging Face directory: config.json and safetensors.
+        dst: directory to write; absent or empty.
+        pvm_layers: decoder layers that get a branch; by default by size.
+        pvm_hidden_size: the branch's width; by default four heads.
+        pvm_visibility: images that a text token recalls: "all", as published, or those before it,
+            "preceding"; by default the checkpoint's, else all.
+        plain: without a branch: add none, leave the checkpoint's out.
+        dtype: cast every tensor; by default as stored.
+        seed: of a fresh branch.
+    """
+
+    src: str
+    dst: str
+    pvm_layers: list[int] | None = None
+    pvm_hidden_size: int | None = None
+    pvm_visibility: Literal["all", "preceding"] | None = None
+    plain: bool = False
+    dtype: Literal["float32", "bfloat16"] | None = None
+    seed: int = 0
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv` (default: the process's arguments) and converts."""
+    options, _ = parse(
+        ImportOptions,
+        argv,
+        prog="python -m convert.hf_to_orbax",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+        by_place=["src", "dst"],
     )
-    parser.add_argument("--pvm-hidden-size", type=int, help="the branch's width (default: 4 heads)")
-    parser.add_argument(
-        "--pvm-visibility",
-        choices=["all", "preceding"],
-        help=(
-            "images that a text token recalls: all, as published, or those before it (default: the"
-            " checkpoint's, else all)"
-        ),
-    )
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="without a branch: add none, leave the checkpoint's out",
-    )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="cast every tensor (default: as stored)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of a fresh branch")
-    args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    layers = tuple(args.pvm_layers) if args.pvm_layers else None
-    branch = (layers, args.pvm_hidden_size, args.pvm_visibility)
-    try:
-        convert(args.src, args.dst, *branch, plain=args.plain, dtype=args.dtype, seed=args.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    layers = tuple(options.pvm_layers) if options.pvm_layers else None
+    branch = (layers, options.pvm_hidden_size, options.pvm_visibility)
+    convert(
+        *(options.src, options.dst, *branch),
+        plain=options.plain,
+        dtype=options.dtype,
+        seed=options.seed,
+    )
 
 
 def convert(
@@ -114,17 +129,20 @@ def convert(
         FileNotFoundError: if config.json or weights are missing.
         FileExistsError: if `dst` holds something.
         CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file
-            is broken.
-        ValueError: if the branch is both described and left out, or for another dtype.
+            is broken; for a quantised checkpoint and for an adapter of the peft library.
+        ValueError: if the branch is both described and left out, or for another dtype; naming file
+            and key, for a config.json that is not computed here, and for a tokenizer that cannot be
+            read or knows ids for which the model has no row.
     """
-    src = Path(src)
+    src, dst = local_path(src), local_path(dst)
+    refuse_peft(src)
     original = read_config(src)
     reader = SafetensorsReader(src)
     if plain:
         if pvm_layers or pvm_hidden_size or pvm_visibility:
             raise ValueError(
-                "--plain makes no branch: leave --pvm-layers, --pvm-hidden-size and"
-                " --pvm-visibility out"
+                "--plain makes no branch: leave --pvm_layers, --pvm_hidden_size and"
+                " --pvm_visibility out"
             )
         config, fresh = ModelConfig.from_hf(original).without_pvm(), False
         reader.tensors = {
@@ -139,6 +157,8 @@ def convert(
         )
         if pvm_visibility is not None:
             config = replace(config, text=replace(config.text, pvm_visibility=pvm_visibility))
+    if any((src / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        read_tokenizer(src)
     slots = layout(config)
     wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}
     with reader:
@@ -181,8 +201,8 @@ def _config(
     if not stored.pvm_layers:
         return config.with_pvm(layers, hidden_size), not with_branch
     for flag, given, found in (
-        ("--pvm-layers", layers, stored.pvm_layers),
-        ("--pvm-hidden-size", hidden_size, stored.pvm_hidden_size),
+        ("--pvm_layers", layers, stored.pvm_layers),
+        ("--pvm_hidden_size", hidden_size, stored.pvm_hidden_size),
     ):
         if given not in (None, found):
             raise ValueError(
@@ -204,14 +224,24 @@ def _check(
         and _same(reader, HEAD, EMBEDDING)
     ):
         del found[HEAD]
-    problems = [
-        f"wrong type: {name}: expected {' or '.join(DTYPES)}, found {reader.tensors[name].dtype}"
-        for name in found
-        if name in wanted and reader.tensors[name].dtype not in DTYPES
-    ]
+    by_type: dict[str, list[str]] = {}
+    for name in found:
+        by_type.setdefault(reader.tensors[name].dtype, []).append(name)
+    problems = []
+    for dtype, names in by_type.items():
+        if dtype not in DTYPES and not (dtype in _BUFFERS and wanted.keys().isdisjoint(names)):
+            raise CheckpointError(
+                f"{src} is quantised: {len(names)} tensors are {dtype} ({names[0]}): convert the"
+                f" one in {', '.join(DTYPES)} that it was made of"
+            )
+        if dtype in DTYPES.keys() - KEPT.keys() and not one_dtype:
+            problems.append(
+                f"wrong type: {len(names)} tensors are {dtype} ({names[0]}): choose what they"
+                " become with --dtype"
+            )
     for path, source in sources(wanted).items():
         types = {reader.tensors[name].dtype for name in source.names if name in reader.tensors}
-        if len(types) > 1 and types <= DTYPES.keys() and not one_dtype:
+        if len(types) > 1 and types <= KEPT.keys() and not one_dtype:
             problems.append(
                 f"mixed types: the layers of {path} are {' and '.join(sorted(types))}: choose one"
                 " with --dtype"
@@ -266,7 +296,7 @@ def _read(
             else:
                 raw = np.empty(part.shape, dtype)
                 reader.read(name, start, raw)
-                part[...] = raw
+                part[...] = cast(raw, array.dtype, name)
         yield block, content
 
 

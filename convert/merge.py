@@ -29,8 +29,8 @@ class Update(NamedTuple):
     scale: float
 
     def merged(self, weight: np.ndarray, index: int | None, rows: slice) -> np.ndarray:
-        """`weight`, these rows of layer `index` of a stack (None: of a matrix), with the update;
-        added in float32."""
+        """`weight` [rows, in], these rows of layer `index` of a stack (None: of a matrix), with the
+        update; added in float32."""
         a, b = (self.a, self.b) if index is None else (self.a[index], self.b[index])
         return (weight.astype(np.float32) + self.scale * (b[rows] @ a)).astype(weight.dtype)
 

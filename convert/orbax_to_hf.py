@@ -1,9 +1,8 @@
 """An Orbax checkpoint back to a Hugging Face directory: `python -m convert.orbax_to_hf`."""
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,9 +22,10 @@ from pvm_jax.checkpoint.directory import (
     write_aside,
     write_config,
 )
-from pvm_jax.checkpoint.store import find
-from pvm_jax.command_line import command_parser
+from pvm_jax.checkpoint.store import explaining_damage, find
+from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig
+from pvm_jax.paths import local_path
 
 _READ_AHEAD = 4
 EXAMPLES = """
@@ -33,7 +33,7 @@ examples:
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM --branch runs/sft/branch
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-plain \\
-      --plain --max-shard-size 2GB
+      --plain --max_shard_size 2GB
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-LoRA \\
       --plain --lora runs/sft_lora/lora
 The first two are for the authors' code, the others for transformers' own
@@ -41,34 +41,40 @@ Qwen3VLForConditionalGeneration.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line) and converts."""
-    parser = command_parser("python -m convert.orbax_to_hf", __doc__, EXAMPLES)
-    parser.add_argument(
-        "src", type=str, help="checkpoint directory (convert.hf_to_orbax, pvm_jax.save)"
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to convert, and what to put in or leave out.
+
+    Attributes:
+        src: checkpoint directory (convert.hf_to_orbax, pvm_jax.save).
+        dst: directory to write; absent or empty.
+        plain: leave the branch and its config keys out.
+        branch: take the PVM branch from this checkpoint.
+        lora: add this LoRA adapter's updates to the weights.
+        max_shard_size: largest safetensors file.
+    """
+
+    src: str
+    dst: str
+    plain: bool = False
+    branch: str | None = None
+    lora: str | None = None
+    max_shard_size: str = "5GB"
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv` (default: the process's arguments) and converts."""
+    options, _ = parse(
+        ExportOptions,
+        argv,
+        prog="python -m convert.orbax_to_hf",
+        description=__doc__ or "",
+        examples=EXAMPLES,
+        by_place=["src", "dst"],
     )
-    parser.add_argument("dst", type=str, help="directory to write; absent or empty")
-    parser.add_argument(
-        "--plain", action="store_true", help="leave the branch and its config keys out"
-    )
-    parser.add_argument("--branch", type=str, help="take the PVM branch from this checkpoint")
-    parser.add_argument("--lora", type=str, help="add this LoRA adapter's updates to the weights")
-    parser.add_argument(
-        "--max-shard-size", type=str, default="5GB", help="largest safetensors file"
-    )
-    args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    try:
-        convert(
-            args.src,
-            args.dst,
-            plain=args.plain,
-            branch=args.branch,
-            lora=args.lora,
-            max_shard_size=args.max_shard_size,
-        )
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    convert(**vars(options))
 
 
 def convert(
@@ -99,7 +105,7 @@ def convert(
         raise ValueError(
             f"--plain leaves the branch out that --branch {branch} puts in: give one of them"
         )
-    root = find(src)
+    root, dst = find(src), local_path(dst)
     config = ModelConfig.from_hf(root)
     arrays: Arrays = open_arrays(root)
     found = {path: tuple(array.shape) for path, array in arrays.items()}
@@ -122,11 +128,12 @@ def convert(
         copy_assets(root, aside)
         write_config(aside, config, read_config(root))
         write_safetensors(
-            aside, tensors, _contents(arrays, slots, updates, advance), max_shard_size
+            aside, tensors, _contents(root, arrays, slots, updates, advance), max_shard_size
         )
 
 
 def _contents(
+    root: Path,
     arrays: Arrays,
     slots: Mapping[str, Slot],
     updates: Mapping[str, Update],
@@ -143,7 +150,8 @@ def _contents(
         if not reading:
             return
         slot, rows, future = reading.popleft()
-        content = future.result()
+        with explaining_damage(root):
+            content = future.result()
         yield (
             updates[slot.path].merged(content, slot.index, rows)
             if slot.path in updates

@@ -6,6 +6,7 @@ writer wants all tensors of a file at once.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,14 +16,18 @@ from typing import Self
 
 import ml_dtypes
 import numpy as np
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from pvm_jax.checkpoint.directory import CheckpointError
+from pvm_jax.json_file import JsonObject, read_json
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE = "model.safetensors"
+KEPT = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""What a model computes in."""
+DTYPES = KEPT | {"F16": np.dtype(np.float16), "F64": np.dtype(np.float64)}
+"""What can be read; the others have to be cast to one of KEPT."""
+NAMES = {dtype: name for name, dtype in KEPT.items()}
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,27 @@ class SafetensorsReader:
         Raises:
             FileNotFoundError: if there are no safetensors, or a file that the index names is
                 missing.
-            CheckpointError: for a file that is cut off or otherwise broken, named.
+            CheckpointError: for a file that is cut off or otherwise broken, named; for a tensor
+                that is in two files, or elsewhere than the index says.
+            ValueError: for an index that is malformed or leaves the directory.
         """
         self.tensors: dict[str, Stored] = {}
-        for file in _files(directory):
-            self.tensors |= _header(file)
+        index = _index(directory)
+        for name in sorted(set(index.values())) if index else [SINGLE]:
+            for tensor, stored in _header(directory / name).items():
+                if first := self.tensors.get(tensor):
+                    raise CheckpointError(
+                        f"{directory}: {tensor} is in {first.file.name} and in {name}"
+                    )
+                if index and index.get(tensor) != name:
+                    where = f"in {index[tensor]}" if tensor in index else "nowhere"
+                    raise CheckpointError(f"{directory}: {tensor} is in {name}, {where} by {INDEX}")
+                self.tensors[tensor] = stored
+        if lost := [tensor for tensor in index if tensor not in self.tensors]:
+            raise CheckpointError(
+                f"{directory}: {INDEX} places {lost[0]} in {index[lost[0]]}, which lacks it"
+                f" ({len(lost)} such tensors)"
+            )
         self._open = ExitStack()
         self._descriptors: dict[Path, int] = {}
 
@@ -94,7 +115,8 @@ def write_safetensors(
     chunks: Iterator[np.ndarray],
     max_shard_size: str,
 ) -> None:
-    """Writes files of at most `max_shard_size` ("5GB"), and the index where there are several.
+    """Writes files of at most `max_shard_size` ("5GB") or one larger tensor, and the index where
+    there are several.
 
     Args:
         chunks: the tensors' contents, in the order of `tensors`; each tensor in as many pieces as
@@ -103,14 +125,8 @@ def write_safetensors(
     Raises:
         ValueError: if `max_shard_size` is no size.
     """
-    split = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda planned: planned.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for filename in sorted(split.filename_to_tensors):
-        names = split.filename_to_tensors[filename]
+    files = _split(tensors, _size(max_shard_size))
+    for filename, names in files.items():
         with open(directory / filename, "wb") as file:
             file.write(_encode_header({name: tensors[name] for name in names}))
             left = sum(tensors[name].nbytes for name in names)
@@ -120,43 +136,112 @@ def write_safetensors(
                 left -= piece.nbytes
             file.flush()
             os.fsync(file.fileno())
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {name: filename for filename, names in files.items() for name in names},
+        }
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _files(directory: Path) -> list[Path]:
-    single, index = directory / "model.safetensors", directory / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"{directory} has neither model.safetensors nor {INDEX}")
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if missing := [name for name in names if not (directory / name).is_file()]:
+def _size(text: str) -> int:
+    """The bytes of "5GB", "500MB" and the like."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])B\s*", text, re.IGNORECASE)
+    size = float(found[1]) * 1000 ** ("KMGT".index(found[2].upper()) + 1) if found else 0
+    if size < 1:
+        raise ValueError(f"max_shard_size {text!r} is no size such as 5GB, 500MB")
+    return int(size)
+
+
+def _split(tensors: Mapping[str, Planned], most: int) -> dict[str, list[str]]:
+    """{file: names of its tensors}, in the order of `tensors`, each of at most `most` bytes or one
+    larger tensor."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > most:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor.nbytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {
+        f"model-{number:05d}-of-{len(files):05d}.safetensors": names
+        for number, names in enumerate(files, 1)
+    }
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`values` of the tensor `name` in `dtype`, one of KEPT, each rounded once, to the nearest.
+
+    Raises:
+        CheckpointError: if a finite number becomes infinite.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values
+        if values.dtype == np.float64 and dtype != np.float32:
+            narrow = _round_to_odd(values)
+        result = narrow.astype(dtype)
+    infinite = ~np.isfinite(result)
+    if infinite.any() and np.isfinite(values[infinite]).any():
+        raise CheckpointError(f"{name} holds numbers that are too large for {dtype}")
+    return result
+
+
+def _round_to_odd(values: np.ndarray) -> np.ndarray:
+    """float64 -> float32 such that a second rounding, to fewer bits, is that of `values`."""
+    near = values.astype(np.float32)
+    bits, wide = near.view(np.uint32), near.astype(np.float64)
+    bits -= np.abs(wide) > np.abs(values)
+    bits |= wide != values
+    return near
+
+
+def _index(directory: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says; nothing where all are in one file."""
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.exists():
+        if not single.is_file():
+            raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
+        return {}
+    content = read_json(index)
+    weight_map = content.object("weight_map")
+    if not weight_map:
+        content.refuse("weight_map", "is empty")
+    places = {tensor: weight_map.text(tensor) for tensor in weight_map}
+    for tensor, name in places.items():
+        if name != Path(name).name or name == "..":
+            weight_map.refuse(tensor, f"must be a file of this directory, got {name!r}")
+    names = set(places.values())
+    if single.is_file() and SINGLE not in names:
+        raise CheckpointError(
+            f"{directory} has both {SINGLE} and {INDEX}, which does not name it: remove the one"
+            " that is out of date"
+        )
+    if missing := [name for name in sorted(names) if not (directory / name).is_file()]:
         raise FileNotFoundError(
             f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}"
         )
-    return [directory / name for name in names]
+    return places
 
 
 def _header(file: Path) -> dict[str, Stored]:
     try:
-        with safe_open(file, "numpy") as content:
-            names = content.offset_keys()
-            slices = {name: content.get_slice(name) for name in names}
-            shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
-            dtypes = {name: view.get_dtype() for name, view in slices.items()}
+        with safe_open(file, "numpy"):  # checks that the header fits the file
+            pass
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
     with open(file, "rb") as raw:
-        offset = 8 + int.from_bytes(raw.read(8), "little")
+        length = int.from_bytes(raw.read(8), "little")
+        header = JsonObject(json.loads(raw.read(length)), str(file))
     stored = {}
-    for name in names:
-        stored[name] = Stored(file, dtypes[name], shapes[name], offset)
-        # Tensors of other types are refused later, by name; nothing behind them is read.
-        offset += prod(shapes[name]) * (
-            DTYPES[dtypes[name]].itemsize if dtypes[name] in DTYPES else 0
-        )
+    for name in header:
+        if name != "__metadata__":
+            entry = header.object(name)
+            begin, _ = entry.integers("data_offsets")
+            shape = entry.integers("shape")
+            stored[name] = Stored(file, entry.text("dtype"), shape, 8 + length + begin)
     return stored
 
 

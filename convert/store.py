@@ -16,8 +16,9 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from pvm_jax.checkpoint.checksums import verify_checksums
 from pvm_jax.checkpoint.identity import checksum_part, identity
-from pvm_jax.checkpoint.store import PARAMS, stored_arrays
+from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
 
 # A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
 BLOCK_BYTES = 8 * 2**20
@@ -53,13 +54,19 @@ def create(
 
 
 def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
-    """The arrays of a checkpoint (`create`, `pvm_jax.save`), open for reading, by path."""
+    """The arrays of a checkpoint (`create`, `pvm_jax.save`), open for reading, by path.
+
+    Raises:
+        CheckpointError: if they cannot be opened, or are damaged.
+    """
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    verify_checksums(directory)
     paths = stored_arrays(directory)
-    stores = {
-        path: ts.open(_location(directory, path), context=context, read=True) for path in paths
-    }
-    return {path: store.result() for path, store in stores.items()}
+    with explaining_damage(directory):
+        stores = {
+            path: ts.open(_location(directory, path), context=context, read=True) for path in paths
+        }
+        return {path: store.result() for path, store in stores.items()}
 
 
 def stored_identity(arrays: Mapping[str, ts.TensorStore]) -> str:
@@ -131,8 +138,11 @@ def _new(array: jax.ShapeDtypeStruct) -> dict:
             "shape": array.shape,
             "data_type": array.dtype.name,
             "chunk_grid": {"name": "regular", "configuration": chunks},
-            # Not compressed: weights hardly get smaller.
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            # Not compressed: weights hardly get smaller. The checksum tells damage from weights.
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
         },
     }
 

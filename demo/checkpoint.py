@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flax import nnx
-from jsonargparse import auto_cli
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from convert.orbax_to_hf import convert
 from demo import task
 from pvm_jax.checkpoint.store import save
+from pvm_jax.command_line import run_as_command
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -210,4 +210,4 @@ def write(out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(write, as_positional=True)
+    run_as_command(write)

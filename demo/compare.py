@@ -8,7 +8,6 @@ measured on the same held-out scenes, far beyond the trained distances.
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,13 +16,13 @@ from typing import Any
 
 import jax
 import yaml
-from jsonargparse import auto_cli
 
 from demo.compare_report import UNTRAINED, Measured, write_report
 from demo.evaluate import EvaluationSettings, encode, sees
 from demo.recall import attention_on_cell
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint.store import load
+from pvm_jax.command_line import run_as_command
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.ablations import mislead
 from pvm_jax.measure.pictures import exchanged
@@ -88,9 +87,8 @@ def main(
         settings: what is measured (what the models write themselves is not).
     """
     if settings.scenes % settings.batch_size == 1:
-        sys.exit(
-            "error: settings.scenes: a last batch of one scene has no other image to show; take one"
-            " more"
+        raise ValueError(
+            "settings.scenes: a last batch of one scene has no other image to show; take one more"
         )
     claim(
         out,
@@ -121,12 +119,12 @@ def main(
 
 
 def claim(out: Path, terms: Mapping[str, Any]) -> None:
-    """Notes in `out` on what terms the comparison is; ends the program if others were noted there,
+    """Notes in `out` on what terms the comparison is; raises ValueError if others were noted there,
     whose results it holds."""
     note, mine = out / "terms.json", json.dumps(terms, indent=2) + "\n"
     if note.exists() and note.read_text() != mine:
-        sys.exit(
-            f"error: {out} holds a comparison on other terms (see {note}): give another --out, or"
+        raise ValueError(
+            f"{out} holds a comparison on other terms (see {note}): give another --out, or"
             " remove it"
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -275,4 +273,4 @@ def read_gates(*logs: Path) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

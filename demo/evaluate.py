@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import auto_cli
 
 from demo.task import VALUES, GridExample, Mixture, draw, make_example
 from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
+from pvm_jax.command_line import run_as_command
 from pvm_jax.data.example import Example as Encoded
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import teacher_forced
@@ -129,7 +129,7 @@ def make_task(checkpoint: Path, processor: Processor, settings: EvaluationSettin
 
 
 def grade(ids: np.ndarray, example: GridExample, processor: Processor) -> np.ndarray:
-    """[T]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all
+    """[tokens]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all
     others.
 
     Right is a pair of this grid that was not listed before, with the value that the scene has.
@@ -205,4 +205,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -14,16 +14,16 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from jsonargparse import auto_cli
 
 from demo.run import Step, branch_steps, run_steps
+from pvm_jax.command_line import run_as_command
 from train.run.events import read_values
 
 HELD_OUT = ("--count", "48", "--mixture.digits", "heldout", "--mixture.seed", "7")
 REWARD = "held_out/reward/mean"
 
 
-def main(out: Path = Path("out/demo"), seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+def main(out: Path = Path("out/demo"), seeds: Sequence[int] = (0, 1, 2)) -> None:
     """Refines the demo's branch and decoder by GRPO, once for each seed; writes results.json,
     results.md and results.png.
 
@@ -75,8 +75,8 @@ def write_report(
     """Writes results.json, results.md and results.png to `folder`.
 
     Args:
-        steps: at which was measured, [M].
-        rewards: held-out, [seeds, M].
+        steps: at which was measured, [points].
+        rewards: held-out, [seeds, points].
     """
     content = {"steps": list(steps), "seeds": list(seeds), "rewards": rewards.tolist()}
     (folder / "results.json").write_text(json.dumps(content) + "\n")
@@ -110,4 +110,4 @@ def write_report(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -6,9 +6,8 @@ Hugging Face directory.
 
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from demo.run import run_steps
+from pvm_jax.command_line import run_as_command
 
 STAGES = 3
 
@@ -53,4 +52,4 @@ def main(out: Path = Path("out/demo"), base: Path = Path("demo/base")) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

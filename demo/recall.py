@@ -28,7 +28,7 @@ def attention_on_cell(
     columns = np.take_along_axis(find_answers(encoded).columns, places, axis=1)
     cells = np.array(
         [
-            [_visual_token(cell, settings.size) for cell, _, _ in example.lines]
+            [visual_token(cell, settings.size) for cell, _, _ in example.lines]
             for example in examples
         ]
     )
@@ -41,6 +41,6 @@ def attention_on_cell(
     }
 
 
-def _visual_token(cell: str, size: int) -> int:
+def visual_token(cell: str, size: int) -> int:
     """Visual tokens are in reading order, one a cell."""
     return (int(cell[1]) - 1) * size + COLUMNS.index(cell[0])

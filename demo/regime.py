@@ -5,19 +5,17 @@ same examples, but for the one that changes them, and as many of them in all, bu
 change the number of steps.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-
-from jsonargparse import auto_cli
 
 from demo.compare import LOOK_EXAMPLES, claim, file_name, measure, once
 from demo.compare_report import Measured, table
 from demo.evaluate import EvaluationSettings
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint.store import load
+from pvm_jax.command_line import run_as_command
 from pvm_jax.data.processor import Processor
 
 DISTANCE = 200
@@ -45,7 +43,7 @@ class Variation:
 
 def layers(*numbers: int) -> Variation:
     """The branch at these decoder layers."""
-    return Variation(branch=("--pvm-layers", *map(str, numbers), *BRANCH[-2:]))
+    return Variation(branch=("--pvm_layers", *map(str, numbers), *BRANCH[-2:]))
 
 
 VARIATIONS = {
@@ -83,8 +81,8 @@ def main(out: Path = Path("out/regime"), steps: int = 400, only: list[str] | Non
     """
     names = only or list(VARIATIONS)
     if unknown := [name for name in names if name not in VARIATIONS]:
-        sys.exit(
-            f"error: --only: no variation is called {', '.join(map(repr, unknown))}; there are:"
+        raise ValueError(
+            f"--only: no variation is called {', '.join(map(repr, unknown))}; there are:"
             f" {', '.join(VARIATIONS)}"
         )
     claim(out, {"steps": steps, "settings": asdict(MEASURED)})
@@ -143,4 +141,4 @@ def markdown(measured: dict[str, Measured]) -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

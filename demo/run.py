@@ -15,10 +15,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jsonargparse import auto_cli
+
+from pvm_jax.command_line import run_as_command
 
 BASE = "demo/base"
-BRANCH = ("--pvm-layers", "1", "2", "--pvm-hidden-size", "128")
+BRANCH = ("--pvm_layers", "1", "2", "--pvm_hidden_size", "128")
 
 DEMO_OVER_PROBE = 250.0
 """How many times longer than `probe` the whole demo takes, roughly: not yet measured on a quiet
@@ -100,53 +101,48 @@ def train(config: str, checkpoint: Path, data: Path, run: Path, *more: str) -> l
 
 
 def run_steps(steps: Sequence[Step]) -> None:
-    """Runs the commands in order, each printed as one would type it; ends the program if one
+    """Runs the commands in order, each printed as one would type it. Raises RuntimeError if one
     fails."""
     for result, arguments in steps:
-        command = ["python", "-m", *map(str, arguments)]
         if result.exists():
-            print(f"[{result} is there: skipped] {shlex.join(command)}", flush=True)
-            continue
-        print(f"\n$ {shlex.join(command)}", flush=True)
-        code = subprocess.run([sys.executable, *command[1:]], check=False).returncode
-        if code:
-            sys.exit(
-                f"error: that command failed (exit status {code}); what it says above tells why"
-            )
+            print(f"[{result} is there: skipped] {_typed(arguments)}", flush=True)
+        else:
+            print(f"\n$ {_typed(arguments)}", flush=True)
+            _run(arguments)
 
 
 def show_one_answer(checkpoint: Path, branch: Path, folder: Path) -> None:
     """Asks about one held-out image through the command line of `pvm_jax generate`."""
     if not folder.exists():
-        make = [
-            sys.executable,
-            "-m",
-            "demo.task",
-            str(folder),
-            "--count",
-            "1",
+        scene = [
             "--mixture.sizes",
             "[3]",
+            "--mixture.digits",
+            "heldout",
+            "--mixture.lines",
+            "[8,8]",
         ]
-        subprocess.run(
-            [*make, "--mixture.digits", "heldout", "--mixture.lines", "[8,8]"], check=True
-        )
+        _run(["demo.task", folder, "--count", 1, *scene])
     user, assistant = json.loads((folder / "data.jsonl").read_text())["messages"]
     image, question = (part[part["type"]] for part in user["content"])
     print(f"\nThe true lines of {folder / image}, in one of their orders:\n{assistant['content']}")
-    command = [
-        "-m",
-        "pvm_jax",
-        "generate",
-        "--checkpoint",
-        str(checkpoint),
-        "--branch",
-        str(branch),
-    ]
-    command += ["--image", str(folder / image), "--max-new-tokens", "24", question]
-    print(f"$ {shlex.join(['python', *command])}", flush=True)
-    subprocess.run([sys.executable, *command], check=True)
+    ask = ["pvm_jax", "generate", "--checkpoint", checkpoint, "--branch", branch]
+    ask += ["--image", folder / image, "--max_new_tokens", 24, question]
+    print(f"$ {_typed(ask)}", flush=True)
+    _run(ask)
+
+
+def _typed(arguments: Sequence[object]) -> str:
+    return shlex.join(["python", "-m", *map(str, arguments)])
+
+
+def _run(arguments: Sequence[object]) -> None:
+    code = subprocess.run([sys.executable, "-m", *map(str, arguments)], check=False).returncode
+    if code:
+        raise RuntimeError(
+            f"that command failed (exit status {code}); what it says above tells why"
+        )
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

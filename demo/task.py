@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jsonargparse import auto_cli
 from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
+
+from pvm_jax.command_line import run_as_command
 
 CELL = 32
 MAX_SIZE = 4
@@ -279,4 +280,4 @@ def main(out: Path, count: int = 1000, mixture: Mixture = Mixture()) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=True)
+    run_as_command(main)

@@ -1,19 +1,20 @@
 """Model configuration: frozen dataclasses whose fields carry Hugging Face's or PEFT's names and
 mean what they mean there."""
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pvm_jax.hf_config import MODEL_TYPE, SPECIAL_TOKENS, read_sections
+from pvm_jax.json_file import is_number
+
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 PVM_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
-MODEL_TYPE = "qwen3_vl"
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,39 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary positions beyond the length that was trained (YaRN, arXiv 2309.00071).
+
+    Attributes:
+        factor: by which slow frequencies are slowed down.
+        original_max_position_embeddings: positions that were trained.
+        attention_factor: cosines and sines are multiplied by it.
+        beta_fast, beta_slow: turns within the trained length above which a frequency stays as it
+            is, and below which it is slowed down in full.
+        truncate: whether the borders between the two are whole frequencies.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self):
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast {self.beta_fast:g} must be above beta_slow {self.beta_slow:g}"
+            )
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The decoder (`Qwen3VLTextConfig`) and, where `pvm_layers` is not empty, the paper's branch.
 
     Attributes:
+        attention_bias: whether the projections of attention have biases, the branch's too.
+        yarn: None: positions turn as they were trained.
         pvm_visibility: which of its conversation's images a text token recalls: "all", as
             published, or "preceding": those before it alone, as the decoder's own attention, for
             conversations whose later turns bring images.
@@ -96,20 +126,28 @@ class TextConfig:
     rope_theta: float = 5e6
     mrope_section: tuple[int, int, int] = (24, 20, 20)
     max_position_embeddings: int = 262144
+    attention_bias: bool = False
+    yarn: Yarn | None = None
     pvm_layers: tuple[int, ...] = ()
     pvm_hidden_size: int = 512
     pvm_visibility: str = "all"
 
     def __post_init__(self):
+        for name, above in (("rms_norm_eps", 0), ("rope_theta", 1)):
+            value = getattr(self, name)
+            if not (is_number(value) and value > above):
+                raise ValueError(
+                    f"text_config: {name} must be a finite number above {above}, got {value!r}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"text_config: num_attention_heads {self.num_attention_heads} must be a multiple of"
                 f" num_key_value_heads {self.num_key_value_heads}"
             )
-        if sum(self.mrope_section) * 2 != self.head_dim:
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(
-                f"text_config: mrope_section {self.mrope_section} must sum to head_dim / 2 ="
-                f" {self.head_dim // 2}"
+                f"text_config: mrope_section {self.mrope_section} must be three numbers whose sum"
+                f" is head_dim / 2 = {self.head_dim / 2:g}"
             )
         layers = self.pvm_layers
         if list(layers) != sorted(set(layers)) or any(
@@ -160,8 +198,8 @@ class LoRAConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"lora.alpha must be positive, got {self.alpha}")
+        if not (is_number(self.alpha) and self.alpha > 0):
+            raise ValueError(f"lora.alpha must be a finite number above 0, got {self.alpha!r}")
         try:
             re.compile(self.targets)
         except re.error as error:
@@ -187,6 +225,8 @@ class ModelConfig:
         attention: attention kernel (`pvm_jax.model.attention`): None picks by platform, else "xla",
             "splash" or "cudnn".
         lora: the adapters that the model has; None: none.
+        stop_tokens: ids that end what the model writes, where its caller names none. `load` takes
+            them from the checkpoint's generation_config.json.
     """
 
     text: TextConfig = field(default_factory=TextConfig)
@@ -201,6 +241,7 @@ class ModelConfig:
     remat: str = "full"
     attention: str | None = None
     lora: LoRAConfig | None = None
+    stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.vision.out_hidden_size != self.text.hidden_size:
@@ -278,60 +319,31 @@ class ModelConfig:
 
         Raises:
             FileNotFoundError: if there is no config.json.
-            ValueError: if the file describes another architecture or a feature that this port does
-                not compute.
+            ValueError: naming file and key, if the file describes another architecture or a
+                feature that this port does not compute, or a value makes no sense.
         """
-        raw = _read_json(config)
-        if raw.get("model_type") != MODEL_TYPE:
-            raise ValueError(
-                f"config.json: model_type must be {MODEL_TYPE!r} (dense), got"
-                f" {raw.get('model_type')!r}"
-            )
-        if missing := [key for key in ("text_config", "vision_config") if key not in raw]:
-            raise ValueError(f"config.json: {' and '.join(missing)} missing: is it a Qwen3-VL's?")
-        text, vision = dict(raw["text_config"]), dict(raw["vision_config"])
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"config.json: rope_type {rope['rope_type']!r} is not supported, only 'default'"
-            )
-        text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
-        text["mrope_section"] = tuple(rope.get("mrope_section", TextConfig.mrope_section))
-        text["pvm_layers"] = tuple(text.get("pvm_layers") or ())
-        vision["deepstack_visual_indexes"] = tuple(vision["deepstack_visual_indexes"])
-        for section, key, value in (
-            (text, "attention_bias", False),
-            (text, "hidden_act", "silu"),
-            (vision, "hidden_act", "gelu_pytorch_tanh"),
-            (vision.get("rope_parameters") or {}, "rope_theta", 1e4),
-        ):
-            if section.get(key, value) != value:
-                raise ValueError(
-                    f"config.json: {key} = {section[key]!r} is not supported, only {value!r}"
-                )
-        tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-        own = {key: raw[key] for key in _SPECIAL_TOKENS if key in raw}
-        return cls(
-            text=_pick(TextConfig, text),
-            vision=_pick(VisionConfig, vision),
-            tie_word_embeddings=tied,
-            **own | overrides,
-        )
+        sections = read_sections(config)
+        text = dict(sections.text)
+        try:
+            if "yarn" in text:
+                text["yarn"] = Yarn(**text["yarn"])
+            vision = VisionConfig(**sections.vision)
+            read = cls(text=TextConfig(**text), vision=vision, **sections.own)
+        except ValueError as error:
+            raise ValueError(f"{sections.file}: {error}") from None
+        return replace(read, **overrides)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face `config.json` of this model (the authors' PVM keys included where there
         is a branch)."""
         text = {f.name: getattr(self.text, f.name) for f in fields(TextConfig)}
-        section = list(text.pop("mrope_section"))
+        section, yarn = list(text.pop("mrope_section")), text.pop("yarn")
+        rope = {"mrope_interleaved": True, "mrope_section": section}
         text |= {
             "model_type": f"{MODEL_TYPE}_text",
-            "attention_bias": False,
             "hidden_act": "silu",
-            "rope_scaling": {
-                "rope_type": "default",
-                "mrope_interleaved": True,
-                "mrope_section": section,
-            },
+            "rope_scaling": rope
+            | ({"rope_type": "yarn", **asdict(yarn)} if yarn else {"rope_type": "default"}),
             "tie_word_embeddings": self.tie_word_embeddings,
             "pvm_layers": list(text["pvm_layers"]),
         }
@@ -350,18 +362,10 @@ class ModelConfig:
             "model_type": MODEL_TYPE,
             "dtype": self.param_dtype,
             "tie_word_embeddings": self.tie_word_embeddings,
-            **{key: getattr(self, key) for key in _SPECIAL_TOKENS},
+            **{key: getattr(self, key) for key in SPECIAL_TOKENS},
             "text_config": text,
             "vision_config": vision,
         }
-
-
-_SPECIAL_TOKENS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-)
 
 
 def dtype_name(dtype: DTypeLike, name: str = "dtype") -> str:
@@ -374,17 +378,6 @@ def dtype_name(dtype: DTypeLike, name: str = "dtype") -> str:
     if found not in ("float32", "bfloat16"):
         raise ValueError(f"{name} must be float32 or bfloat16, got {dtype!r}")
     return found
-
-
-def _read_json(config: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:
-    if isinstance(config, Mapping):
-        return config
-    path = Path(config)
-    return json.loads((path / "config.json" if path.is_dir() else path).read_text())
-
-
-def _pick(cls: type, values: Mapping[str, Any]) -> Any:
-    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 def _default_pvm_layers(depth: int, hidden_size: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from pvm_jax.data.batch import Batch, bucket_size
+from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -51,8 +52,9 @@ class Sampling(NamedTuple):
 class _State(NamedTuple):
     """The loop's carry, for N samples of each of B prompts.
 
-    `token` [B, N] is emitted but not yet read by the decoder; `position` and `segment_ids` [B] are
-    its; `output` is a Generation with [B, N] in front; `keys` [B, N] are the samples' own.
+    `token` [B, samples] is emitted but not yet read by the decoder; `position` and `segment_ids`
+    [B] are its; `output` is a Generation with [B, samples] in front; `keys` [B, samples] are the
+    samples' own.
     """
 
     samples: SampleCache
@@ -80,7 +82,7 @@ class Settings(TypedDict, total=False):
     temperature: 0 is greedy; the default is 1.
     top_k, top_p: sample among the k likeliest tokens / the smallest set of tokens with this
         probability.
-    stop_tokens: ids that end a row.
+    stop_tokens: ids that end a row; the default is the checkpoint's own, () lets no token end it.
     num_samples: of each prompt. They share its prefill, its keys and values and its memory; the
         default is 1.
     seeds: [B] integers in [0, 2^31), one a prompt; the default is its row. A row's sample depends
@@ -190,7 +192,7 @@ def _start(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
     rng: jax.Array | None = None,
@@ -215,7 +217,8 @@ def _start(
         raise ValueError(
             f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}"
         )
-    sampling = Sampling(temperature, top_k, top_p, tuple(stop_tokens))
+    ends = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+    sampling = Sampling(temperature, top_k, top_p, ends)
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     keys = _sample_keys(
@@ -253,9 +256,9 @@ def prefill(
     slots: int,
     chunk: int,
 ) -> tuple[Cache, _State]:
-    """Reads the prompts and emits every sample's first token."""
+    """Reads the prompts and emits every sample's first token; `keys` [B, samples]."""
     model: Qwen3VL = nnx.merge(graphdef, params)
-    hidden, cache = model.prefill(batch, chunk=chunk, past=past)
+    hidden, cache = pieces.prefill(model, batch, chunk=chunk, past=past)
     state = _State(
         samples=SampleCache.empty(model.config, keys.shape[0], keys.shape[1], slots),
         token=jnp.zeros(keys.shape, jnp.int32),
@@ -336,8 +339,8 @@ def decode_loop(
     def step(state: _State) -> _State:
         slot = state.emitted - 1
         positions = jnp.broadcast_to((state.position + state.emitted)[:, None], state.token.shape)
-        hidden, samples = model.decode(
-            state.token, positions, state.segment_ids, cache, state.samples, slot
+        hidden, samples = pieces.decode(
+            model, state.token, positions, state.segment_ids, cache, state.samples, slot
         )
         return _emit(model, state._replace(samples=samples), hidden, sampling)
 
@@ -345,7 +348,7 @@ def decode_loop(
 
 
 def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) -> _State:
-    """Chooses each sample's next token from hidden [B, N, D] and records it."""
+    """Chooses each sample's next token from hidden [B, samples, D] and records it."""
     logits = model.logits(hidden)
     rows = state.keys.reshape(-1)
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows, state.emitted)

@@ -31,7 +31,7 @@ SMALLEST = {
 }
 """Arguments with which each benchmark takes least; tests/test_docs.py sees that none is missing.
 
-What they share, benchmarks/mixed_images.py and benchmarks/sizes.py, is no command.
+What they share, benchmarks/sizes.py, is no command.
 """
 
 _FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)

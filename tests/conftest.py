@@ -10,12 +10,14 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has them from the proces
     os.environ["XLA_FLAGS"] = xla_flags()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from convert.hf_to_orbax import convert
 from pvm_jax import Qwen3VL, load
+from pvm_jax.command_line import Main
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -44,3 +46,22 @@ def golden_checkpoints(tmp_path_factory) -> dict[str, Path]:
 def golden_model(golden, golden_checkpoints) -> Qwen3VL:
     """The model of `golden`, through conversion and loading."""
     return load(golden_checkpoints[golden.name])
+
+
+@pytest.fixture
+def refused(capsys):
+    """(command's entry, its arguments) -> the one line with which it refuses them."""
+
+    def refused(main: Main, argv: Sequence[str]) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.count("error: ") == 1
+        *_, line = said.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return refused

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.environments import ROOT, environment
+
 FOLDER = ROOT / "constraints"
 
 
@@ -19,15 +19,16 @@ def main(pythons: Sequence[str]) -> None:
     (FOLDER / "lowest.txt").write_text("".join(f"{line}\n" for line in lowest()))
     for python in pythons:
         version, words = python.removeprefix("python"), [f"PYTHON={python}", "PACKAGES=newest"]
-        environment = f".venv/{version}-newest"
-        subprocess.run(
-            ["make", "--always-make", *words, f"{environment}/ready"], cwd=ROOT, check=True
-        )
+        folder = environment(*words)
+        ready = folder.relative_to(ROOT) / "ready"
+        subprocess.run(["make", "--always-make", *words, str(ready)], cwd=ROOT, check=True)
         freeze = [
-            ROOT / environment / "bin" / "python",
+            folder / "bin" / "python",
             "-m",
             "pip",
             "freeze",
+            "--all",  # setuptools too, which the tests build the wheel with
+            "--exclude=pip",
             "--exclude-editable",
         ]
         found = subprocess.run(

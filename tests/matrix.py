@@ -3,10 +3,10 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
+from tests.environments import ROOT, environment
+
 OUT = ROOT / "out" / "matrix"
 HEADER = ("Python", "jax", "flax", "passed", "failed", "minutes")
 _VERSIONS = "import importlib.metadata as m; print(m.version('jax'), m.version('flax'))"
@@ -31,7 +31,7 @@ def row_of(python: str) -> tuple[str, ...]:
         subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
     if not found.exists():
         sys.exit(f"{python}: no test ran; {found.with_suffix('.txt')} says why")
-    executable = ROOT / ".venv" / version / "bin" / "python"
+    executable = environment(f"PYTHON={python}") / "bin" / "python"
     jax, flax = subprocess.check_output([executable, "-c", _VERSIONS], text=True).split()
     suite = next(ElementTree.parse(found).iter("testsuite")).attrib
     failed = int(suite["failures"]) + int(suite["errors"])

@@ -12,15 +12,16 @@ import pytest
 from jax.sharding import AbstractMesh
 from jsonargparse import ArgumentParser
 
+from pvm_jax.command_line import parse
 from tests.check_docs import SMALLEST
-from train.cli import parse
 from train.grpo.config import GRPOConfig
 from train.sft.config import SFTConfig
 from train.step.program import rows_per_shard
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m ([a-z_]+(?:\.[a-z_]+)*)((?:\\\n|[^`\n])*)")
+PVM = re.compile(r"^ {4}pvm ((?:\\\n|[^`\n])*)", re.MULTILINE)
 END = re.compile(r"\s(?:#|>|&)")
 """What follows is the shell's."""
 
@@ -31,12 +32,14 @@ def shown():
     """(module, arguments) of every command in the documentation."""
     for file in FILES:
         text = file.read_text()
-        for match in COMMAND.finditer(text):
-            module, rest = match.groups()
+        for match in [*COMMAND.finditer(text), *PVM.finditer(text)]:
+            *module, rest = match.groups()
             words = shlex.split(END.split(rest.replace("\\\n", " "))[0], comments=True)
             place = f"{file.name}:{text.count(chr(10), 0, match.start()) + 1}"
             yield pytest.param(
-                module, [word for word in words if word not in PLACEHOLDERS], id=place
+                *(module or ["pvm_jax.console"]),
+                [word for word in words if word not in PLACEHOLDERS],
+                id=place,
             )
 
 
@@ -86,7 +89,7 @@ def test_the_rows_of_a_run_divide_over_its_mesh(module, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     cls = {"train.sft": SFTConfig, "train.grpo": GRPOConfig}[module]
     config, _ = parse(
-        cls, arguments, prog=module, description="", examples="", flags={"--dry-run": ""}
+        cls, arguments, prog=module, description="", examples="", flags={"dry_run": ""}
     )
     sizes = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     if -1 not in sizes:

@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
+from pvm_jax.paths import make_local
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
@@ -45,10 +46,17 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
+        make_local(self, "path")
         if not self.weight > 0:
             raise ValueError(
                 f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
             )
+
+
+def mixture_of(sources: str | list[str | Source]) -> list[Source]:
+    """One or several sources, each with its weight. Raises ValueError for a path that is a URL."""
+    several = [sources] if isinstance(sources, str) else sources
+    return [source if isinstance(source, Source) else Source(source) for source in several]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class ExamplesConfig:
             the run ("error").
         threads: batches read at the same time.
         prefetch: batches kept ready.
+        measure_anew: a run goes on although its sources no longer hold what it began with: it
+            measures them again, and lays out what is left of its steps by what they hold now.
     """
 
     sources: str | list[str | Source]
@@ -72,6 +82,7 @@ class ExamplesConfig:
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
+    measure_anew: bool = False
 
     def __post_init__(self):
         if not self.mixture:
@@ -86,8 +97,7 @@ class ExamplesConfig:
     @property
     def mixture(self) -> list[Source]:
         """The sources, each with its weight."""
-        sources = [self.sources] if isinstance(self.sources, str) else self.sources
-        return [source if isinstance(source, Source) else Source(source) for source in sources]
+        return mixture_of(self.sources)
 
 
 @dataclass(frozen=True)
@@ -229,6 +239,8 @@ class RunConfig:
         trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head
             and branch) or "all" (the vision tower too).
         lora: the adapters, with trainable "lora".
+        tags_as_text: added tokens of the tokenizer, as ["<think>", "</think>"], that prompts and
+            answers hold in letters: Qwen3-VL-Instruct was never trained on these two.
         accumulation: parts that a batch is computed in, one after the other, to save memory.
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.
@@ -255,6 +267,7 @@ class RunConfig:
     branch: str | None = None
     trainable: Trainable = "pvm"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    tags_as_text: list[str] = field(default_factory=list)
     accumulation: int = 1
     epochs: int = 1
     max_steps: int | None = None
@@ -272,6 +285,7 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
+        make_local(self, "checkpoint", "run_dir", "branch")
         for name in (
             "accumulation",
             "epochs",

@@ -36,7 +36,7 @@ class Answerer:
     """A model with all that it takes to ask it in text.
 
     Attributes:
-        settings: of the sampling; `stop_tokens` among them.
+        settings: of the sampling.
         max_new_tokens: of an answer.
     """
 
@@ -57,7 +57,7 @@ class Answerer:
         ]
 
     def written(self, examples: Sequence[Example], seeds: Sequence[int]) -> list[list[np.ndarray]]:
-        """The token ids [T] of each example's samples, the stop token included."""
+        """The token ids [tokens] of each example's samples, the stop token included."""
         settings = Settings(**{**self.settings, "seeds": seeds})
         got = generate(
             self.model, self.batch(examples), max_new_tokens=self.max_new_tokens, **settings
@@ -96,7 +96,7 @@ class ChatSession:
         start, times, tokens = time.perf_counter(), [], []
         processor, settings = self.answerer.processor, self.answerer.settings
         example = processor.encode_next([*self.messages, message])
-        stop_tokens = settings.get("stop_tokens", ())
+        stop_tokens = settings.get("stop_tokens", self.answerer.model.config.stop_tokens)
         if self.chat.unread is not None and self.chat.unread not in stop_tokens:
             example = replace(
                 example, input_ids=np.append(self.chat.unread, example.input_ids), loss_mask=None

@@ -21,7 +21,6 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from pvm_jax.apps.answer import Answerer
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.batch import Batch, bucket_size
 from pvm_jax.data.example import Example
@@ -116,7 +115,6 @@ class PVM(lmms):
         sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         sizes = {name: int(size) for name, size in sizes.items() if size is not None}
         self.processor.image_settings = replace(self.processor.image_settings, **sizes)
-        self.stop_tokens = read_stop_tokens(checkpoint)
         self.batch_size, self.seed, self.max_new_tokens = (
             int(batch_size),
             int(seed),
@@ -199,7 +197,6 @@ class PVM(lmms):
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                stop_tokens=self.stop_tokens,
                 rng=jax.random.key(self.seed),
             )
             answerer = Answerer(self.model, self.processor, max_new_tokens, settings)

@@ -13,9 +13,14 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.config import ModelConfig
+from pvm_jax.data.tokenizer import read_tokenizer
+from pvm_jax.json_file import JsonObject, read_json
+from pvm_jax.paths import local_path
 
 _MAX_LINES = 100
+_PEFT = "adapter_config.json"
 _ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -37,27 +42,30 @@ def write_aside(path: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if `path` is there and not an empty directory.
+        OSError: if another process writes there.
+        ValueError: for a URL (`local_path`).
     """
-    target = Path(path).absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists and is not empty: choose another place or remove it"
-        )
-    aside, primary = aside_of(target), jax.process_index() == 0
-    if primary:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    sync_global_devices(f"made {aside}")
-    try:
-        yield aside
-    except BaseException:
+    target = local_path(path).absolute()
+    with sole_writer(target):
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise FileExistsError(
+                f"{target} exists and is not empty: choose another place or remove it"
+            )
+        aside, primary = aside_of(target), jax.process_index() == 0
         if primary:
-            _discard(aside)
-        raise
-    sync_global_devices(f"wrote {aside}")
-    if primary:
-        os.replace(aside, target)
-    sync_global_devices(f"finished {target}")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        sync_global_devices(f"made {aside}")
+        try:
+            yield aside
+        except BaseException:
+            if primary:
+                _discard(aside)
+            raise
+        sync_global_devices(f"wrote {aside}")
+        if primary:
+            os.replace(aside, target)
+        sync_global_devices(f"finished {target}")
 
 
 def _discard(directory: Path) -> None:
@@ -71,17 +79,40 @@ def _discard(directory: Path) -> None:
 
 
 def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of a checkpoint's generation_config.json; none without that file, or
-    where it names none."""
-    file = Path(checkpoint) / "generation_config.json"
-    ids = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    return (ids,) if isinstance(ids, int) else tuple(ids or ())
+    """The end-of-sequence ids: of generation_config.json, else of config.json, else the
+    tokenizer's; none where a file says null.
+
+    Raises:
+        FileNotFoundError, ValueError: naming file and key, if they cannot be read.
+    """
+    checkpoint = local_path(checkpoint)
+    file = checkpoint / "generation_config.json"
+    config = read_config(checkpoint)
+    text = config.object("text_config")
+    rows = text.integer("vocab_size")
+    for source in (*([read_json(file)] if file.exists() else []), text, config):
+        if "eos_token_id" in source:
+            return _ids(source, rows)
+    tokenizer: Any = read_tokenizer(checkpoint)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+def _ids(source: JsonObject, rows: int) -> tuple[int, ...]:
+    value = source["eos_token_id"]
+    if isinstance(value, list):
+        ids = source.integers("eos_token_id")
+    else:
+        ids = () if value is None else (source.integer("eos_token_id"),)
+    for token in ids:
+        if token >= rows:
+            source.refuse("eos_token_id", f"{token} is outside the vocabulary of {rows}")
+    return ids
 
 
 def copy_assets(source: str | Path, target: Path) -> None:
     """Copies the tokenizer's, processor's and generation's files, not the weights, their index or
     config.json."""
-    for file in sorted(Path(source).iterdir()):
+    for file in sorted(local_path(source).iterdir()):
         own = file.name == "config.json" or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in _ASSET_SUFFIXES and not own:
             shutil.copyfile(file, target / file.name)
@@ -151,18 +182,24 @@ def compare_shapes(
         raise CheckpointError("\n".join(shown))
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> JsonObject:
     """The directory's config.json as it is.
 
     Raises:
         FileNotFoundError: if there is none.
-        CheckpointError: if it is not JSON.
+        ValueError: if it is no JSON object.
     """
-    file = Path(directory) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    return read_json(local_path(directory) / "config.json")
+
+
+def refuse_peft(directory: Path) -> None:
+    """Raises a CheckpointError if `directory` holds an adapter of the peft library."""
+    if (directory / _PEFT).exists():
+        raise CheckpointError(
+            f"{directory} holds a PEFT adapter ({_PEFT}): merge it into its base first, with peft's"
+            " merge_and_unload() and save_pretrained(DIR), then python -m convert.hf_to_orbax DIR"
+            " DST"
+        )
 
 
 def aside_of(target: Path) -> Path:

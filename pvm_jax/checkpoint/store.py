@@ -2,12 +2,13 @@
 train/run/checkpoints.py.)
 
 A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face
-names them, and `params/`, an Orbax pytree of the model's parameters (paths as in
-model/qwen3_vl.py). It lives on a local or mounted file system.
+names them, `params/`, an Orbax pytree of the model's parameters (paths as in model/qwen3_vl.py),
+and its checksums. It lives on a local or mounted file system.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
+from pvm_jax.checkpoint.checksums import verify_checksums, write_checksums
 from pvm_jax.checkpoint.directory import (
     CheckpointError,
     aside_of,
     compare_shapes,
     copy_assets,
     read_config,
+    read_stop_tokens,
     reason_of,
+    refuse_peft,
     write_aside,
     write_config,
 )
@@ -34,6 +38,7 @@ from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, dtype_name
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
+from pvm_jax.paths import local_path
 from pvm_jax.sharding import param_shardings
 
 PARAMS = "params"
@@ -69,8 +74,9 @@ def load(
         FileNotFoundError: if there is nothing at `path`.
         CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the
             branch or the adapter was trained on another backbone.
-        ValueError: for another dtype.
+        ValueError: for another dtype, or a URL (`pvm_jax.paths.local_path`).
     """
+    branch, lora = (part and local_path(part) for part in (branch, lora))  # refused at once
     root = find(path)
     for key, argument, what in (
         (_BRANCH_KEY, "branch", "a PVM branch"),
@@ -83,8 +89,11 @@ def load(
     config = ModelConfig.from_hf(root)
     if branch is not None:
         config = config.without_pvm()
-    width = dtype_name(stored_arrays(root)[_EMBEDDING].dtype if dtype is None else dtype)
-    config = replace(config, dtype=width, param_dtype=width)
+    stored = stored_arrays(root)
+    if _EMBEDDING not in stored:
+        raise CheckpointError(f"{root / PARAMS} has no {_EMBEDDING}: it holds no whole model")
+    width = dtype_name(stored[_EMBEDDING].dtype if dtype is None else dtype)
+    config = replace(config, dtype=width, param_dtype=width, stop_tokens=read_stop_tokens(root))
     graphdef, params = nnx.split(abstract_model(config))
     model = nnx.merge(graphdef, nnx.State(_restore(root, params, mesh, dtype)))
     model = model if branch is None else load_branch(branch, model, dtype=dtype)
@@ -111,7 +120,7 @@ def save(path: str | Path, model: Qwen3VL, *, assets: str | Path | None = None) 
         )
     with write_aside(path) as aside:
         if jax.process_index() == 0:
-            original = {} if assets is None else read_config(assets)
+            original = {} if assets is None else dict(read_config(assets))
             original.pop(_BRANCH_KEY, None)
             original.pop(_LORA_KEY, None)
             write_config(aside, model.config, original)
@@ -214,7 +223,8 @@ def read_branch(root: Path) -> tuple[TextConfig, str | None]:
     text, stored = ModelConfig.from_hf(root).text, read_config(root)
     if not text.pvm_layers or _LORA_KEY in stored:
         raise CheckpointError(f"{root} has no PVM branch (config.json: text_config.pvm_layers)")
-    return text, stored[_BRANCH_KEY]["backbone"] if _BRANCH_KEY in stored else None
+    made_for = stored.object(_BRANCH_KEY, None)
+    return text, None if made_for is None else made_for.text("backbone")
 
 
 def read_lora(root: Path) -> tuple[LoRAConfig, dict[str, str | None]]:
@@ -224,13 +234,22 @@ def read_lora(root: Path) -> tuple[LoRAConfig, dict[str, str | None]]:
     Raises:
         CheckpointError: if the checkpoint at `root` is no adapter.
     """
-    stored = read_config(root).get(_LORA_KEY)
+    stored = read_config(root).object(_LORA_KEY, None)
     if stored is None:
         raise CheckpointError(f"{root} is no LoRA adapter (config.json: no {_LORA_KEY})")
-    return (
-        LoRAConfig(**{key: value for key, value in stored.items() if key != "made_for"}),
-        stored["made_for"],
-    )
+    made_for = stored.object("made_for")
+    try:
+        lora = LoRAConfig(
+            rank=stored.integer("rank", least=1),
+            alpha=stored.number("alpha"),
+            targets=stored.text("targets"),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{root / 'config.json'}: {error}") from error
+    return lora, {
+        "backbone": made_for.text("backbone"),
+        "branch": made_for.text("branch", None),
+    }
 
 
 def check_made_for(root: Path, part: str, made_for: str | None, identity: str | None) -> None:
@@ -255,8 +274,9 @@ def find(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError, CheckpointError: saying what is there instead.
+        ValueError: for a URL (`local_path`).
     """
-    root = Path(path).absolute()
+    root = local_path(path).absolute()
     if (
         (root / "config.json").is_file()
         and (root / PARAMS).is_dir()
@@ -270,6 +290,7 @@ def find(path: str | Path) -> Path:
         )
     if not root.is_dir():
         raise FileNotFoundError(f"no checkpoint directory at {root}")
+    refuse_peft(root)
     if any(root.glob("*.safetensors")):
         raise CheckpointError(
             f"{root} is a Hugging Face checkpoint: convert it first, python -m convert.hf_to_orbax"
@@ -282,9 +303,18 @@ def find(path: str | Path) -> Path:
     )
 
 
-def stored_arrays(root: Path) -> dict[str, Any]:
-    """Shape and dtype of everything in a checkpoint, by path."""
-    return by_path(ocp.metadata(str(root / PARAMS)).metadata)
+def stored_arrays(root: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of everything in a checkpoint, by path.
+
+    Raises:
+        CheckpointError: if what Orbax wrote about it cannot be read.
+    """
+    with explaining_damage(root):
+        metadata = ocp.metadata(str(root / PARAMS)).metadata
+        if not isinstance(metadata, Mapping):  # Orbax only warns of what it cannot read
+            raise ValueError("no metadata of arrays")
+        stored = by_path(metadata)
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in stored.items()}
 
 
 def _restore(
@@ -292,6 +322,7 @@ def _restore(
 ) -> dict[str, Any]:
     """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint may hold parts that
     are not asked for."""
+    verify_checksums(root)
     expected, stored = by_path(params), stored_arrays(root)
     width = None if dtype is None else dtype_name(dtype)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
@@ -315,14 +346,31 @@ def _restore(
         math.prod(leaf.shape) * stored[path].dtype.itemsize for path, leaf in expected.items()
     )
     context.memory.read_concurrent_bytes = largest + _READ_BYTES
-    with context:
+    with explaining_damage(root), context:
         return ocp.load(str(root / PARAMS), traverse_util.unflatten_dict(abstract, sep="/"))
+
+
+@contextmanager
+def explaining_damage(root: Path) -> Iterator[None]:
+    """Turns whatever the layers below say about the files of the checkpoint at `root` into a
+    CheckpointError."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):  # none of the files' faults
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{root / PARAMS} cannot be read: {reason_of(error)}. Files are damaged or missing:"
+            " write or copy this checkpoint again"
+        ) from error
 
 
 def _write(directory: Path, params: dict[str, Any]) -> None:
     try:
         with orbax_context():
             ocp.save(str(directory / PARAMS), params)
+        if jax.process_index() == 0:
+            write_checksums(directory, PARAMS)
     except Exception as error:  # whatever the layers below say about a disk
         raise CheckpointError(
             f"{directory} could not be written: {reason_of(error)}. Make room there and give the"

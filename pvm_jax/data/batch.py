@@ -155,7 +155,7 @@ class Batch:
             ValueError: if placeholders and images do not match, a placeholder run is cut, or a
                 token id is outside the vocabulary; it names the row.
         """
-        examples, columns = _split_rows(
+        examples, columns = split_rows(
             {key: np.asarray(value) for key, value in arrays.items()}, config
         )
         batch = cls.empty(
@@ -232,7 +232,7 @@ class _RowWriter:
         self.column += len(columns)
 
 
-def _split_rows(
+def split_rows(
     arrays: dict[str, np.ndarray], config: ModelConfig
 ) -> tuple[list[Example], list[np.ndarray]]:
     """One Example per row, and the columns that its tokens stand at."""

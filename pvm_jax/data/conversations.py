@@ -16,6 +16,7 @@ from pvm_jax.data.messages import MARKS, Messages, is_learned
 from pvm_jax.data.shards import SHARDS_INDEX, Shards
 from pvm_jax.data.stored import Conversations, Joined
 from pvm_jax.data.tables import ParquetFiles, SavedDataset
+from pvm_jax.paths import local_path
 
 _IN_DIRECTORIES = ("*.jsonl", "*.jsonl.gz")
 
@@ -36,11 +37,11 @@ def open_conversations(
         ImportError: if it takes pyarrow, and that is not installed.
     """
     if not isinstance(path, str | Path):
-        given = [Path(one) for one in path]
+        given = [local_path(one) for one in path]
         if len(given) != 1:
             return _several(Path(", ".join(map(str, given))), given, every_column)
         (path,) = given
-    path = Path(path)
+    path = local_path(path)
     if has_magic(str(path)) and not path.exists():
         return _several(path, _matching(path), every_column)
     if path.is_file():
@@ -91,11 +92,14 @@ def _matching(path: Path) -> list[Path]:
     return [Path(found) for found in sorted(glob(str(path), recursive=True))]
 
 
-def stored_bytes(path: str | Path) -> int:
-    """Bytes of the file at `path`, or of all files in the directory."""
-    path = Path(path)
-    files = path.rglob("*") if path.is_dir() else [path] if path.is_file() else _matching(path)
-    return sum(file.stat().st_size for file in files if file.is_file())
+def stored_files(path: str | Path) -> list[Path]:
+    """The file at `path`, or those of the pattern or in the directory, but hidden ones; sorted."""
+    path = local_path(path)
+    if path.is_dir():
+        files = list(path.glob("[!.]*"))
+    else:
+        files = [path] if path.is_file() else _matching(path)
+    return sorted(file for file in files if file.is_file())
 
 
 def size_of(messages: Messages, count: Callable[[Messages], tuple[int, int]]) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from pvm_jax.data.image_files import Source, opened
+from pvm_jax.json_file import is_number
 
 MAX_ASPECT_RATIO = 200
 CACHED_PATCHES = 256
@@ -60,10 +61,29 @@ class PixelSettings:
         "resample": (int(Image.Resampling.BICUBIC),),
     }
     refuses: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = (
+        "min_pixels",
+        "max_pixels",
+        "patch_size",
+        "merge_size",
+        "temporal_patch_size",
+    )
     default_size: ClassVar[dict[str, int]]
 
     def __post_init__(self):
-        if not 0 < self.min_pixels <= self.max_pixels:
+        for name in self.sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not (is_number(self.rescale_factor) and self.rescale_factor > 0):
+            raise ValueError(
+                f"rescale_factor must be a finite number above 0, got {self.rescale_factor!r}"
+            )
+        if not all(map(is_number, self.mean)):
+            raise ValueError(f"image_mean must be finite numbers, got {self.mean}")
+        if not all(is_number(value) and value > 0 for value in self.std):
+            raise ValueError(f"image_std must be finite numbers above 0, got {self.std}")
+        if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
@@ -170,10 +190,18 @@ class VideoSettings(PixelSettings):
 
     computes = PixelSettings.computes | {"video_processor_type": ("Qwen3VLVideoProcessor",)}
     refuses = ("min_pixels", "max_pixels")
+    sizes = (*PixelSettings.sizes, "max_video_tokens")
     default_size: ClassVar[dict[str, int]] = {
         "shortest_edge": 128 * 32 * 32,
         "longest_edge": 768 * 32 * 32,
     }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.cap_pixels_per_frame, bool):
+            raise ValueError(
+                f"cap_pixels_per_frame must be true or false, got {self.cap_pixels_per_frame!r}"
+            )
 
     def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
         if frames < self.temporal_patch_size:

@@ -5,7 +5,6 @@ The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.data.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -15,14 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
+from pvm_jax.data.tags import with_tags_as_text
+from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
+from pvm_jax.json_file import JsonObject, read_json
+from pvm_jax.paths import local_path
 
 VISUAL_TOKENS = {
     "image_token": "<|image_pad|>",
@@ -93,25 +97,26 @@ class Processor:
         self._placeholder = re.compile(f"{run}|{re.escape(self._video)}|{re.escape(self._image)}")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
+    def from_pretrained(cls, path: str | Path, *, tags_as_text: Sequence[str] = ()) -> Self:
         """Reads tokenizer, chat template and preprocessor config from a Hugging Face or converted
-        checkpoint directory.
+        checkpoint directory. No code of the checkpoint's is run.
+
+        Args:
+            tags_as_text: added tokens, as "<think>", that texts hold in letters instead
+                (`pvm_jax.data.tags`).
 
         Raises:
             FileNotFoundError: if the directory or one of the files is not there.
-            ValueError: for a preprocessor setting that is not computed here, or a tokenizer without
-                visual tokens.
+            ValueError: naming the file, if one is malformed; for a preprocessor setting that is not
+                computed here; for a tokenizer without visual tokens, or with more ids than the
+                model has rows; for a tag that is none.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such directory")
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise FileNotFoundError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        folder = local_path(path)
+        tokenizer = with_tags_as_text(read_tokenizer(folder), tags_as_text)
         stops = [tokenizer.added_tokens_decoder.get(token) for token in _stop_tokens(folder)]
         return cls(
             tokenizer,
-            _chat_template(folder, tokenizer),
+            read_chat_template(folder, tokenizer),
             *_pixel_settings(folder),
             control_tokens=[token.content for token in stops if token],
         )
@@ -236,8 +241,9 @@ class Processor:
         )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: ArrayLike, *, skip_special_tokens: bool = True) -> str:
         """The text of token ids [S]."""
+        ids = np.asarray(ids, int)
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def decoder(self) -> Callable[[int], str]:
@@ -353,42 +359,33 @@ class Processor:
         return {"input_ids": ids, "attention_mask": mask}
 
 
-def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The processor's template where it has one of its own, else the tokenizer's
-    (chat_template.jinja among them)."""
-    for file in ("processor_config.json", "chat_template.json"):
-        if template := _read_json(folder / file).get("chat_template"):
-            return template
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise ValueError(f"{folder}: no chat template (chat_template.jinja): {error}") from error
-
-
 def _pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
     """From processor_config.json, as transformers 5 saves it, or from the files that came before
     it."""
-    nested = _read_json(folder / "processor_config.json")
+    nested = _read(folder / "processor_config.json")
     file = "processor_config.json" if "image_processor" in nested else "preprocessor_config.json"
-    image = nested.get("image_processor") or _read_json(folder / file)
+    image = nested.object("image_processor", None) or _read(folder / file)
     if not image:
         raise FileNotFoundError(
             f"{folder}: no preprocessor_config.json (nor image_processor in processor_config.json)"
         )
     image_settings = ImageSettings.from_config(image, str(folder / file))
-    video = nested.get("video_processor") or _read_json(folder / "video_preprocessor_config.json")
+    video = nested.object("video_processor", None)
+    source = "processor_config.json" if video else "video_preprocessor_config.json"
+    video = video or _read(folder / source)
     if not video:
         # Hugging Face then reads the images' file, whose min_pixels and max_pixels mean nothing to
         # videos.
+        source = file
         video = {key: value for key, value in image.items() if key not in VideoSettings.refuses}
-    return image_settings, VideoSettings.from_config(video, f"{folder}: video preprocessor")
+    return image_settings, VideoSettings.from_config(video, str(folder / source))
 
 
-def _stop_tokens(folder: Path) -> list[int]:
-    """The ids that end a generation."""
-    ids = _read_json(folder / "generation_config.json").get("eos_token_id")
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def _stop_tokens(folder: Path) -> list[Any]:
+    """The ids that end a generation, beside the tokenizer's own."""
+    ids = _read(folder / "generation_config.json").get("eos_token_id")
+    return ids if isinstance(ids, list) else [ids]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read(file: Path) -> JsonObject:
+    return read_json(file) if file.exists() else JsonObject({}, str(file))

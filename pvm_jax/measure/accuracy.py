@@ -20,20 +20,21 @@ from pvm_jax.measure.reading import (
     read,
 )
 from pvm_jax.model.decoder import Inner
-from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
+from pvm_jax.model.pieces import Piece, inspect
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 Scorer = Callable[[int, np.ndarray], np.ndarray]
-"""(number of the conversation, written token ids [T]) -> a score in [0, 1] for each position [T'],
-NaN where none is due."""
+"""(number of the conversation, written token ids [tokens]) -> a score in [0, 1] for each of at most
+that many, NaN where none is due."""
 
 
 class TeacherForced(NamedTuple):
-    """By answer token, of N conversations with A tokens at most (NaN beyond an answer's end), all
-    before it being the truth.
+    """By answer token, of all conversations with `answer` tokens at most (NaN beyond an answer's
+    end), all before it being the truth.
 
     Attributes:
-        correct: [N, A], 1 where the likeliest token is the true one, else 0.
-        loss: [N, A], -log p(true token), in nats.
+        correct: [conversations, answer], 1 where the likeliest token is the true one, else 0.
+        loss: [conversations, answer], -log p(true token), in nats.
     """
 
     correct: np.ndarray
@@ -75,15 +76,16 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> li
 
         return only_if(columns_of(wanted, piece).any(), compare)
 
-    return [at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk)]
+    return [at_predicting(x, columns) for x in inspect(model, batch, look, conclude, chunk=chunk)]
 
 
 class WrittenAnswers(NamedTuple):
     """What a model wrote itself, greedily, in the place of each conversation's last answer.
 
     Attributes:
-        score: [N, T], by position in the answer, as graded; NaN where no score is due.
-        lengths: [N], tokens written, the stop token included.
+        score: [conversations, tokens], by position in the answer, as graded; NaN where no score is
+            due.
+        lengths: [conversations], tokens written, the stop token included.
         tokens: by conversation, the ids [length].
     """
 
@@ -149,7 +151,7 @@ def exact_so_far(written: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def prompt_of(example: Example) -> tuple[Example, np.ndarray]:
-    """The conversation up to its last answer, and that answer's tokens."""
+    """The conversation up to its last answer, and that answer's token ids [answer]."""
     learned = find_answers([example]).columns[0]
     start = learned[np.flatnonzero(np.diff(learned, prepend=-2) > 1)[-1]]
     return replace(example, input_ids=example.input_ids[:start], loss_mask=None), example.input_ids[

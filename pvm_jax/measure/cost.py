@@ -12,6 +12,7 @@ from flax import nnx
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
 from pvm_jax.generation import generate, stream
+from pvm_jax.model import pieces
 from pvm_jax.model.cache import SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -20,8 +21,8 @@ class Cost(NamedTuple):
     """Of one model.
 
     Attributes:
-        prefill: [R], seconds until the first token of a prompt is there, in each of R rounds.
-        decode: [R], seconds of each further token, a round's mean.
+        prefill: [rounds], seconds until the first token of a prompt is there, in each round.
+        decode: [rounds], seconds of each further token, a round's mean.
         weights: bytes of all parameters.
         cache: bytes of the prompt's keys and values and those of the tokens generated.
         memory: bytes of what the branch keeps of the prompt's images.
@@ -72,16 +73,17 @@ def cost(
 def _seconds(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[float, float]:
     """To the first token, and of each further one."""
     start = time.perf_counter()
-    next(stream(model, batch, max_new_tokens=new_tokens, temperature=0.0))
+    next(stream(model, batch, max_new_tokens=new_tokens, temperature=0.0, stop_tokens=()))
     first = time.perf_counter() - start
     start = time.perf_counter()
-    generate(model, batch, max_new_tokens=new_tokens, temperature=0.0).tokens.block_until_ready()
+    got = generate(model, batch, max_new_tokens=new_tokens, temperature=0.0, stop_tokens=())
+    got.tokens.block_until_ready()
     return first, (time.perf_counter() - start - first) / (new_tokens - 1)
 
 
 def _bytes(model: Qwen3VL, batch: Batch, new_tokens: int) -> tuple[int, int, int]:
     """Of weights, keys and values, and memories; nothing is computed."""
-    cache = jax.eval_shape(lambda: model.prefill(batch)[1])
+    cache = jax.eval_shape(lambda: pieces.prefill(model, batch)[1])
     samples = jax.eval_shape(lambda: SampleCache.empty(model.config, 1, 1, new_tokens))
 
     def total(tree) -> int:

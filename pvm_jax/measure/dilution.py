@@ -14,7 +14,8 @@ from pvm_jax.measure.reading import at_predicting, find_answers, read
 from pvm_jax.model.attention import attention_weights
 from pvm_jax.model.decoder import Inner
 from pvm_jax.model.layers import l2_norm
-from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
+from pvm_jax.model.pieces import Piece, inspect
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
 class Dilution(NamedTuple):
@@ -22,13 +23,13 @@ class Dilution(NamedTuple):
     the token is predicted.
 
     Attributes:
-        mass: [N, L, A], each layer's attention on visual tokens, the mean over its heads, in [0,
-            1].
-        uniform: [N, A], what it would be if all tokens so far had the same share: visual tokens so
-            far over tokens so far.
-        ffn: [N, P, A], the norm of the FFN's output in each layer with a branch, in ascending
-            order.
-        update: [N, P, A], the norm of the branch's update beside it.
+        mass: [conversations, L, answer], each layer's attention on visual tokens, the mean over its
+            heads, in [0, 1].
+        uniform: [conversations, answer], what it would be if all tokens so far had the same share:
+            visual tokens so far over tokens so far.
+        ffn: [conversations, branches, answer], the norm of the FFN's output in each layer with a
+            branch, in ascending order.
+        update: [conversations, branches, answer], the norm of the branch's update beside it.
     """
 
     mass: np.ndarray
@@ -74,7 +75,7 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> tu
         ]
 
     mass, ffn, update = (
-        at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk)
+        at_predicting(x, columns) for x in inspect(model, batch, look, conclude, chunk=chunk)
     )
     before = jnp.take_along_axis(jnp.cumsum(is_visual, 1), columns - 1, axis=1)
     return mass, before / columns, ffn, update

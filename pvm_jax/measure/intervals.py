@@ -21,7 +21,8 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
-    """Mean of `values` [N, ...] over N conversations, NaN left out, and its bootstrap interval.
+    """Mean of `values` [conversations, ...] over conversations, NaN left out, and its bootstrap
+    interval.
 
     Conversations are resampled, not tokens: what is said about one image is not independent.
     """
@@ -54,7 +55,7 @@ class PositionBucket(NamedTuple):
         return str(self.first) if self.first == self.last else f"{self.first:,} to {self.last:,}"
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """The bucket's part of `values` [..., A]."""
+        """The bucket's part of `values` [..., answer]."""
         return values[..., self.first - 1 : self.last]
 
 
@@ -70,14 +71,16 @@ def doubling_buckets(longest: int, first: int = 8) -> list[PositionBucket]:
 
 
 def by_position(values: np.ndarray, buckets: Sequence[PositionBucket]) -> list[Estimate]:
-    """Of `values` [N, A] by answer token, an Estimate for each bucket of positions."""
+    """Of `values` [conversations, answer] by answer token, an Estimate for each bucket of
+    positions."""
     return [estimate(bucket.of(values)) for bucket in buckets]
 
 
 def by_length(
     values: np.ndarray, lengths: np.ndarray, buckets: Sequence[PositionBucket]
 ) -> list[Estimate]:
-    """Of `values` [N, A], an Estimate for each bucket of the answers' `lengths` [N]."""
+    """Of `values` [conversations, answer], an Estimate for each bucket of the answers' `lengths`
+    [conversations]."""
     chosen = [(lengths >= bucket.first) & (lengths <= bucket.last) for bucket in buckets]
     return [
         estimate(values[which]) if which.any() else Estimate(np.nan, np.nan, np.nan)

@@ -19,7 +19,8 @@ from pvm_jax.measure.reading import (
     read,
 )
 from pvm_jax.model.decoder import Inner
-from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
+from pvm_jax.model.pieces import Piece, inspect
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
 class Lens(NamedTuple):
@@ -29,10 +30,11 @@ class Lens(NamedTuple):
     "The final token" is the one that the model itself finds likeliest in the end, right or not.
 
     Attributes:
-        probability: [N, L, A], of the final token by the layer's own distribution.
-        rank: [N, L, A], how many tokens the layer finds likelier.
-        kl: [N, L, A], KL(final distribution || the layer's), in nats.
-        settled: [N, A], the first layer from which the final token is the likeliest, and stays it.
+        probability: [conversations, L, answer], of the final token by the layer's own distribution.
+        rank: [conversations, L, answer], how many tokens the layer finds likelier.
+        kl: [conversations, L, answer], KL(final distribution || the layer's), in nats.
+        settled: [conversations, answer], the first layer from which the final token is the
+            likeliest, and stays it.
     """
 
     probability: np.ndarray
@@ -84,4 +86,4 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> li
 
         return only_if(columns_of(wanted, piece).any(), compare)
 
-    return [at_predicting(x, columns) for x in model.inspect(batch, look, conclude, chunk=chunk)]
+    return [at_predicting(x, columns) for x in inspect(model, batch, look, conclude, chunk=chunk)]

@@ -13,7 +13,8 @@ from pvm_jax.data.example import Example
 from pvm_jax.measure.reading import read
 from pvm_jax.model.attention import attention_weights
 from pvm_jax.model.decoder import Inner
-from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
+from pvm_jax.model.pieces import Piece, inspect
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
 class Looked(NamedTuple):
@@ -23,9 +24,10 @@ class Looked(NamedTuple):
     columns; what a conversation has fewer than V is 0.
 
     Attributes:
-        branch: [N, P, heads, T, V], of every layer with a branch, in ascending order; a head's sum
-            is 1.
-        decoder: [N, L, T, V], of every layer, the mean over its heads; the sum is `Dilution.mass`.
+        branch: [conversations, branches, heads, chosen, V], of every layer with a branch, in
+            ascending order; a head's sum is 1.
+        decoder: [conversations, L, chosen, V], of every layer, the mean over its heads; the sum is
+            `Dilution.mass`.
     """
 
     branch: np.ndarray
@@ -40,8 +42,8 @@ def looked(
     rows: int = 4,
     chunk: int = 256,
 ) -> Looked:
-    """Args: columns: [N, T], the tokens in question, each predicted from the column before it. See
-    `reading.read`."""
+    """Args: columns: [conversations, chosen], the tokens in question, each predicted from the
+    column before it. See `reading.read`."""
     return Looked(*read(model, examples, _program, columns=columns, rows=rows, chunk=chunk))
 
 
@@ -74,13 +76,13 @@ def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> li
         return jnp.stack(branch, 1) if branch else nothing, jnp.stack(decoder, 1)
 
     return [
-        x.sum(0) for x in model.inspect(batch, look, conclude, chunk=chunk)
+        x.sum(0) for x in inspect(model, batch, look, conclude, chunk=chunk)
     ]  # each token is in one piece
 
 
 def _chosen(columns: jax.Array, piece: Piece):
-    """Which of `columns` [B, T] are in the piece, and a function that takes them out of what its
-    columns have: [B, W, ...]."""
+    """Which of `columns` [B, chosen] are in the piece, and a function that takes them out of what
+    its columns have: [B, piece, ...]."""
     width = piece.segment_ids.shape[1]
     here = (columns >= piece.start) & (columns < piece.start + width)
     places = jnp.clip(columns - piece.start, 0, width - 1)

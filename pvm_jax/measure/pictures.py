@@ -1,8 +1,8 @@
 """The pictures of an encoded conversation, as the model gets them: out of its patches, and back
 into them.
 
-A frame is an image, or a pair of frames of a video: [T, height, width, channels] in the patches'
-own (normalized) units.
+A frame is an image, or a pair of frames of a video: [frames, height, width, channels] in the
+patches' own (normalized) units.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pvm_jax.data.images import PixelSettings
 
 
 def frames(example: Example, config: VisionConfig) -> list[np.ndarray]:
-    """The images' frames, then the videos'."""
+    """The images' frames, then the videos': each [frames, height, width, channels]."""
     found = []
     for pixels, grids in (
         (example.pixel_values, example.image_grid_thw),
@@ -43,7 +43,7 @@ def picture(
 
 
 def with_frames(example: Example, new: Sequence[np.ndarray], config: VisionConfig) -> Example:
-    """`example` showing other frames, of the sizes of its own."""
+    """`example` showing other frames, shaped as its own (`frames`)."""
     patches = np.concatenate([_fold(frame, config) for frame in new]).astype(np.float32)
     images = 0 if example.pixel_values is None else len(example.pixel_values)
     return replace(
@@ -74,8 +74,9 @@ def exchanged(examples: Sequence[Example], config: VisionConfig) -> list[Example
 
 
 def partners(examples: Sequence[Example]) -> list[int]:
-    """[N]: for each conversation the next one, the first following the last, that shares no image
-    or video with it. In many data several questions about one image follow each other.
+    """[conversations]: for each conversation the next one, the first following the last, that
+    shares no image or video with it. In many data several questions about one image follow each
+    other.
 
     Raises:
         ValueError: for a conversation without such another.

@@ -12,19 +12,21 @@ from flax import nnx
 
 from pvm_jax.data.batch import Batch, hide_images
 from pvm_jax.data.example import Example
-from pvm_jax.model.qwen3_vl import Piece, Qwen3VL
+from pvm_jax.model.pieces import Piece
+from pvm_jax.model.qwen3_vl import Qwen3VL
 
 Program = Callable[[Qwen3VL, Batch, jax.Array, int], Any]
-"""(model, batch, columns [B, A], chunk) -> a pytree of arrays [B, ...]; a function of a module,
-since it is compiled once."""
+"""(model, batch, columns [B, answer], chunk) -> a pytree of arrays [B, ...]; a function of a
+module, since it is compiled once."""
 
 
 class Answers(NamedTuple):
     """Where the tokens of N conversations' answers stand, A of them in the longest.
 
     Attributes:
-        columns: [N, A] int32, the column of each token; beyond an answer's end its last one's.
-        real: [N, A] bool, False beyond the end.
+        columns: [conversations, answer] int32, the column of each token; beyond an answer's end its
+            last one's.
+        real: [conversations, answer] bool, False beyond the end.
     """
 
     columns: np.ndarray
@@ -32,11 +34,11 @@ class Answers(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """[N], tokens of each answer."""
+        """[conversations], tokens of each answer."""
         return self.real.sum(1)
 
     def where_real(self, values: np.ndarray) -> np.ndarray:
-        """`values` [N, ..., A] as floats, NaN beyond the answers' ends."""
+        """`values` [conversations, ..., answer] as floats, NaN beyond the answers' ends."""
         real = self.real.reshape(len(self.real), *(1,) * (values.ndim - 2), -1)
         return np.where(real, values.astype(np.float32), np.float32(np.nan))
 
@@ -83,13 +85,13 @@ def read(
 
     Args:
         examples: N encoded conversations.
-        columns: [N, A], tokens of each that `program` is about.
+        columns: [conversations, answer], tokens of each that `program` is about.
         rows: conversations that are computed together, at most. All batches have one shape.
-        chunk: columns of a batch that are computed together, at most (`Qwen3VL.inspect`).
+        chunk: columns of a batch that are computed together, at most (`pieces.inspect`).
         hide: the decoder does not see the images, the branch alone does (`hide_images`).
 
     Returns:
-        The program's pytree in NumPy, [N, ...].
+        The program's pytree in NumPy, [conversations, ...].
     """
     rows = min(rows, len(examples))
     graphdef, params = nnx.split(model)
@@ -120,8 +122,8 @@ def _run(
 
 
 def at_predicting(pieces: jax.Array, columns: jax.Array) -> jax.Array:
-    """[pieces, ..., B, W] -> [B, ..., A]: of what was kept of all columns, that of the column
-    before each of `columns` [B, A], from which the token there is predicted."""
+    """[pieces, ..., B, piece] -> [B, ..., answer]: of what was kept of all columns, that of the
+    column before each of `columns` [B, answer], from which the token there is predicted."""
     whole = jnp.moveaxis(pieces, 0, -2)
     whole = jnp.moveaxis(whole.reshape(*whole.shape[:-2], -1), -2, 0)
     before = (columns - 1).reshape(columns.shape[0], *(1,) * (whole.ndim - 2), -1)
@@ -129,8 +131,8 @@ def at_predicting(pieces: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def columns_of(x: jax.Array, piece: Piece) -> jax.Array:
-    """The columns of a piece, [B, W], of what all columns of the batch have, [B, S]; zeros where it
-    was filled up."""
+    """The columns of a piece, [B, piece], of what all columns of the batch have, [B, S]; zeros
+    where it was filled up."""
     width = piece.segment_ids.shape[1]
     padded = jnp.pad(x, ((0, 0), (0, piece.mask.shape[-1] - x.shape[1])))
     return jax.lax.dynamic_slice_in_dim(padded, piece.start, width, axis=1)
@@ -142,6 +144,6 @@ def predicts_an_answer(batch: Batch) -> jax.Array:
 
 
 def only_if(needed: jax.Array, compute: Callable[[], Any]) -> Any:
-    """What `compute` gives, or zeros without computing it."""
+    """What `compute` gives if `needed` [] is true, or zeros without computing it."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
     return jax.lax.cond(needed, compute, lambda: zeros)

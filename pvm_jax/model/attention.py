@@ -77,20 +77,21 @@ def shared_attention(
     shared_mask: jax.Array,
     own_mask: jax.Array,
 ) -> jax.Array:
-    """One softmax over keys that a row's N queries share, keys that each of them has for itself,
+    """One softmax over keys that a row's samples share, keys that each of them has for itself,
     and its newest: a decoding step.
 
     Args:
-        q: [B, N, heads, H], N queries that do not see each other.
+        q: [B, samples, N, H], whose samples do not see each other.
         shared: keys and values [B, K, T, H].
-        own: keys and values [B, K, N, U, H].
-        new: key and value [B, K, N, H] of the query's own token.
-        shared_mask: [B, N, T], own_mask: broadcastable to [B, N, U], True where the query may look.
+        own: keys and values [B, K, samples, written, H].
+        new: key and value [B, K, samples, H] of the query's own token.
+        shared_mask: [B, samples, T], own_mask: broadcastable to [B, samples, written], True where
+            the query may look.
 
     Returns:
-        [B, N, heads, H].
+        [B, samples, N, H].
     """
-    # [B, K, N, heads / K, H]: batch axes lead in one order in all operands, so that no product
+    # [B, K, samples, N / K, H]: batch axes lead in one order in all operands, so that no product
     # wants keys or values copied.
     grouped = q.reshape(*q.shape[:2], shared[0].shape[1], -1, q.shape[-1]).swapaxes(1, 2)
     scores = [

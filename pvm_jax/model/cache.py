@@ -60,7 +60,7 @@ class PromptCache(NamedTuple):
             segment_ids=jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, slot))
         )
 
-    def write(self, layer: jax.Array, slot: jax.Array, k: jax.Array, v: jax.Array) -> Self:
+    def write(self, layer: jax.Array, slot: jax.Array | int, k: jax.Array, v: jax.Array) -> Self:
         """With k, v [B, S, K, H] in the slots from `slot` on of one layer."""
         start = (layer, 0, 0, slot, 0)
         k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
@@ -68,8 +68,8 @@ class PromptCache(NamedTuple):
 
 
 class SampleCache(NamedTuple):
-    """The keys and values of what is generated: [L, B, K, N, T, H] each, for N samples of every
-    prompt."""
+    """The keys and values of what is generated: [L, B, K, samples, T, H] each, for all samples of
+    every prompt."""
 
     keys: jax.Array
     values: jax.Array
@@ -95,7 +95,7 @@ class SampleCache(NamedTuple):
         return TokenKeysValues(*(jnp.zeros_like(x[:, :, :, :, 0]) for x in self))
 
     def write(self, slot: jax.Array, written: "TokenKeysValues") -> Self:
-        """With them in one slot of every layer."""
+        """With them in `slot` [] of every layer."""
         pairs = zip(self, written, strict=True)
         return type(self)(
             *(
@@ -106,13 +106,13 @@ class SampleCache(NamedTuple):
 
 
 class TokenKeysValues(NamedTuple):
-    """The keys and values of one token of every sample: [L, B, K, N, H] each."""
+    """The keys and values of one token of every sample: [L, B, K, samples, H] each."""
 
     keys: jax.Array
     values: jax.Array
 
     def put(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> Self:
-        """With k, v [B, K, N, H] as one layer's."""
+        """With k, v [B, K, samples, H] as one layer's."""
         start = (layer, 0, 0, 0, 0)
         return type(self)(_put(self.keys, k, start), _put(self.values, v, start))
 

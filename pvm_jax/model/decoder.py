@@ -2,6 +2,7 @@
 (DeepStack, PVM)."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import ModelConfig, TextConfig
+from pvm_jax.model.attend import Attend
 from pvm_jax.model.layers import (
     Embedding,
     Linear,
@@ -24,29 +26,26 @@ from pvm_jax.model.layers import (
 from pvm_jax.model.rope import mrope_angles, rotate
 from pvm_jax.sharding import constrain
 
-Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""(cache, layer, q, k, v) -> what the queries attended to, [B, S, N, H], and the cache with k and v
-[B, S, K, H] in it."""
+Recall = Callable[[int, jax.Array], jax.Array]
+"""(layer, stream [B, S, D]) -> the branch's update [B, S, D]."""
 
 
 class Inner(NamedTuple):
     """What one layer computes, for a probe to take what it wants of.
 
     Attributes:
-        index: [] int32, the layer.
-        branch: the layer as an int where it has a branch and there are images to recall, else None.
         q: [B, S, N, H] and k: [B, S, K, H], normed and rotated.
         cache: as `attend` left it.
         middle: [B, S, D], the stream after self-attention: what the branch reads, and the FFN after
             its norm.
         ffn: [B, S, D], the FFN's output.
-        update: [B, S, D], the branch's; None where `branch` is None.
-        stream: [B, S, D], the residual stream that leaves the layer (the DeepStack addition
-            included).
+        update: [B, S, D], the branch's; None where it is not added here.
+        stream: [B, S, D], the residual stream that leaves the layer (for a probe: the DeepStack
+            addition included).
+        index: [] int32, the layer; the decoder says which.
+        branch: the layer as an int where it has an update, else None.
     """
 
-    index: jax.Array
-    branch: int | None
     q: jax.Array
     k: jax.Array
     cache: Any
@@ -54,6 +53,8 @@ class Inner(NamedTuple):
     ffn: jax.Array
     update: jax.Array | None
     stream: jax.Array
+    index: jax.Array | None = None
+    branch: int | None = None
 
 
 class Decoded(NamedTuple):
@@ -71,18 +72,23 @@ class Attention(nnx.Module):
 
     def __init__(self, c: TextConfig, *, dtype: str, rngs: Rngs):
         q_width, kv_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, q_width, ("heads", "embed"), dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(c.hidden_size, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(c.hidden_size, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(q_width, c.hidden_size, ("embed", "heads"), dtype=dtype, rngs=rngs)
+
+        def linear(width: int, features: int, axes: tuple[str, str]) -> Linear:
+            return Linear(width, features, axes, bias=c.attention_bias, dtype=dtype, rngs=rngs)
+
+        self.q_proj = linear(c.hidden_size, q_width, ("heads", "embed"))
+        self.k_proj = linear(c.hidden_size, kv_width, ("kv_heads", "embed"))
+        self.v_proj = linear(c.hidden_size, kv_width, ("kv_heads", "embed"))
+        self.o_proj = linear(q_width, c.hidden_size, ("embed", "heads"))
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.head_dim = c.head_dim
+        self.magnitude = c.yarn.attention_factor if c.yarn else 1.0
 
     def heads(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, S, D] -> q [B, S, N, H], k and v [B, S, K, H]; q and k rotated."""
-        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles)
-        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles)
+        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles, self.magnitude)
+        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles, self.magnitude)
         v = split_heads(self.v_proj(x), self.head_dim)
         return (
             constrain(q, "batch", "length", "heads", "head_dim"),
@@ -92,13 +98,37 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
+    """`Qwen3VLTextDecoderLayer`, with the paper's branch beside the FFN."""
+
     def __init__(self, c: TextConfig, *, dtype: str, rngs: Rngs):
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs)
+        width, eps = c.hidden_size, c.rms_norm_eps
+        self.input_layernorm = RMSNorm(width, eps, dtype=dtype, rngs=rngs)
         self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(
-            c.hidden_size, c.rms_norm_eps, dtype=dtype, rngs=rngs
-        )
-        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(width, eps, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(width, c.intermediate_size, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+        recall: Callable[[jax.Array], jax.Array] | None,
+    ) -> Inner:
+        """h = x + Attn(norm(x)); y = h + FFN(norm(h)) + PVM(h).
+
+        Args:
+            x: [B, S, D], the residual stream.
+            angles: [B, S, H/2].
+            attend: (q, k, v) -> what the queries attended to, [B, S, N, H], and a cache.
+            recall: PVM, [B, S, D] -> [B, S, D]; None: no branch here, or no image to recall.
+        """
+        q, k, v = self.self_attn.heads(self.input_layernorm(x), angles)
+        attended, cache = attend(q, k, v)
+        h = x + self.self_attn.o_proj(merge_heads(attended))
+        update = None if recall is None else recall(h)
+        ffn = self.mlp(self.post_attention_layernorm(h))
+        y = h + ffn if update is None else h + ffn + update
+        return Inner(q, k, cache, h, ffn, update, y)
 
 
 class _LayerRun(NamedTuple):
@@ -110,11 +140,11 @@ class _LayerRun(NamedTuple):
     pvm: bool
 
 
-def _runs(config: ModelConfig, taps: int, *, alone: bool) -> list[_LayerRun]:
-    """`alone`: a layer with a branch is a run of its own; else it is the last one of a run."""
+def _runs(config: ModelConfig, taps: int, *, beside: bool) -> list[_LayerRun]:
+    """`beside`: a layer with its branch is a run of its own; else it is the last one of a run."""
     layers, special = config.text.num_hidden_layers, config.text.pvm_layers
     edges = sorted(
-        {0, taps, layers, *(special if alone else ()), *(layer + 1 for layer in special)}
+        {0, taps, layers, *(special if beside else ()), *(layer + 1 for layer in special)}
     )
     return [_LayerRun(a, b, a < taps, b - 1 in special) for a, b in pairwise(edges)]
 
@@ -140,7 +170,7 @@ class Decoder(nnx.Module):
         *,
         attend: Attend,
         cache: Any = None,
-        recall: Callable[[int, jax.Array], jax.Array] | None = None,
+        recall: Recall | None = None,
         deepstack: jax.Array | None = None,
         place: Callable[[jax.Array], jax.Array] | None = None,
         probe: Callable[[Inner], Any] | None = None,
@@ -151,22 +181,24 @@ class Decoder(nnx.Module):
             hidden: [B, S, D], embeddings with the visual tokens in place.
             positions: [B, 3, S].
             attend: self-attention, with what each layer keeps of it in `cache`, a pytree.
-            recall: (layer, stream [B, S, D]) -> the PVM update [B, S, D]; None: no images, the
-                update is 0.
+            recall: the branches; None: no images, the update is 0.
             deepstack: [taps, B, V, D]; `place` puts one of them at its row's visual tokens: [B, V,
                 D] -> [B, S, D].
             probe: takes of every layer what it returns, a pytree of arrays.
         """
         c = self.config.text
-        angles = mrope_angles(positions, c.head_dim, c.rope_theta, c.mrope_section)
+        angles = mrope_angles(positions, c)
         graphdef, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
-        # With a cache the branch is added behind its run's loop: of a loop over one layer the
-        # compiler makes straight code with a copy of that layer's weights. Not where the loop's
-        # carry is kept for a backward pass, or a probe takes the update.
-        alone = cache is None or probe is not None
+        # Beside the FFN, where the equation has it. With a cache the branch is added behind its
+        # run's loop instead: of a loop over one layer the compiler makes straight code with a copy
+        # of that layer's weights. Not where the loop's carry is kept for a backward pass, or a
+        # probe takes the update.
+        beside = cache is None or probe is not None
 
         def make_layer(run: _LayerRun):
+            here = partial(recall, run.start) if beside and run.pvm and recall else None
+
             def layer(carry, xs):
                 hidden, cache, _ = carry
                 index, layer_params, features = xs
@@ -176,41 +208,32 @@ class Decoder(nnx.Module):
                         lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params
                     )
                 block: DecoderLayer = nnx.merge(graphdef, layer_params)
-                q, k, v = block.self_attn.heads(block.input_layernorm(hidden), angles)
-                attended, cache = attend(cache, index, q, k, v)
-                middle = hidden + block.self_attn.o_proj(merge_heads(attended))
-                update = (
-                    recall(run.start, middle) if alone and run.pvm and recall is not None else None
-                )
-                ffn = block.mlp(block.post_attention_layernorm(middle))
-                hidden = middle + ffn
-                if update is not None:
-                    hidden = hidden + update
+                inner = block(hidden, angles, partial(attend, cache, index), here)
+                hidden = inner.stream
                 if features is not None and place is not None:
                     hidden = hidden + place(features)
                 hidden = constrain(hidden, "batch", "length", "hidden")
-                branch = None if update is None else run.start
-                inner = Inner(index, branch, q, k, cache, middle, ffn, update, hidden)
-                return (hidden, cache, None if alone else middle), (
-                    None if probe is None else probe(inner)
-                )
+                carry = hidden, inner.cache, None if beside else inner.middle
+                if probe is None:
+                    return carry, None
+                branch = None if here is None else run.start
+                return carry, probe(inner._replace(stream=hidden, index=index, branch=branch))
 
             return remat(layer, self.config.remat)
 
         probed = []
-        for run in _runs(self.config, 0 if deepstack is None else len(deepstack), alone=alone):
+        for run in _runs(self.config, 0 if deepstack is None else len(deepstack), beside=beside):
             layers = slice(run.start, run.stop)
             xs = (
                 jnp.arange(run.start, run.stop),
                 jax.tree.map(lambda p, layers=layers: p[layers], params) if cache is None else None,
                 deepstack[layers] if deepstack is not None and run.deepstack else None,
             )
-            carry = hidden, cache, None if alone else hidden
+            carry = hidden, cache, None if beside else hidden
             (hidden, cache, middle), taken = jax.lax.scan(make_layer(run), carry, xs)
             if middle is not None and run.pvm and recall is not None:
-                hidden = constrain(
-                    hidden + recall(run.stop - 1, middle), "batch", "length", "hidden"
-                )
+                hidden = hidden + recall(run.stop - 1, middle)
+                hidden = constrain(hidden, "batch", "length", "hidden")
             probed += [
                 jax.tree.map(lambda x, place=place: x[place], taken)
                 for place in range(run.stop - run.start)

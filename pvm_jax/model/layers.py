@@ -77,8 +77,8 @@ class Embedding(nnx.Module):
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    """x over its root mean square along the last axis; computed in float32, returned in x's
-    dtype."""
+    """[..., D] -> [..., D]: x over its root mean square along the last axis; computed in float32,
+    returned in x's dtype."""
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)).astype(
         x.dtype
@@ -91,6 +91,8 @@ def l2_norm(x: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
+    """[..., D] -> [..., D] (`Qwen3VLTextRMSNorm`): normed in float32, scaled in x's dtype."""
+
     def __init__(self, features: int, eps: float, *, dtype: str, rngs: Rngs):
         self.weight = parameter(rngs, ones, (features,), ("norm",), dtype)
         self.eps = eps
@@ -100,7 +102,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Computed in float32, returned in x's dtype."""
+    """[..., D] -> [..., D], computed in float32, returned in x's dtype."""
 
     def __init__(self, features: int, eps: float, *, dtype: str, rngs: Rngs):
         self.weight = parameter(rngs, ones, (features,), ("norm",), dtype)
@@ -117,7 +119,7 @@ class LayerNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)), no biases (`Qwen3VLTextMLP`)."""
+    """[..., D] -> [..., D]: down(silu(gate(x)) * up(x)), no biases (`Qwen3VLTextMLP`)."""
 
     def __init__(self, features: int, intermediate: int, *, dtype: str, rngs: Rngs):
         self.gate_proj = Linear(features, intermediate, ("mlp", "embed"), dtype=dtype, rngs=rngs)

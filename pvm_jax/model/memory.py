@@ -40,27 +40,33 @@ class CrossAttention(nnx.Module):
         c, dtype = config.text, config.param_dtype
         width, q_width = c.pvm_hidden_size, c.pvm_num_heads * c.head_dim
         kv_width = c.pvm_num_key_value_heads * c.head_dim
-        self.q_proj = Linear(width, q_width, ("heads", "embed"), dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(width, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(width, kv_width, ("kv_heads", "embed"), dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(q_width, width, ("embed", "heads"), dtype=dtype, rngs=rngs)
+
+        def linear(width: int, features: int, axes: tuple[str, str]) -> Linear:
+            return Linear(width, features, axes, bias=c.attention_bias, dtype=dtype, rngs=rngs)
+
+        self.q_proj = linear(width, q_width, ("heads", "embed"))
+        self.k_proj = linear(width, kv_width, ("kv_heads", "embed"))
+        self.v_proj = linear(width, kv_width, ("kv_heads", "embed"))
+        self.o_proj = linear(q_width, width, ("embed", "heads"))
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.head_dim = c.head_dim
         self.kernel = config.attention
 
     def memorize(self, compact: jax.Array, segment_ids: jax.Array) -> Memory:
+        """Visual tokens in the branch's width, [B, V, width], and their segments [B, V]."""
         keys = self.k_norm(split_heads(self.k_proj(compact), self.head_dim))
         values = split_heads(self.v_proj(compact), self.head_dim)
         return Memory(keys, values, segment_ids)
 
     def queries(self, query: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, N, H]."""
+        """[B, S, width] -> [B, S, N, H]."""
         return self.q_norm(split_heads(self.q_proj(query), self.head_dim))
 
     def __call__(
         self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None
     ) -> jax.Array:
+        """[B, S, width] -> [B, S, width]; `segment_ids` and `limits` [B, S]."""
         recalled = attention(
             self.queries(query),
             memory.keys,

@@ -12,9 +12,8 @@ from flax import nnx
 
 from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.data.batch import Batch
-from pvm_jax.model.attention import attention, attention_mask, shared_attention
-from pvm_jax.model.cache import Cache, PromptCache, SampleCache, TokenKeysValues
-from pvm_jax.model.decoder import Attend, Decoded, Decoder, Inner
+from pvm_jax.model.attend import Attend, WholeRows
+from pvm_jax.model.decoder import Decoded, Decoder, Inner
 from pvm_jax.model.layers import Linear, Rngs
 from pvm_jax.model.lora import adapt, is_adapter
 from pvm_jax.model.memory import Memory, PersistentVisualMemory
@@ -22,7 +21,7 @@ from pvm_jax.model.vision import VisionTower, Visual
 from pvm_jax.sharding import constrain, param_shardings
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """The columns of a batch that the decoder reads; see Batch. `limits`: [B, S], where each
     token's memory ends."""
 
@@ -40,49 +39,6 @@ class _Columns(NamedTuple):
             index = jnp.asarray(batch.visual_index)
             limits = past + 1 + jax.lax.cummax(jnp.where(index < -1, -2 - index, index), axis=1)
         return cls(batch.tokens, batch.positions, batch.segment_ids, batch.visual_index, limits)
-
-    def chunks(self, count: int) -> Self:
-        """[count, B, ...]: the columns in `count` pieces of equal width, padded at the end."""
-
-        def cut(x: jax.Array, padding: int) -> jax.Array:
-            more = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % count)]
-            x = jnp.pad(x, more, constant_values=padding)
-            return jnp.moveaxis(x.reshape(*x.shape[:-1], count, -1), -2, 0)
-
-        return type(self)(
-            cut(self.tokens, 0),
-            cut(self.positions, 0),
-            cut(self.segment_ids, 0),
-            cut(self.visual_index, -1),
-            None if self.limits is None else cut(self.limits, 0),
-        )
-
-
-class Piece(NamedTuple):
-    """The columns of a batch that are read together, [B, W], and what they may look at.
-
-    Attributes:
-        start: [] int32, the first of them in the batch.
-        segment_ids: [B, W], 0 is padding.
-        limits: [B, W], where each column's memory ends; None: nowhere.
-        mask: [B, W, T], the columns of the batch (filled up to whole pieces) that each of them
-            attends to.
-        memories: each branch's memory of the batch's images, by layer.
-    """
-
-    start: jax.Array
-    segment_ids: jax.Array
-    limits: jax.Array | None
-    mask: jax.Array
-    memories: dict[str, Memory]
-
-
-LayerProbe = Callable[[Piece, Inner], Any]
-"""Takes of each layer, of each piece, what a measurement wants: a pytree of arrays."""
-
-Conclude = Callable[[Piece, jax.Array, list[Any]], Any]
-"""(piece, hidden [B, W, D] after the final norm, what `LayerProbe` took of each layer) -> what is
-kept of the piece."""
 
 
 class Trace(NamedTuple):
@@ -155,152 +111,6 @@ class Qwen3VL(nnx.Module):
             embeds, deepstack, streams, updates, decoded.hidden, self.logits(decoded.hidden)
         )
 
-    def inspect(self, batch: Batch, look: LayerProbe, conclude: Conclude, *, chunk: int) -> Any:
-        """Reads whole conversations in pieces of at most `chunk` columns, and keeps of their inner
-        values what is asked for.
-
-        No [heads, S, S], no [L, B, S, D] and no [B, S, vocab] ever exists unless the callbacks keep
-        one.
-
-        Returns:
-            What `conclude` gave, stacked over the pieces: [pieces, ...].
-        """
-        return self._read_pieces(batch, chunk, None, look, conclude)[2]
-
-    def prefill(
-        self, batch: Batch, *, chunk: int | None = None, past: Cache | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """Reads prompts, one a row, or what comes after `past` in them.
-
-        Args:
-            chunk: columns to read at a time, at most; None reads all at once.
-            past: what was read before, whose positions the batch's continue. Its images stay in the
-                memory.
-
-        Returns:
-            [B, 1, D] after the final norm at each row's last token, and the cache: the batch's
-            columns are its last slots.
-        """
-        hidden, cache, _ = self._read_pieces(batch, chunk, past)
-        return hidden, cache
-
-    def _read_pieces(
-        self,
-        batch: Batch,
-        chunk: int | None,
-        past: Cache | None,
-        look: LayerProbe | None = None,
-        conclude: Conclude | None = None,
-    ) -> tuple[jax.Array, Cache, Any]:
-        """What `prefill` returns, and what `inspect` does."""
-        rows, length = batch.tokens.shape
-        count = 1 if chunk is None else -(-length // chunk)
-        columns = _Columns.of(
-            batch, self.config.text.pvm_visibility, 0 if past is None else past.visual_tokens
-        ).chunks(count)
-        width = columns.tokens.shape[-1]
-        visual = self.encode(batch)
-        prompts, memories = (
-            PromptCache.empty(self.config, rows, count * width),
-            self.memorize(visual, batch),
-        )
-        before = 0
-        if past is not None:
-            before = past.prompts.slots
-            prompts, memories = past.prompts.followed_by(prompts), past.remembering(memories)
-        last = length - 1 - jnp.argmax(batch.segment_ids[:, ::-1] > 0, axis=1)
-
-        def read(carry: tuple[PromptCache, jax.Array], xs: tuple[jax.Array, _Columns]):
-            prompts, hidden = carry
-            start, columns = xs
-            prompts = prompts.claim(before + start, columns.segment_ids)
-            until = jnp.broadcast_to(before + start + 1 + jnp.arange(width), columns.tokens.shape)
-            mask = attention_mask(columns.segment_ids, prompts.segment_ids, limits=until)
-            piece = Piece(start, columns.segment_ids, columns.limits, mask, memories)
-
-            def attend(
-                prompts: PromptCache, layer: jax.Array, q, k, v
-            ) -> tuple[jax.Array, PromptCache]:
-                prompts = prompts.write(layer, before + start, k, v)
-                if count == 1 and past is None:
-                    return self._attend_causally(columns.segment_ids, q, k, v), prompts
-                keys, values = (
-                    jnp.moveaxis(x[layer], 1, 2) for x in (prompts.keys, prompts.values)
-                )
-                attended = attention(
-                    q,
-                    keys,
-                    values,
-                    q_segment_ids=columns.segment_ids,
-                    kv_segment_ids=prompts.segment_ids,
-                    causal=False,
-                    limits=until,
-                    kernel=self.config.attention,
-                )
-                return attended, prompts
-
-            probe = None if look is None else partial(look, piece)
-            decoded = self._decode(columns, visual, memories, attend, cache=prompts, probe=probe)
-            kept = None if conclude is None else conclude(piece, decoded.hidden, decoded.probed)
-            place = jnp.clip(last - start, 0, width - 1)
-            here = (last - start == place)[:, None, None]
-            found = jnp.take_along_axis(decoded.hidden, place[:, None, None], 1)
-            return (decoded.cache, jnp.where(here, found, hidden)), kept
-
-        hidden = jnp.zeros((rows, 1, self.config.text.hidden_size), self.config.compute_dtype)
-        (prompts, hidden), kept = jax.lax.scan(
-            read, (prompts, hidden), (width * jnp.arange(count), columns)
-        )
-        return hidden, Cache(prompts, memories), kept
-
-    def decode(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        cache: Cache,
-        samples: SampleCache,
-        slot: jax.Array,
-    ) -> tuple[jax.Array, SampleCache]:
-        """One more text token for each of a prompt's N samples: nothing of the prompt or its images
-        is computed again.
-
-        Args:
-            tokens, positions: [B, N]; a text token's position is the same in time, row and column.
-            segment_ids: [B], the prompt's.
-            samples: what these samples wrote before, in the slots below `slot`.
-
-        Returns:
-            [B, N, D] after the final norm, and the samples with this token in `slot`.
-        """
-        segment_ids = jnp.broadcast_to(segment_ids[:, None], tokens.shape)
-        columns = _Columns(
-            tokens,
-            jnp.repeat(positions[:, None], 3, 1),
-            segment_ids,
-            jnp.full_like(tokens, -1),
-            None,
-        )
-        shared_mask = attention_mask(segment_ids, cache.prompts.segment_ids)
-        own_mask = (jnp.arange(samples.slots) < slot)[None, None]
-
-        # What the layers write goes into the cache at the end, in one piece: written by each layer,
-        # a loop over layers would carry the cache, and XLA's TPU compiler copies it into another
-        # layout for that loop and back, whole, at every token.
-        def attend(
-            written: TokenKeysValues, layer: jax.Array, q, k, v
-        ) -> tuple[jax.Array, TokenKeysValues]:
-            shared = cache.prompts.keys[layer], cache.prompts.values[layer]
-            own = samples.keys[layer], samples.values[layer]
-            new = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            attended = shared_attention(
-                q, shared, own, new, shared_mask=shared_mask, own_mask=own_mask
-            )
-            return attended, written.put(layer, *new)
-
-        decoded = self._decode(columns, None, cache.memories, attend, cache=samples.unwritten())
-        return decoded.hidden, samples.write(slot, decoded.cache)
-
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., vocab] float32."""
         weight = self.head_weight().astype(hidden.dtype)
@@ -332,35 +142,9 @@ class Qwen3VL(nnx.Module):
             for layer, pvm in self.pvm.items()
         }
 
-    def _read(
-        self, batch: Batch, *, probe: Callable[[Inner], Any] | None = None
-    ) -> tuple[Visual | None, Decoded]:
-        visual = self.encode(batch)
-
-        def attend(cache: None, layer: jax.Array, q, k, v) -> tuple[jax.Array, None]:
-            return self._attend_causally(batch.segment_ids, q, k, v), cache
-
-        columns = _Columns.of(batch, self.config.text.pvm_visibility)
-        return visual, self._decode(
-            columns, visual, self.memorize(visual, batch), attend, probe=probe
-        )
-
-    def _attend_causally(
-        self, segment_ids: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> jax.Array:
-        return attention(
-            q,
-            k,
-            v,
-            q_segment_ids=segment_ids,
-            kv_segment_ids=segment_ids,
-            causal=True,
-            kernel=self.config.attention,
-        )
-
-    def _decode(
+    def forward(
         self,
-        columns: _Columns,
+        columns: Columns,
         visual: Visual | None,
         memories: dict[str, Memory],
         attend: Attend,
@@ -368,6 +152,13 @@ class Qwen3VL(nnx.Module):
         cache: Any = None,
         probe: Callable[[Inner], Any] | None = None,
     ) -> Decoded:
+        """Some columns of a batch through the decoder and its branches.
+
+        Args:
+            visual: what the tower saw in the batch; None: no image.
+            memories: each branch's, by layer; empty: nothing to recall.
+            attend, cache, probe: as of `Decoder`.
+        """
         is_visual, seen = columns.visual_index != -1, columns.visual_index >= 0
 
         def place(features: jax.Array, elsewhere: jax.Array | float = 0) -> jax.Array:
@@ -394,6 +185,16 @@ class Qwen3VL(nnx.Module):
             deepstack=None if visual is None else visual.deepstack,
             place=place,
             probe=probe,
+        )
+
+    def _read(
+        self, batch: Batch, *, probe: Callable[[Inner], Any] | None = None
+    ) -> tuple[Visual | None, Decoded]:
+        visual = self.encode(batch)
+        columns = Columns.of(batch, self.config.text.pvm_visibility)
+        attend = WholeRows(batch.segment_ids, self.config.attention)
+        return visual, self.forward(
+            columns, visual, self.memorize(visual, batch), attend, probe=probe
         )
 
 

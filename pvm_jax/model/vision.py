@@ -35,6 +35,8 @@ class Visual(NamedTuple):
 
 
 class VisionMLP(nnx.Module):
+    """[B, P, channels] -> [B, P, channels] (`Qwen3VLVisionMLP`)."""
+
     def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         self.linear_fc1 = Linear(
             c.hidden_size, c.intermediate_size, ("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs
@@ -48,7 +50,8 @@ class VisionMLP(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Full attention within one frame: `segment_ids` [B, P] number the frames of a row."""
+    """Full attention within one frame, [B, P, channels] -> [B, P, channels]: `segment_ids` [B, P]
+    number the frames of a row, `angles` [B, P, H/2] turn them."""
 
     def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         # The fused projection's rows are q, k and v in turn, so splitting them over devices would
@@ -79,6 +82,9 @@ class VisionAttention(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
+    """[B, P, channels] -> [B, P, channels] (`Qwen3VLVisionBlock`); arguments as of
+    VisionAttention."""
+
     def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         self.norm1 = LayerNorm(c.hidden_size, _EPS, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(c.hidden_size, _EPS, dtype=dtype, rngs=rngs)
@@ -94,7 +100,8 @@ class VisionBlock(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """Four consecutive patches [B, P, C] -> one token [B, P/4, D] (`Qwen3VLVisionPatchMerger`).
+    """Four consecutive patches [B, P, channels] -> one token [B, P/4, D]
+    (`Qwen3VLVisionPatchMerger`).
 
     The tower's own merger norms each patch, the DeepStack mergers norm after the concatenation.
     """
@@ -130,6 +137,10 @@ class PatchEmbed(nnx.Module):
             c.patch_dim, c.hidden_size, ("embed", "hidden"), bias=True, dtype=dtype, rngs=rngs
         )
 
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        """[B, P, patch_dim] -> [B, P, channels]."""
+        return self.proj(patches)
+
 
 class VisionTower(nnx.Module):
     """`Qwen3VLVisionModel`, batch-major: rows of patches, padded, each patch knowing its place and
@@ -164,7 +175,7 @@ class VisionTower(nnx.Module):
         and their bilinear shares. `segment_ids` [B, P]: one per frame, 0 for padding.
         """
         c = self.config.vision
-        x = self.patch_embed.proj(patches.astype(self.config.compute_dtype))
+        x = self.patch_embed(patches.astype(self.config.compute_dtype))
         for corner in range(4):
             x += self.pos_embed(interp_indices[..., corner], x.dtype) * interp_weights[
                 ..., corner, None

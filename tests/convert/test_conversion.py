@@ -196,10 +196,7 @@ class TestRefused:
         assert "missing: model.visual.merger.norm.bias (32,)" in message
         assert "unexpected: model.extra (2, 3)" in message
         assert f"wrong shape: {DOWN}: expected " in message
-        assert (
-            "wrong type: model.language_model.norm.weight: expected F32 or BF16, found F16"
-            in message
-        )
+        assert "wrong type: 1 tensors are F16 (model.language_model.norm.weight)" in message
         assert "(4 problems)" in message
 
     def test_branch_without_config(self, variant, tmp_path):
@@ -314,6 +311,5 @@ class TestCommand:
         assert_equal_bytes(plain, tmp_path / "b")
         assert "peak memory" in capsys.readouterr().out
 
-    def test_errors_are_one_line(self, tmp_path):
-        with pytest.raises(SystemExit, match=r"error: .*config\.json"):
-            hf_to_orbax.main([str(tmp_path), str(tmp_path / "o")])
+    def test_errors_are_one_line(self, tmp_path, refused):
+        assert "config.json" in refused(hf_to_orbax.main, [str(tmp_path), str(tmp_path / "o")])

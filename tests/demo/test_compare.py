@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -17,10 +16,11 @@ from demo import checkpoint, compare, recall, regime
 from demo.compare_report import Measured, write_report
 from demo.evaluate import EvaluationSettings
 from demo.run import BRANCH
+from pvm_jax.command_line import parse
 from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
-from train.cli import parse
+from tests import tiny
 from train.run.events import EventWriter
 from train.sft.config import SFTConfig
 from train.step.state import split_model
@@ -114,14 +114,14 @@ def test_variations_of_the_first_stage_change_one_thing():
 
 
 def test_an_unknown_variation_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="no variation is called 'x'; there are: as in the demo, "):
+    with pytest.raises(ValueError, match="no variation is called 'x'; there are: as in the demo, "):
         regime.main(tmp_path / "out", only=["x"])
     assert not (tmp_path / "out").exists()
 
 
 def test_lora_has_as_many_parameters_as_the_branch():
     layers, width = (1, 2), int(BRANCH[-1])
-    assert ("--pvm-layers", *map(str, layers), "--pvm-hidden-size", str(width)) == BRANCH
+    assert ("--pvm_layers", *map(str, layers), "--pvm_hidden_size", str(width)) == BRANCH
     given = dict(
         a.removeprefix("--lora.").split("=")
         for a in compare.METHODS["LoRA"].arguments
@@ -148,11 +148,7 @@ def processor(tmp_path_factory) -> Processor:
 @pytest.fixture(scope="module")
 def model() -> Qwen3VL:
     config = checkpoint.make_config(checkpoint.make_tokenizer()).with_pvm((1,), 64)
-    text = replace(config.text, num_hidden_layers=2)
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0)))()
-    model.pvm["1"].gate_alpha[...] = jnp.ones(1)
-    return model
+    return tiny.make_model(tiny.cut(config, layers=2), gate=1)
 
 
 def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
@@ -175,14 +171,14 @@ def test_attention_is_shared_among_the_cells(model, processor, monkeypatch):
     np.testing.assert_allclose(shares(blind), 1 / 4, rtol=1e-5)
     by_cell = []
     for cell in range(4):
-        monkeypatch.setattr(recall, "_visual_token", lambda *_, cell=cell: cell)
+        monkeypatch.setattr(recall, "visual_token", lambda *_, cell=cell: cell)
         by_cell.append(shares(sharp))
     np.testing.assert_allclose(sum(by_cell), 1, rtol=1e-5)
     assert np.ptp(by_cell) > 0.1
 
 
 def test_cells_are_visual_tokens_in_reading_order():
-    assert [recall._visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [
+    assert [recall.visual_token(cell, 3) for cell in ("A1", "B1", "C1", "A2", "C3")] == [
         0,
         1,
         2,
@@ -211,7 +207,7 @@ def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
     for _ in range(2):
         compare.claim(tmp_path / "out", {"steps": 1})
     with pytest.raises(
-        SystemExit, match=r"on other terms \(see .*terms\.json\): give another --out"
+        ValueError, match=r"on other terms \(see .*terms\.json\): give another --out"
     ):
         compare.claim(tmp_path / "out", {"steps": 2})
 

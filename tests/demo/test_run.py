@@ -14,5 +14,5 @@ def test_steps_run_in_order_and_are_skipped_once_done(tmp_path, capfd):
 
 
 def test_a_failing_step_ends_the_run(tmp_path):
-    with pytest.raises(SystemExit, match="that command failed"):
+    with pytest.raises(RuntimeError, match="that command failed"):
         run_steps([(tmp_path / "never", ["demo.task", tmp_path, "--mixture.sizes", "[9]"])])

@@ -1,6 +1,7 @@
 """Checkpoints: any mesh, the branch apart from its backbone, and the steps of a run."""
 
 import json
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, load, load_branch, save, save_branch
+from pvm_jax.checkpoint.checksums import CHECKSUMS
 from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.model.parameters import by_path
@@ -126,7 +128,10 @@ class TestLoad:
     def test_config_round_trip(self, model, tmp_path):
         """What is of the run, not of the model, is not stored."""
         save(tmp_path / "saved", filled(replace(model.config, remat="none", attention="xla")))
-        assert load(tmp_path / "saved").config == model.config
+        assert load(tmp_path / "saved").config == replace(model.config, stop_tokens=())
+
+    def test_stop_tokens_are_the_checkpoints(self, model):
+        assert model.config.stop_tokens == (511,)
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint directory"):
@@ -156,6 +161,46 @@ class TestLoad:
             error.value
         )
         assert "unexpected: pvm/3/gate_alpha (1,)" in str(error.value)
+
+
+class TestDamage:
+    """Whatever a disk or a copy did to the files is one line that names them."""
+
+    @pytest.fixture
+    def copied(self, branch, tmp_path) -> Path:
+        return Path(shutil.copytree(branch, tmp_path / "copied"))
+
+    def test_any_flipped_bit_is_noticed(self, copied, model):
+        names = (copied / CHECKSUMS).read_text().split()[1::2]
+        assert any(name.startswith("params/") for name in names)
+        for name in names:
+            content = (copied / name).read_bytes()
+            if not content:
+                continue
+            (copied / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            with pytest.raises(CheckpointError, match=rf"1 files differ .*: {re.escape(name)}\."):
+                load_branch(copied, model)
+            (copied / name).write_bytes(content)
+        load_branch(copied, model)
+
+    def test_a_missing_file_is_noticed(self, copied, model):
+        next((copied / "params").rglob("manifest.ocdbt")).unlink()
+        with pytest.raises(CheckpointError, match=r"missing: params/.*manifest\.ocdbt"):
+            load_branch(copied, model)
+
+    def test_an_older_checkpoint_without_checksums_loads(self, copied, model, trained):
+        (copied / CHECKSUMS).unlink()
+        assert_equal(parameters(load_branch(copied, model)), parameters(trained))
+
+    @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+    def test_what_orbax_cannot_read_is_one_line(self, converted, tmp_path, name):
+        """In a converted checkpoint, whose files have no checksums of their own."""
+        copied = Path(shutil.copytree(converted, tmp_path / "converted"))
+        for file in (copied / "params").rglob(name):
+            file.write_text("{")
+        with pytest.raises(CheckpointError, match=r"params cannot be read: ") as error:
+            load(copied)
+        assert "\n" not in str(error.value)
 
 
 class TestSave:

@@ -64,7 +64,7 @@ def questions(tmp_path_factory) -> Path:
 
 
 def test_a_file_of_questions_is_answered_and_resumed(
-    demo_checkpoint, questions, tmp_path, monkeypatch, capsys
+    demo_checkpoint, questions, tmp_path, monkeypatch, capsys, refused
 ):
     """Two samples a line. Started again behind a torn line, with other batches, the file is what it
     was."""
@@ -103,18 +103,15 @@ def test_a_file_of_questions_is_answered_and_resumed(
         main([*arguments, "--batch-size", "1"])
         assert output.read_bytes() == written
     for other in (["--pvm", "off"], ["--seed", "1"], ["--temperature", "0.5"]):
-        with pytest.raises(
-            SystemExit, match=f"answers.jsonl:1 was answered with another {other[0][2:]}"
-        ):
-            main([*arguments, *other])
+        said = refused(main, [*arguments, *other])
+        assert f"answers.jsonl:1 was answered with another {other[0][2:]}" in said
     for foreign in (
         b'{"index": 7}\n',
         b'{"index": 7}',
         (questions / "questions.jsonl").read_bytes(),
     ):
         output.write_bytes(foreign)
-        with pytest.raises(SystemExit, match=r"answers\.jsonl:1 answers no conversation of"):
-            main(arguments)
+        assert "answers.jsonl:1 answers no conversation of" in refused(main, arguments)
         assert output.read_bytes() == foreign
 
 
@@ -142,7 +139,7 @@ def test_without_the_branch_and_on_two_devices(demo_checkpoint, questions, tmp_p
     assert said[0] != said[2] == said[3]
 
 
-def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, tmp_path):
+def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, tmp_path, refused):
     (questions / "bad.jsonl").write_text(_line(0) + _line(1, image="nowhere.png"))
     arguments = [
         "generate",
@@ -151,8 +148,8 @@ def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, 
         "--input",
         str(questions / "bad.jsonl"),
     ]
-    with pytest.raises(SystemExit, match=r"bad\.jsonl:2.*nowhere\.png"):
-        main([*arguments, "--output", str(tmp_path / "bad.jsonl"), "--max-new-tokens", "2"])
+    more = ["--output", str(tmp_path / "bad.jsonl"), "--max-new-tokens", "2"]
+    assert re.search(r"bad\.jsonl:2.*nowhere\.png", refused(main, [*arguments, *more]))
 
 
 def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypatch, capsys):
@@ -193,41 +190,21 @@ def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypa
         ([], "--chat and --input, got none"),
         (["What?", "--chat"], "got question and chat"),
         (["--input", "a.jsonl"], "--output go together"),
-        (["What?", "--num-samples", "2"], "--num-samples goes with --input"),
+        (["What?", "--num-samples", "2"], "--num_samples goes with --input"),
         (
             ["--input", "a.jsonl", "--output", "b.jsonl", "--num-samples", "2"],
-            "--num-samples needs a --temperature above 0",
+            "--num_samples needs a --temperature above 0",
         ),
         (["What?", "--tensor", "9"], "tensor must be 1 to 8"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused(demo_checkpoint, wrong, named):
-    with pytest.raises(SystemExit, match=named):
-        main(["generate", "--checkpoint", str(demo_checkpoint), *wrong])
+def test_arguments_that_do_not_go_together_are_refused(demo_checkpoint, refused, wrong, named):
+    assert named in refused(main, ["generate", "--checkpoint", str(demo_checkpoint), *wrong])
 
 
-def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path):
-    with pytest.raises(SystemExit, match=r"no\.png"):
-        main(
-            [
-                "generate",
-                "--checkpoint",
-                str(demo_checkpoint),
-                "--image",
-                str(tmp_path / "no.png"),
-                "What?",
-            ]
-        )
-    with pytest.raises(SystemExit, match="nowhere"):
-        main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"])
-    with pytest.raises(SystemExit, match="is no LoRA adapter"):
-        main(
-            [
-                "generate",
-                "--checkpoint",
-                str(demo_checkpoint),
-                "--lora",
-                str(demo_checkpoint),
-                "What?",
-            ]
-        )
+def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path, refused):
+    ask = ["generate", "--checkpoint", str(demo_checkpoint), "What?"]
+    assert "no.png" in refused(main, [*ask, "--image", str(tmp_path / "no.png")])
+    assert "is no LoRA adapter" in refused(main, [*ask, "--lora", str(demo_checkpoint)])
+    nowhere = ["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"]
+    assert "nowhere" in refused(main, nowhere)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pvm_jax.data import tables
-from pvm_jax.data.conversations import open_conversations, stored_bytes
+from pvm_jax.data.conversations import open_conversations, stored_files
 from pvm_jax.data.images import read_image
 
 
@@ -154,9 +154,11 @@ def test_several_files_can_be_chosen_by_a_pattern(tmp_path):
     (tmp_path / "test-0.parquet").write_bytes(b"not read")
     assert len(open_conversations(tmp_path / "train-*.parquet")) == len(RECORDS)
     assert len(open_conversations(tmp_path / "train-1.parquet")) == 3
-    train = sum((tmp_path / f"train-{number}.parquet").stat().st_size for number in (0, 1))
-    assert stored_bytes(tmp_path / "train-*.parquet") == train
-    assert stored_bytes(tmp_path) == train + len("not read")
+    (tmp_path / ".train-0.parquet.lock").touch()
+    train = [tmp_path / f"train-{number}.parquet" for number in (0, 1)]
+    assert stored_files(tmp_path / "train-*.parquet") == train
+    assert stored_files(train[0]) == train[:1]
+    assert stored_files(tmp_path) == [tmp_path / "test-0.parquet", *train]
 
 
 def test_parquet_keeps_few_row_groups_in_memory(tmp_path, monkeypatch):
@@ -339,7 +341,8 @@ def test_every_json_file_gives_the_same_records(tmp_path):
         assert conversations.columns(2) == {"n": 2}
     assert opened[str(tmp_path / "array.json")].where(2).endswith("array.json[2]")
     assert opened["list"].where(2) == f"{tmp_path}/parts/1.jsonl:1"
-    assert stored_bytes(tmp_path / "parts" / "*.jsonl") == len("".join(LINES)) + 2
+    parts = [tmp_path / "parts" / f"{number}.jsonl" for number in (0, 1)]
+    assert stored_files(tmp_path / "**" / "[01].jsonl") == parts
 
 
 def test_pictures_of_several_files_are_beside_each(tmp_path):

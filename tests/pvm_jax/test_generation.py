@@ -23,6 +23,7 @@ from pvm_jax import (
     without_pvm,
 )
 from pvm_jax.generation import Sampling, _start, decode_loop, prefill
+from pvm_jax.model import pieces
 from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.pvm_jax.test_model import CONFIG, EXAMPLES
@@ -98,7 +99,7 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
 
 
 def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):  # noqa: F811
-    """They read it where it lies, and the token is written into all layers at once (Qwen3VL.decode
+    """They read it where it lies, and the token is written into all layers at once (DecodingStep
     says why)."""
     run, state = _start(model, batch, STEPS, temperature=0.0)
     carried, written = [], []
@@ -116,7 +117,7 @@ def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
     monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim", counted_write)
     positions = np.zeros(state.token.shape, np.int32)
     args = (state.token, positions, state.segment_ids, run.cache, state.samples, state.emitted - 1)
-    jax.eval_shape(model.decode, *args)
+    jax.eval_shape(functools.partial(pieces.decode, model), *args)
     assert tuple(np.delete(state.samples.keys.shape, 4)) in carried
     assert state.samples.keys.shape not in carried
     assert written == [state.samples.keys.shape] * 2
@@ -270,6 +271,15 @@ def test_placeholders_are_never_drawn(model, batch):  # noqa: F811
     drawn = set(np.unique(got.tokens).tolist())
     assert not drawn & {CONFIG.image_token_id, CONFIG.video_token_id}
     assert len(drawn) > 60  # at this temperature nearly everything else is
+
+
+def test_a_row_ends_at_the_checkpoints_own_stop_token(model, batch, greedy):  # noqa: F811
+    own = int(greedy.tokens[0, 3])
+    graphdef, params = nnx.split(model)
+    told = nnx.merge(graphdef, params)
+    told.config = dataclasses.replace(model.config, stop_tokens=(own,))
+    got = generate(told, batch, max_new_tokens=STEPS, temperature=0.0)
+    assert got.lengths[0] == np.flatnonzero(np.asarray(greedy.tokens[0]) == own)[0] + 1 < STEPS
 
 
 def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811

@@ -86,13 +86,15 @@ def test_greedy_generation(golden, golden_model):
     )
     batch = Batch.from_hf(inputs, golden_model.config)
     steps = want["new_tokens"].shape[1]
-    got = generate(golden_model, batch, max_new_tokens=steps, temperature=0.0)
+    got = generate(golden_model, batch, max_new_tokens=steps, temperature=0.0, stop_tokens=())
     np.testing.assert_array_equal(got.tokens, want["new_tokens"])
     np.testing.assert_array_equal(got.lengths, steps)
     reference = jax.nn.log_softmax(want["scores"], -1)
     reference = np.take_along_axis(np.asarray(reference), want["new_tokens"][..., None], -1)[..., 0]
     assert_close(got.logprobs, reference, BAR)
-    streamed = np.stack(list(stream(golden_model, batch, max_new_tokens=steps, temperature=0.0)), 1)
+    streamed = np.stack(
+        list(stream(golden_model, batch, max_new_tokens=steps, temperature=0.0, stop_tokens=())), 1
+    )
     np.testing.assert_array_equal(streamed, want["new_tokens"])
 
 

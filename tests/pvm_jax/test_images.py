@@ -3,6 +3,7 @@ and scikit-learn ship."""
 
 import base64
 import io
+import math
 import os
 from functools import cache
 
@@ -234,11 +235,30 @@ def test_sizes_that_transformers_refuses():
         ({"size": {"height": 224, "width": 224}}, "min_pixels is missing"),
         ({"min_pixels": 10, "max_pixels": 5}, "need 0 < min_pixels <= max_pixels, got 10 and 5"),
         ({"patch_size": 15}, "patch_size must be even, got 15"),
+        ({"patch_size": 0}, "patch_size must be a whole number of at least 1, got 0"),
+        ({"merge_size": "2"}, "merge_size must be a whole number of at least 1, got '2'"),
+        ({"rescale_factor": 0}, "rescale_factor must be a finite number above 0, got 0"),
+        ({"rescale_factor": math.nan}, "rescale_factor must be a finite number above 0"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image_std must be finite numbers above 0"),
+        ({"image_mean": [0.5, math.inf, 0.5]}, "image_mean must be finite numbers"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ImageSettings.from_config(QWEN3_VL | changes, "here.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_video_tokens": 0}, "max_video_tokens must be a whole number of at least 1, got 0"),
+        ({"cap_pixels_per_frame": 1}, "cap_pixels_per_frame must be true or false, got 1"),
+    ],
+)
+def test_settings_of_videos_that_make_no_sense_are_refused(changes, message):
+    config = {key: value for key, value in QWEN3_VL.items() if "image_processor" not in key}
+    with pytest.raises(ValueError, match=message):
+        VideoSettings.from_config(config | changes, "here.json")
 
 
 def test_default_size_is_that_of_transformers():

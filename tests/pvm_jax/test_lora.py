@@ -27,6 +27,7 @@ from pvm_jax.data.batch import Batch
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.sharding import make_mesh, param_shardings
+from tests import tiny
 from tests.close import assert_close
 
 EVERYWHERE = LoRAConfig(rank=3, alpha=6, targets=".*")
@@ -35,10 +36,8 @@ EVERYWHERE = LoRAConfig(rank=3, alpha=6, targets=".*")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A small model with every part in it, its gate open."""
-    config = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b", remat="none")
-    text = replace(config.text, num_hidden_layers=2, pvm_layers=(1,))
-    vision = replace(config.vision, depth=2, deepstack_visual_indexes=(0,))
-    graphdef, params = nnx.split(abstract_model(replace(config, text=text, vision=vision)))
+    config = tiny.cut(ModelConfig.from_hf(tiny.GOLDEN, remat="none"), layers=2, depth=2)
+    graphdef, params = nnx.split(abstract_model(config))
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("base") / "base"
     save(
         path,

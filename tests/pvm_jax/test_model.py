@@ -26,8 +26,11 @@ from pvm_jax import (
     without_pvm,
 )
 from pvm_jax.data.batch import hide_images
+from pvm_jax.model import pieces
 from pvm_jax.model.cache import SampleCache
+from pvm_jax.model.pieces import prefill
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
+from tests import tiny
 from tests.close import assert_close
 
 CONFIG = ModelConfig(
@@ -114,12 +117,10 @@ def randomized(config: ModelConfig = CONFIG, scale: float = 0.2) -> Qwen3VL:
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
 
 
-def run(model: Qwen3VL, method: str, *args, **static):
-    """A method of the model under jit."""
+def run(function, model: Qwen3VL, *args, **static):
+    """`function` of the model under jit."""
     graphdef, params = nnx.split(model)
-    call = jax.jit(
-        lambda params, *args: getattr(nnx.merge(graphdef, params), method)(*args, **static)
-    )
+    call = jax.jit(lambda params, *args: function(nnx.merge(graphdef, params), *args, **static))
     return call(nnx.as_pure(params), *args)
 
 
@@ -140,7 +141,7 @@ def test_a_row_without_images_gets_no_update(model):
     batch = Batch.from_rows(
         [[EXAMPLES[0]], [EXAMPLES[1]], [EXAMPLES[1], EXAMPLES[0]]], CONFIG, length=64, patches=32
     )
-    trace = run(model, "trace", batch)
+    trace = run(Qwen3VL.trace, model, batch)
     for update in trace.updates.values():
         text_only = len(EXAMPLES[1].input_ids)
         assert not np.asarray(update[1]).any()
@@ -164,7 +165,7 @@ def test_a_hidden_image_reaches_the_text_through_the_branch_alone(model, visibil
     assert np.abs(off[0] - off[1]).max() > 1e-2
     np.testing.assert_array_equal(off[2], off[3])
     assert np.abs(on[2] - on[3]).max() > 1e-2
-    updates = run(model, "trace", batch).updates
+    updates = run(Qwen3VL.trace, model, batch).updates
     assert not np.asarray(updates[model.config.text.pvm_layers[0]])[:, ~text_columns].any()
 
 
@@ -204,13 +205,13 @@ def test_decoding_equals_the_full_forward(model):
     @jax.jit
     def decode(tokens, positions, cache, samples, slot):
         model = nnx.merge(graphdef, params)
-        hidden, samples = model.decode(
-            tokens, positions, jnp.ones(len(rows), int), cache, samples, slot
+        hidden, samples = pieces.decode(
+            model, tokens, positions, jnp.ones(len(rows), int), cache, samples, slot
         )
         return model.logits(hidden), samples
 
-    hidden, cache = run(model, "prefill", prompt)
-    last = run(model, "logits", hidden)
+    hidden, cache = run(prefill, model, prompt)
+    last = run(Qwen3VL.logits, model, hidden)
     samples = SampleCache.empty(CONFIG, len(rows), 2, 12)
     position = prompt.positions.max((1, 2))[:, None] + 1
     stepwise = []
@@ -241,9 +242,9 @@ def test_a_prompt_read_in_chunks_is_the_prompt_read_at_once(model):
     """Images on a chunk's edges, a last chunk that is part padding, rows that end in an earlier
     one."""
     prompt = Batch.from_rows([[e] for e in EXAMPLES], CONFIG, length=48, patches=64)
-    want, cache = run(model, "prefill", prompt)
+    want, cache = run(prefill, model, prompt)
     for chunk in (5, 20):
-        got, chunked = run(model, "prefill", prompt, chunk=chunk)
+        got, chunked = run(prefill, model, prompt, chunk=chunk)
         assert_close(got, want, 1e-5)
         chex.assert_trees_all_equal(chunked.memories, cache.memories)
         for a, b in (
@@ -335,17 +336,14 @@ def test_compilations_are_bounded_by_the_buckets(model):
 @pytest.fixture(scope="module")
 def shallow() -> Qwen3VL:
     """One layer of every kind."""
-    text = dataclasses.replace(CONFIG.text, num_hidden_layers=2, pvm_layers=(1,))
-    vision = dataclasses.replace(CONFIG.vision, depth=1, deepstack_visual_indexes=(0,))
-    return randomized(dataclasses.replace(CONFIG, text=text, vision=vision))
+    return randomized(tiny.cut(CONFIG, layers=2))
 
 
 @pytest.fixture(scope="module")
-def smallest(shallow) -> Qwen3VL:
+def smallest() -> Qwen3VL:
     """Every parameter and every operation in one layer: what sharding needs to be tested, and no
     more to compile."""
-    text = dataclasses.replace(shallow.config.text, num_hidden_layers=1, pvm_layers=(0,))
-    return randomized(dataclasses.replace(shallow.config, text=text))
+    return randomized(tiny.cut(CONFIG))
 
 
 @pytest.fixture(scope="module")

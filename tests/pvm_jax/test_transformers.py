@@ -14,18 +14,31 @@ from tests.pvm_jax.test_model import CONFIG
 torch = pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_and_tokens(tmp_path, tied):
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("tied", "text"),
+    [(True, {}), (False, {"attention_bias": True, "max_position_embeddings": 512} | YARN)],
+    ids=["tied", "untied, biases, YaRN"],
+)
+def test_logits_and_tokens(tmp_path, tied, text):
     """A prompt of more than 500 tokens, two images and a row without any: KL, the five likeliest,
     and greedy tokens."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     settings = CONFIG.without_pvm().to_hf() | {"tie_word_embeddings": tied}
+    text = dict(text)
+    settings["text_config"]["rope_scaling"] |= {key: text.pop(key) for key in YARN if key in text}
+    settings["text_config"] |= text
     settings["text_config"]["initializer_range"] = settings["vision_config"][
         "initializer_range"
     ] = 0.2
     torch.manual_seed(0)
     reference = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**settings)).float().eval()
+    for name, weight in reference.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(weight)
     reference.save_pretrained(tmp_path / "hf")
     saved = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert saved["model_type"] == "qwen3_vl"

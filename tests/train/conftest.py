@@ -1,19 +1,17 @@
 """The reference batch with its labels, and a model that compiles fast."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from filelock import FileLock
-from flax import nnx
 from safetensors.numpy import load_file
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from tests import tiny
 from tests.train import runs
 
 
@@ -27,12 +25,7 @@ def golden_batch(golden) -> Batch:
 @pytest.fixture(scope="session")
 def model() -> Qwen3VL:
     """The smallest model with every part in it, its gate open: it compiles fast."""
-    config = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b", remat="none")
-    text = replace(config.text, num_hidden_layers=1, pvm_layers=(0,))
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0)))()
-    model.pvm["0"].gate_alpha[...] = jnp.ones(1)
-    return model
+    return tiny.make_model(tiny.golden_config(remat="none"), gate=1)
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from demo.checkpoint import write_assets
 from pvm_jax.checkpoint.store import save
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from tests import tiny
 from tests.xla_flags import DEVICES
 from train.run.events import read_values
 
@@ -29,10 +28,7 @@ LONG, STEPS = "--epochs=6", 24  # of 32 examples in batches of 8
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
     """Writes base/ (a tiny checkpoint, its model is returned) and data.jsonl with images into
     `root`."""
-    config = write_assets(root / "hf").with_pvm((0,), 64)
-    text = replace(config.text, num_hidden_layers=1)
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = nnx.jit(lambda: Qwen3VL(replace(config, text=text, vision=vision), rngs=nnx.Rngs(0)))()
+    model = tiny.make_model(tiny.cut(write_assets(root / "hf").with_pvm((0,), 64)))
     save(root / "base", model, assets=root / "hf")
     rng = np.random.default_rng(0)
     with open(root / "data.jsonl", "w") as file:
@@ -167,6 +163,15 @@ def finish(
     said = [output_file(root, run_dir, process).read_text() for process in range(len(started))]
     assert codes == [code] * len(started), "\n".join(said)
     return said
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """The error that ended a command in this process, in place of the exit."""
+    try:
+        yield
+    except SystemExit as ended:
+        raise (ended.__cause__ if ended.code == 2 else None) or ended from None
 
 
 def output_file(root: Path, run_dir: str | Path, process: int) -> Path:

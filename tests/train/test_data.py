@@ -35,6 +35,15 @@ class FakeBatch:
         return FakeBatch(rows, (length, patches))
 
 
+class FakeExample(int):
+    """An example's number, and its size."""
+
+    def __new__(cls, number, tokens, patches):
+        example = super().__new__(cls, number)
+        example.input_ids, example.num_patches = [0] * tokens, patches
+        return example
+
+
 class FakeProcessor:
     """Reads an example's number and size from its text."""
 
@@ -43,7 +52,7 @@ class FakeProcessor:
         return tokens, patches
 
     def encode(self, messages):
-        return int(messages[0]["content"].split()[0])
+        return FakeExample(*map(int, messages[0]["content"].split()))
 
 
 @pytest.fixture(autouse=True)
@@ -149,14 +158,25 @@ def test_images_are_hidden_in_a_share_of_the_whole_batchs_rows(read, share, hidd
 
 def test_measured_sizes_are_kept_for_the_next_start(read, open_data, write, tmp_path):
     expected = read(SIZES, sizes_file=tmp_path / "sizes.npy")
-    (tmp_path / "data.jsonl").write_text("{}\n" * len(SIZES))  # nothing is measured again
-    config = DataConfig(
-        str(tmp_path / "data.jsonl"), [Bucket(10, 4), Bucket(20, 16)], packing=False
-    )
-    data = load_training_data(
-        config, FakeProcessor(), None, batch_size=4, sizes_file=tmp_path / "sizes.npy"
-    )
+    other = [(tokens, patches + 1) for tokens, patches in SIZES]  # nothing is measured again
+    data = open_data(other, sizes_file=tmp_path / "sizes.npy")
     assert len(data.batches) == len(expected)
+    told = (
+        r"data.jsonl:\d+ has (5|15) tokens and \d+ patches, and had (5|15) and \d+ when it was"
+        " measured: .* set data.measure_anew"
+    )
+    with pytest.raises(ValueError, match=told):
+        data.batches[0]
+
+
+def test_no_more_epochs_are_laid_out_than_the_steps_take(open_data):
+    data = open_data([(5, 4)] * 10, epochs=10**9, max_steps=7)
+    assert len(data.batches) == 7
+    assert "4 epochs" in data.report  # the first one has two batches
+    assert len(open_data([(5, 4)] * 3, epochs=10**9, max_steps=2).batches) == 2
+    assert len(open_data([(5, 4)] * 10, epochs=2, max_steps=70).batches) == 5
+    with pytest.raises(ValueError, match="12 of 12 examples are too long"):
+        open_data([(50, 4)] * 12, epochs=10**9, max_steps=1)
 
 
 @pytest.fixture

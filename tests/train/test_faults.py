@@ -126,7 +126,7 @@ def test_a_run_that_is_killed_and_finds_a_full_disk_ends_bit_for_bit_like_an_und
     resource.prlimit(
         process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000)
     )  # no file grows beyond, as on a full disk
-    (said,) = runs.finish(root, "troubled", [process], code=1)
+    (said,) = runs.finish(root, "troubled", [process], code=2)
     steps = root / "troubled" / "steps"
     assert f"{steps}: step " in said
     assert "could not be written" in said

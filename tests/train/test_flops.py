@@ -3,7 +3,6 @@ padding."""
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import abstract_model
+from tests import tiny
 from train.config import Bucket, DataConfig
 from train.sft.config import SFTConfig
 from train.step.flops import Work, count_flops, peak_flops
@@ -23,13 +23,7 @@ from train.step.state import loss_and_gradient, make_loss, split_model
 
 X, W = jax.ShapeDtypeStruct((5, 3), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
 PRODUCT = 2 * 5 * 3 * 3
-GOLDEN = ModelConfig.from_hf(Path(__file__).parents[1] / "golden" / "shape_8b")
-CONFIG = replace(
-    GOLDEN,
-    text=replace(GOLDEN.text, num_hidden_layers=1, pvm_layers=(0,)),
-    vision=replace(GOLDEN.vision, depth=1, deepstack_visual_indexes=(0,)),
-)
-"""The smallest model with every part in it."""
+CONFIG = tiny.golden_config()
 
 
 def test_product_and_its_gradients():

@@ -17,7 +17,8 @@ from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.train import runs
 from train.grpo import __main__ as grpo
-from train.grpo.loop import _TRAINING_STREAM
+from train.grpo.loop import TRAINING_STREAM
+from train.grpo.reward_watch import RewardWatch
 from train.grpo.rollout import Sampler
 from train.run.events import read_values
 from train.run.log import RunLog
@@ -42,6 +43,7 @@ def grpo_run(workplace):
 
     def run(run_dir, *more, stop_at=None):
         metrics, rollouts, add, sample = {}, [], RunLog.add, Sampler.__call__
+        watched, watch = [], RewardWatch.__call__
 
         def record(log, step, values, **options):
             metrics[step] = {
@@ -53,16 +55,23 @@ def grpo_run(workplace):
 
         def keep(sampler, *args, **options):
             completions = sample(sampler, *args, **options)
-            if options["draw"][1] == _TRAINING_STREAM:
+            if options["draw"][1] == TRAINING_STREAM:
                 rollouts.append(completions)
             return completions
 
+        def look(self, table, completions):
+            watched.append(completions)
+            watch(self, table, completions)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RewardWatch, "__call__", look)
             patch.setattr(RunLog, "add", record)
             patch.setattr(Sampler, "__call__", keep)
-            grpo.main(
-                runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more)
-            )
+            with runs.raising():
+                grpo.main(
+                    runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more)
+                )
+        assert [id(one) for one in watched] == [id(one) for one in rollouts]
         return metrics, rollouts
 
     return run
@@ -166,7 +175,7 @@ def test_meshes_and_parts_change_nothing_but_the_last_bits(grpo_run, whole):
 
 def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole, capsys):
     """The steps of a run: the first one's rewards are those of `whole`."""
-    grpo_run("dry", *UPDATES, "--dry-run")
+    grpo_run("dry", *UPDATES, "--dry_run")
     said = " ".join(capsys.readouterr().out.split())
     assert f"step 0: reward {whole[0][0]['reward/mean']:.3f}, loss" in said
     assert f"step 1: reward {whole[0][1]['reward/mean']:.3f}, loss" in said
@@ -177,7 +186,7 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole
     assert not (workplace / "dry").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         grpo_run(
-            "dry", *UPDATES, "--dry-run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}"
+            "dry", *UPDATES, "--dry_run", f"--held_out={{sources: {workplace / 'nowhere.jsonl'}}}"
         )
 
 

@@ -2,32 +2,26 @@
 devices."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
+from tests import tiny
 from train.config import Bucket, ExamplesConfig, MeshConfig
 from train.fit.grpo import measure_rollout, measure_update
 from train.grpo.config import GRPOConfig
 from train.grpo.program import GRPOProgram
 from train.grpo.rollout import Sampler
 
-GOLDEN, GIB = Path(__file__).parents[1] / "golden" / "shape_8b", 2**30
+GIB = 2**30
 
 
 @pytest.fixture(scope="module")
 def program() -> GRPOProgram:
     """Of four devices, each with whole weights while it generates: four prompts x 2 completions of
     32 tokens, in two parts."""
-    config = ModelConfig.from_hf(GOLDEN)
-    text = replace(config.text, num_hidden_layers=1, pvm_layers=(0,))
-    model_config = replace(
-        config, text=text, vision=replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    )
     options = {
         "prompts_per_step": 4,
         "group_size": 2,
@@ -38,7 +32,7 @@ def program() -> GRPOProgram:
     data = ExamplesConfig("", [Bucket(32, 16)])
     return GRPOProgram.of(
         GRPOConfig("", "", data, **options, **settings),
-        model_config,
+        tiny.golden_config(),
         1,
         make_mesh(1, 4, devices=jax.devices()[:4]),
     )

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pvm_jax.command_line import parse
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.sharding import make_mesh
 from tests.train.reward_functions import letters
-from train.cli import parse
 from train.config import Bucket, ExamplesConfig, MeshConfig
 from train.fit.__main__ import FitConfig, FitGRPOConfig, recipe
 from train.grpo.config import GRPOConfig

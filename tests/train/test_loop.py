@@ -62,11 +62,12 @@ def sft_run(workplace, monkeypatch):
 
         monkeypatch.setattr(RunLog, "scalars", record)
         monkeypatch.setattr(RunLog, "add", stop)
-        sft.main(
-            runs.arguments(
-                workplace, run_dir, "--distributed.num_processes=1", ONE_SHAPE, *arguments
+        with runs.raising():
+            sft.main(
+                runs.arguments(
+                    workplace, run_dir, "--distributed.num_processes=1", ONE_SHAPE, *arguments
+                )
             )
-        )
         monkeypatch.undo()
         return losses
 
@@ -194,7 +195,7 @@ def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
 
 def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys):
     held_out = f"--held_out={{sources: {workplace / 'data.jsonl'}}}"
-    sft_run("dry", "--dry-run", held_out)
+    sft_run("dry", "--dry_run", held_out)
     said = capsys.readouterr().out
     assert "held-out loss" in said
     assert "step 1: loss" in said

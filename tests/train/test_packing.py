@@ -5,17 +5,15 @@ from dataclasses import replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.mixed_images import make_processor, write_mix
-from benchmarks.packing import BUCKETS
 from demo.checkpoint import write_assets
+from demo.mixed_images import BUCKETS, make_processor, write_mix
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
-from pvm_jax.model.qwen3_vl import Qwen3VL
+from tests import tiny
 from tests.close import assert_close
 from train.config import Bucket, DataConfig
 from train.data.loading import load_training_data, measure
@@ -109,13 +107,8 @@ def world(tmp_path_factory):
     """The smallest model that reads the demo's tokens, its gate open, a processor, and ten short
     conversations of the mix."""
     folder = tmp_path_factory.mktemp("exact")
-    config = write_assets(folder / "model").with_pvm((0,), 64)
-    text = replace(config.text, num_hidden_layers=1)
-    vision = replace(config.vision, depth=1, deepstack_visual_indexes=(0,))
-    model = nnx.jit(
-        lambda: Qwen3VL(replace(config, text=text, vision=vision, remat="none"), rngs=nnx.Rngs(0))
-    )()
-    model.pvm["0"].gate_alpha[...] = jnp.ones(1)
+    config = tiny.cut(write_assets(folder / "model").with_pvm((0,), 64))
+    model = tiny.make_model(replace(config, remat="none"), gate=1)
     processor, file = (
         Processor.from_pretrained(folder / "model"),
         write_mix(folder / "data", 24, seed=3),

@@ -58,6 +58,14 @@ def test_a_grader_that_fails_scores_0_and_is_counted(monkeypatch):
     assert errors["is_none"].startswith("TypeError")
 
 
+def test_a_grader_that_takes_too_much_memory_scores_0():
+    with Rewards([RewardConfig(USER + "is_greedy")], memory=1, workers=1) as rewards:
+        table = rewards(["", "ab", ""], [{}] * 3)
+    np.testing.assert_array_equal(table.totals, [0, 0, 0])
+    assert table.failures == {USER + "is_greedy": 1}
+    assert table.errors == {USER + "is_greedy": "took more than 1 GiB of memory"}
+
+
 def test_what_hangs_is_killed_with_what_it_started(tmp_path):
     with Rewards([RewardConfig(USER + "sleeps_with_a_child")], time_limit=1, workers=1) as rewards:
         assert rewards([""], [{"children": str(tmp_path / "pids")}]).totals == 0
@@ -94,6 +102,7 @@ def test_settings_and_examples_that_cannot_be_are_refused():
         (accuracy * 2, {}),
         (accuracy, {"time_limit": 0}),
         (accuracy, {"workers": 0}),
+        (accuracy, {"memory": 0}),
     ):
         with pytest.raises(ValueError, match="rewards: needs"):
             Rewards(configs, **settings)
@@ -104,3 +113,13 @@ def test_settings_and_examples_that_cannot_be_are_refused():
         rewards(["", ""], [{}])
     with pytest.raises(ValueError, match="needs 'solution' in every example"):
         rewards([""], [{"solution": " "}])
+
+
+def test_a_train_of_the_user_stays_out_of_the_graders_way(tmp_path, monkeypatch):
+    """Modules of theirs beside it are found."""
+    (tmp_path / "train.py").write_text("raise SystemExit('not the train that was asked for')")
+    (tmp_path / "grades_of_mine.py").write_text("def length(text, example):\n    return len(text)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with Rewards([RewardConfig("grades_of_mine:length")], time_limit=5, workers=1) as rewards:
+        assert rewards(["four"], [{}]).totals[0] == 4

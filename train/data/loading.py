@@ -6,6 +6,7 @@ Loss falls on assistant turns. An example is never truncated: it goes into a row
 it, or nowhere.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rich.progress import track
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch, hide_images
 from pvm_jax.data.conversations import open_conversations, size_of
+from pvm_jax.data.example import Example
 from pvm_jax.data.messages import Messages
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
@@ -41,12 +43,14 @@ class PlannedExamples:
 
     Attributes:
         plan: the examples of every row, as places in the sources one after the other.
+        sizes: (tokens, patches) of all examples, [N, 2] int32, by which the plan was made.
         buckets: the plan's, smallest first.
         sources: the opened sources.
         report: what became of the examples, for the log.
     """
 
     plan: Plan
+    sizes: np.ndarray
     buckets: Sequence[Bucket]
     sources: Sequence[Conversations]
     report: str
@@ -55,6 +59,17 @@ class PlannedExamples:
         """File and place of the examples in each row of the whole batch of `step`, whatever part of
         it this host reads."""
         return [[_where(self.sources, example) for example in row] for row in self.plan.rows(step)]
+
+    def check(self, number: int, example: Example) -> Example:
+        """Example `number` as it was read; ValueError if that is not what was measured."""
+        found, measured = (len(example.input_ids), example.num_patches), self.sizes[number].tolist()
+        if list(found) != measured:
+            raise ValueError(
+                f"{_where(self.sources, number)} has {found[0]} tokens and {found[1]} patches, and"
+                f" had {measured[0]} and {measured[1]} when it was measured: its record or its"
+                " images have changed. Put back what was there, or set data.measure_anew to true"
+            )
+        return example
 
 
 @dataclass(frozen=True)
@@ -133,7 +148,11 @@ def load_training_data(
         bucket = planned.buckets[planned.plan.bucket(step)]
         members = planned.plan.rows(step)
         examples = [
-            [_encode(sources, processor, example) for example in members[row]] for row in mine
+            [
+                planned.check(example, _encode(sources, processor, example))
+                for example in members[row]
+            ]
+            for row in mine
         ]
         batch = Batch.from_rows(
             examples, model_config, length=bucket.tokens, patches=bucket.patches
@@ -147,7 +166,7 @@ def load_training_data(
             f" settings: {', '.join(stale)}"
         )
     batches = grain.MapDataset.range(len(planned.plan)).map(read)
-    return TrainingData(planned.plan, planned.buckets, sources, report, batches)
+    return TrainingData(planned.plan, planned.sizes, planned.buckets, sources, report, batches)
 
 
 def plan_examples(
@@ -175,18 +194,20 @@ def plan_examples(
             f" with {tokens} tokens and {patches} patches: add a larger bucket to data.buckets or"
             " set data.too_long to drop"
         )
-    plan = make_plan(
-        sizes,
-        [
-            epoch_readings(data.mixture, list(map(len, sources)), seed, epoch)
-            for epoch in range(epochs)
-        ],
-        buckets,
-        batch_size=batch_size,
-        packing=packing,
-        seed=seed,
-        max_steps=max_steps,
-        fill_last=fill_last,
+    plan, epochs = _plan_of_steps(
+        lambda epoch: epoch_readings(data.mixture, list(map(len, sources)), seed, epoch),
+        lambda readings: make_plan(
+            sizes,
+            readings,
+            buckets,
+            batch_size=batch_size,
+            packing=packing,
+            seed=seed,
+            max_steps=max_steps,
+            fill_last=fill_last,
+        ),
+        epochs if len(too_long) < len(sizes) else 1,
+        max_steps,
     )
     if not len(plan):
         raise ValueError(
@@ -194,7 +215,27 @@ def plan_examples(
             f" rows of one batch; {len(too_long)} of {len(sizes)} examples are too long. Make the"
             f" batch smaller, or change data.buckets{' or data.packing' if packing else ''}"
         )
-    return PlannedExamples(plan, buckets, sources, _report(plan, sizes, buckets, epochs, too_long))
+    report = _report(plan, sizes, buckets, epochs, too_long)
+    return PlannedExamples(plan, sizes, buckets, sources, report)
+
+
+def _plan_of_steps(
+    read: Callable[[int], np.ndarray],
+    lay_out: Callable[[Sequence[np.ndarray]], Plan],
+    epochs: int,
+    max_steps: int | None,
+) -> tuple[Plan, int]:
+    """The plan of `epochs`, or of as many of them as `max_steps` take, and their number."""
+    if max_steps is None:
+        return lay_out([read(epoch) for epoch in range(epochs)]), epochs
+    readings = [read(0)]
+    plan = lay_out(readings)
+    while len(plan) < max_steps and len(readings) < epochs:
+        likely = math.ceil(len(readings) * max_steps / max(len(plan), 0.5))
+        more = min(epochs, max(len(readings) + 1, likely))
+        readings += [read(epoch) for epoch in range(len(readings), more)]
+        plan = lay_out(readings)
+    return plan, len(readings)
 
 
 def _is_hidden(row: int, share: float) -> bool:
@@ -297,7 +338,7 @@ def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
     return array
 
 
-def _encode(sources: Sequence[Conversations], processor: Processor, example: int):
+def _encode(sources: Sequence[Conversations], processor: Processor, example: int) -> Example:
     source, index = place_of(sources, example)
     messages = source[index]
     with source.naming(index):

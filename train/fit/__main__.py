@@ -1,7 +1,6 @@
 """Does a run fit? Compiles its real step for a TPU slice that is not here, or for more GPUs than
 are: no weights, no data."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
@@ -10,12 +9,13 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from pvm_jax.command_line import command, given_options, parse
 from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
-from train.cli import parse
 from train.fit import grpo, sft
 from train.fit.footprint import gib
 from train.grpo.config import GRPOConfig
+from train.published import with_config_files
 from train.sft.config import SFTConfig
 from train.step.compile_ahead import gpu_devices, tpu_devices, usable_bytes
 
@@ -79,47 +79,39 @@ class FitGRPOConfig(Target, GRPOConfig):
         self.check()
 
 
-def recipe(argv: Sequence[str] | None) -> type[FitConfig] | type[FitGRPOConfig]:
+def recipe(argv: Sequence[str]) -> type[FitConfig] | type[FitGRPOConfig]:
     """The kind of run that `argv` asks about: GRPO's if a key is given that no other has."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", default=[])
-    known, others = parser.parse_known_args(argv)
-    given = {
-        option.removeprefix("--").partition("=")[0].partition(".")[0]
-        for option in others
-        if option.startswith("--")
-    }
-    for file in filter(Path.is_file, map(Path, known.config)):
-        given |= set(yaml.safe_load(file.read_text()) or {})
+    given = set()
+    for key, value in given_options(argv):
+        given.add(key.partition(".")[0])
+        if key == "config" and Path(value).is_file():
+            keys = yaml.safe_load(Path(value).read_text())
+            given |= keys.keys() if isinstance(keys, dict) else set()
     names, others = ({field.name for field in fields(cls)} for cls in (GRPOConfig, SFTConfig))
     return FitGRPOConfig if given & (names - others) else FitConfig
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line), prints what a step takes, and exits with the
-    status that EXAMPLES names."""
+@command
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv` (default: the process's arguments), prints what a step takes, and exits with
+    the status that EXAMPLES names."""
+    argv = with_config_files(argv)
     config, _ = parse(
         recipe(argv), argv, prog="python -m train.fit", description=__doc__ or "", examples=EXAMPLES
     )
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        devices = (
-            tpu_devices(config.topology) if config.topology else gpu_devices(config.devices or 0)
-        )
-        mesh = make_mesh(**asdict(config.mesh), devices=devices)
-        model_config, usable = read_model_config(config), usable_bytes(mesh)
-        console.print(
-            f"{config.model or config.checkpoint}, trainable {config.trainable!r}, on {mesh.size} x"
-            f" {devices[0].device_kind} of {gib(usable)} usable,"
-            f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
-        )
-        if isinstance(config, FitGRPOConfig):
-            fits = grpo.check(config, model_config, mesh, usable, console)
-        else:
-            fits = sft.check(config, model_config, mesh, usable, console)
-    except (OSError, ImportError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    devices = tpu_devices(config.topology) if config.topology else gpu_devices(config.devices or 0)
+    mesh = make_mesh(**asdict(config.mesh), devices=devices)
+    model_config, usable = read_model_config(config), usable_bytes(mesh)
+    console.print(
+        f"{config.model or config.checkpoint}, trainable {config.trainable!r}, on {mesh.size} x"
+        f" {devices[0].device_kind} of {gib(usable)} usable,"
+        f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
+    )
+    if isinstance(config, FitGRPOConfig):
+        fits = grpo.check(config, model_config, mesh, usable, console)
+    else:
+        fits = sft.check(config, model_config, mesh, usable, console)
     sys.exit(0 if fits else 1)
 
 

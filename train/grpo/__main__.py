@@ -3,9 +3,9 @@
 Refines the decoder, the PVM branch, LoRA adapters or everything.
 """
 
-import sys
 from collections.abc import Sequence
 
+from pvm_jax.command_line import command
 from train.grpo.config import GRPOConfig
 from train.grpo.loop import RECIPE
 from train.run import entry
@@ -17,14 +17,15 @@ examples:
       --trainable pvm --optimizer.learning_rate 1e-5
   python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml \\
       --rewards '[{function: my_package.rewards:shortness}]'
-  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --dry-run
+  python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --dry_run
   python -m train.grpo --config configs/grpo_qwen3_vl_4b.yaml --print_config
 A run that was stopped continues from its last checkpoint when the same command is given again.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line) and runs the training."""
+@command
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv` (default: the process's arguments) and runs the training."""
     entry.main(
         GRPOConfig,
         RECIPE,
@@ -36,4 +37,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -2,7 +2,15 @@
 
 from dataclasses import KW_ONLY, dataclass, field
 
-from train.config import ExamplesConfig, MeshConfig, OptimizerConfig, RunConfig, Source, Trainable
+from train.config import (
+    ExamplesConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    Source,
+    Trainable,
+    mixture_of,
+)
 from train.grpo.policy import LossType, ScaleRewards
 from train.rewards.pool import RewardConfig, reward_names
 
@@ -32,7 +40,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         if (
-            not self.sources
+            not mixture_of(self.sources)
             or self.every < 1
             or self.samples < 1
             or self.shown < 0
@@ -66,6 +74,8 @@ class GRPOConfig(RunConfig):
         rewards: functions of (completion, example), and their weights in the sum.
         reward_time_limit: seconds after which a reward function is given up: the completion gets 0
             from it.
+        reward_memory: GiB of memory of a process that grades; a function that asks for more gives
+            the completion 0.
         reward_workers: processes that grade.
         scale_rewards: what the difference to the group's mean is divided by: the standard deviation
             of the "group", of the whole "batch", or nothing ("none").
@@ -95,6 +105,7 @@ class GRPOConfig(RunConfig):
         default_factory=lambda: [RewardConfig("format", 0.1), RewardConfig("accuracy", 0.9)],
     )
     reward_time_limit: float = 10.0
+    reward_memory: float = 4.0
     reward_workers: int = 4
     scale_rewards: ScaleRewards = "group"
     loss: LossType = "dapo"
@@ -139,8 +150,9 @@ class GRPOConfig(RunConfig):
                 f" {self.clip_high} and {self.beta}"
             )
         reward_names(self.rewards)  # refuses none, and one twice
-        if not self.reward_time_limit > 0:
-            raise ValueError(f"reward_time_limit must be positive, got {self.reward_time_limit}")
+        for name in ("reward_time_limit", "reward_memory"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.prompts_per_step % self.rollout_parts:
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} must be a multiple of rollout_parts"

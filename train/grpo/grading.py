@@ -17,8 +17,8 @@ from train.run.samples import Sample, images_of, text_of
 
 
 class RolloutGrader:
-    """(completions, prompts) -> the completions' rewards [N] float32, the same on every process,
-    and process 0's table.
+    """(completions, prompts) -> the completions' rewards [completions] float32, the same on every
+    process, and process 0's table.
 
     A limit of time that one process's grader keeps and another's misses would part the processes
     for good: one grades for all.
@@ -63,7 +63,10 @@ def grading(
         yield RolloutGrader(None, processor, say)
         return
     with Rewards(
-        config.rewards, time_limit=config.reward_time_limit, workers=config.reward_workers
+        config.rewards,
+        time_limit=config.reward_time_limit,
+        memory=config.reward_memory,
+        workers=config.reward_workers,
     ) as rewards:
         yield RolloutGrader(rewards, processor, say)
 

@@ -20,16 +20,18 @@ from train.grpo.grading import RolloutGrader, completion_values, grading, reward
 from train.grpo.held_out import Evaluation
 from train.grpo.program import Fixed, GRPOProgram
 from train.grpo.prompts import PromptBatch, PromptData, load_prompts
+from train.grpo.reward_watch import RewardWatch
 from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.update import Graded, parts_of, train_on, weigh
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run.lifecycle import Prepared, Recipe, StepDone, load_model
+from train.run.lifecycle import Prepared, Recipe, RunResult, StepDone, load_model
+from train.run.lifecycle import run as run_recipe
 from train.run.log import HEADLINE, RunLog
 from train.step.program import rows_per_shard
 from train.step.state import TrainState, cast, split_model
 
-_TRAINING_STREAM, _HELD_OUT_STREAM = range(2)
+TRAINING_STREAM, _HELD_OUT_STREAM = range(2)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
             f"{config.checkpoint}/generation_config.json names no eos_token_id: no completion would"
             " ever end"
         )
-    processor = Processor.from_pretrained(config.checkpoint)
+    processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
     data = load_prompts(
         config.data,
         processor,
@@ -96,6 +98,7 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
     sampler, fixed = Sampler(config, program, work.mesh), Fixed(frozen, work.reference)
     batches = work.data.iterator(work.done, config.data.threads, config.data.prefetch)
     seen: set[Bucket] = set()
+    watch = RewardWatch(work.processor, log.print)
     with grading(config, work.processor, log.print) as grade:
         held_out = evaluation(work, config.held_out, sampler, grade) if config.held_out else None
         for number in range(work.done, total):
@@ -110,6 +113,7 @@ def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:
                 rollout_seconds = time.perf_counter() - start
             with log.phase("rewards"):
                 rewards, table = grade(completions, batch.prompts)
+                watch(table, completions)
             graded = weigh(config, batch, completions, rewards)
             shapes = {part.shape for part in parts_of(config, graded)}
             if new_shape := not shapes <= seen:
@@ -163,7 +167,7 @@ def roll_out(
     return sampler(
         sampler.model(state, work.frozen),
         batch,
-        draw=(work.config.seed, _TRAINING_STREAM, number),
+        draw=(work.config.seed, TRAINING_STREAM, number),
         seeds=range(len(batch.prompts)),
         samples=work.config.group_size,
         temperature=work.config.temperature,
@@ -236,3 +240,8 @@ RECIPE = Recipe(
     dry_steps,
     {"headline": _HEADLINE | HEADLINE, "apart": ("data", "rollout", "rewards")},
 )
+
+
+def run(config: GRPOConfig) -> RunResult:
+    """What `python -m train.grpo` does with `config`: `train.run.lifecycle.run` with `RECIPE`."""
+    return run_recipe(config, RECIPE)

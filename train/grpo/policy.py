@@ -23,22 +23,25 @@ def group_advantages(
     The standard deviation is the sample's (n - 1 in the denominator).
 
     Args:
-        rewards: [P, G], of G completions of each of P prompts. NaN stands for a completion that was
-            not graded: it is left out of every mean and deviation, and its advantage is 0.
+        rewards: [prompts, samples], of every prompt's completions. NaN stands for a completion that
+            was not graded: it is left out of every mean and deviation, and its advantage is 0.
         scale: whether the deviation is that of the "group", of all the rewards ("batch"), or
             nothing is divided ("none").
         epsilon: keeps the quotient finite; the paper's 1e-4 is TRL's.
 
     Returns:
-        [P, G] float32, on the host; exactly 0 in a group whose graded rewards are all equal.
+        [prompts, samples] float32, on the host; exactly 0 in a group whose graded rewards are all
+        equal.
 
     Raises:
-        ValueError: for rewards that are not [P, G] or are infinite, and for an unknown `scale`.
+        ValueError: for rewards that are not [prompts, samples] or are infinite, and for an unknown
+            `scale`.
     """
     rewards = np.asarray(rewards, np.float64)
     if rewards.ndim != 2 or np.isinf(rewards).any():
         raise ValueError(
-            f"rewards must be [P, G] without infinities, got shape {rewards.shape}: {rewards}"
+            "rewards must be [prompts, samples] without infinities, got shape"
+            f" {rewards.shape}: {rewards}"
         )
     graded = ~np.isnan(rewards)
     count = graded.sum(1, keepdims=True)
@@ -59,8 +62,8 @@ def group_advantages(
 
 
 def _sample_std(deviations: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """[P, 1] out of differences to the mean [P, G], 0 where nothing was graded; a single one
-    deviates by nothing."""
+    """[prompts, 1] out of differences to the mean [prompts, samples], 0 where nothing was graded; a
+    single one deviates by nothing."""
     return np.sqrt((deviations**2).sum(1, keepdims=True) / np.maximum(count - 1, 1))
 
 
@@ -78,19 +81,19 @@ def token_weights(
     weights are made once for all of it, so that neither packing nor accumulation changes the loss.
 
     Args:
-        completion_mask: [N, T], 1 at the tokens that were generated (the stop token included), for
-            all N completions.
+        completion_mask: [completions, tokens], 1 at the tokens that were generated (the stop token
+            included), for all N completions.
         kind: what the sum of the token losses is divided by:
             "grpo": in each completion by its tokens, then by N;
             "dr_grpo": by N * max_completion_tokens (no bias by length);
             "dapo": by the generated tokens of the whole batch.
         max_completion_tokens: the longest that a completion may be.
-        left_out: [N], true for completions that are no part of the loss (TRL's
+        left_out: [completions], true for completions that are no part of the loss (TRL's
             `mask_truncated_completions`). They weigh nothing, yet count in the divisors as if they
             were (in N and in the generated tokens), as in TRL.
 
     Returns:
-        [N, T] float32, on the host.
+        [completions, tokens] float32, on the host.
 
     Raises:
         ValueError: for masks of other shapes and an unknown `kind`.
@@ -99,7 +102,8 @@ def token_weights(
     left_out = np.zeros(len(mask), bool) if left_out is None else np.asarray(left_out, bool)
     if mask.ndim != 2 or left_out.shape != mask.shape[:1]:
         raise ValueError(
-            f"needs completion_mask [N, T] and left_out [N], got {mask.shape} and {left_out.shape}"
+            "needs completion_mask [completions, tokens] and left_out [completions], got"
+            f" {mask.shape} and {left_out.shape}"
         )
     if kind == "grpo":
         divisor = np.maximum(mask.sum(1, keepdims=True), 1) * len(mask)

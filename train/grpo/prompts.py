@@ -102,10 +102,12 @@ def load_prompts(
     def read(step: int) -> PromptBatch:
         examples = [example for row in planned.plan.rows(step) for example in row]
         prompts = [read_prompt(*place_of(sources, example), processor) for example in examples]
+        for example, prompt in zip(examples, prompts, strict=True):
+            planned.check(example, prompt.example)
         return PromptBatch(planned.buckets[planned.plan.bucket(step)], prompts)
 
     steps = grain.MapDataset.range(len(planned.plan)).map(read)
-    return PromptData(planned.plan, planned.buckets, sources, planned.report, steps)
+    return PromptData(planned.plan, planned.sizes, planned.buckets, sources, planned.report, steps)
 
 
 def read_prompt(source: Conversations, index: int, processor: Processor) -> Prompt:

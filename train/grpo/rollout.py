@@ -36,10 +36,11 @@ class Completions(NamedTuple):
     """N = P x G completions, on every host alike; row p * G + n is completion n of prompt p.
 
     Attributes:
-        tokens: [N, T] int32, 0 after a row's end.
-        logprobs: [N, T] float32 of each token when it was drawn, at the sampling's temperature.
-        lengths: [N] int32: tokens of each row, its stop token included.
-        truncated: [N] bool: the row was not ended by a stop token.
+        tokens: [completions, tokens] int32, 0 after a row's end.
+        logprobs: [completions, tokens] float32 of each token when it was drawn, at the sampling's
+            temperature.
+        lengths: [completions] int32: tokens of each row, its stop token included.
+        truncated: [completions] bool: the row was not ended by a stop token.
     """
 
     tokens: np.ndarray
@@ -49,7 +50,7 @@ class Completions(NamedTuple):
 
     @property
     def mask(self) -> np.ndarray:
-        """[N, T] bool, true at the tokens that were generated."""
+        """[completions, tokens] bool, true at the tokens that were generated."""
         return np.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
 
@@ -148,7 +149,8 @@ class Sampler:
         samples: int,
         temperature: float,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens and log-probabilities [P * samples, T], and lengths, gathered from all hosts."""
+        """Tokens and log-probabilities [prompts * samples, tokens], and lengths, gathered from all
+        hosts."""
         config = self.config
         rows = [[prompts[row].example] for row in local_rows(self.sharding, len(prompts))]
         mine = Batch.from_rows(

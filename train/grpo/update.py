@@ -25,8 +25,8 @@ class Graded(NamedTuple):
     `Completions`.
 
     Attributes:
-        advantages: [N] float32.
-        weights: [N, T] float32, of each token in the loss.
+        advantages: [completions] float32.
+        weights: [completions, tokens] float32, of each token in the loss.
     """
 
     batch: PromptBatch
@@ -46,7 +46,7 @@ def weigh(
     config: GRPOConfig, batch: PromptBatch, completions: Completions, rewards: np.ndarray
 ) -> Graded:
     """Advantages within each group, and the tokens' weights over the whole rollout; `rewards`
-    [N]."""
+    [completions]."""
     advantages = group_advantages(
         rewards.reshape(-1, config.group_size), scale=config.scale_rewards
     )
@@ -76,7 +76,8 @@ def parts_of(config: GRPOConfig, graded: Graded) -> list[Part]:
 def rows_of(
     graded: Graded, completions: np.ndarray, shape: Bucket, model_config: ModelConfig
 ) -> PolicyRows:
-    """Rows of these completions, each behind its prompt; NumPy leaves."""
+    """A row for each of `completions` [rows], numbers of completions, behind its prompt; NumPy
+    leaves."""
     group = len(graded.completions.tokens) // len(graded.batch.prompts)
     prompts = [graded.batch.prompts[number // group].example for number in completions]
     examples = []

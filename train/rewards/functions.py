@@ -90,7 +90,8 @@ def same_answer(solution: str, answer: str) -> bool:
     12 cm"), the answer's letter decides; an answer without a letter must equal the option's text.
     Words are compared as words, without regard to case and punctuation. Everything else (numbers,
     LaTeX, intervals, sets, equations, …) is compared by math-verify, and no account is taken of
-    units.
+    units. An answer that is hedged ("42 or 41", "not 42") or says several things equals the
+    solution only if all of them do.
 
     It may take for ever ("10^{10^{10}}"): whoever calls it limits its time.
     """
@@ -105,9 +106,13 @@ def same_answer(solution: str, answer: str) -> bool:
 
 
 # A letter alone, or marked and followed by the option's text: "A. text", "(A) text", "A: text".
-# What joins several options ("A, C", "(A) or (B)") is no choice. A bare lower-case letter is a
-# variable in a solution; an answer may be careless.
-_MARKED = r"(?:[)\].:：．、]++\s*+(?!(?i:or|and)\b|[,/&;]|[(\[][A-Za-z][)\]])(?P<text>.*))?"
+# What joins several options ("A, C", "(A) or (B)", one a line) is no choice. A bare lower-case
+# letter is a variable in a solution; an answer may be careless.
+_NEXT = r"\n\s*+[(\[]?[A-Z](?:[)\].:：．、]|\s*+$)|\b(?i:or)\s+[(\[]?[A-Z][)\].:：]"
+_MARKED = (
+    r"(?:[)\].:：．、]++\s*+(?!(?i:or|and)\b|[,/&;]|[(\[][A-Za-z][)\]]|[A-Z]\s*+$)"
+    rf"(?P<text>(?:(?!{_NEXT}).)*+))?"
+)
 _CHOICE = re.compile(rf"[(\[]?(?P<letter>[A-Z]|(?<=\()[a-z](?=\))){_MARKED}", re.DOTALL)
 _ANSWERED_CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|final\s+|right\s+)?(?:answer|option|choice)(?:\s+is\b)?[\s:：]*)*"
@@ -125,6 +130,44 @@ def _plain(text: str) -> str:
 def _same_value(solution: str, answer: str) -> bool:
     if solution.split() == answer.split():
         return bool(solution.strip())
+    if any(hedge.search(answer) and not hedge.search(solution) for hedge in _HEDGES):
+        return False
+    said = _statements(answer)
+    if len(said) < 2 or len(_statements(solution)) > 1:
+        return _same_statement(solution, answer)
+    listed = ", ".join(statement.strip(".").replace("$", "") for statement in said)
+    return _same_statement(solution, listed) or all(
+        _same_statement(solution, statement) for statement in said
+    )
+
+
+# What leaves an answer open, and what denies it; a solution that does the same is answered alike.
+_HEDGES = (
+    re.compile(
+        r"\b(?:or|either|maybe|perhaps|possibly|alternatively|unless|except)\b|\\lor\b|∨",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"\b(?:not|never|neither|nor|cannot|\w+n['’]t)\b|!=|≠|¬|\\(?:neq?|not|neg|lnot)\b",
+        re.IGNORECASE,
+    ),
+)
+# Where a statement ends and another begins; math-verify would take the last one alone.
+_BORDER = re.compile(
+    r"(?<=[\w)}\]$])[.!?]\s+(?=\S)|\.\.+|…|-+>|=>|[→⇒]|\s\|\s|\\(?:to|rightarrow|Rightarrow|implies)\b"
+    r"|(?<=[$\d)}])\s+(?=\$)|(?<=\})\s*(?=\\boxed)|(?<=\\[\])])\s*(?=\\[\[(])"
+)
+
+
+def _statements(text: str) -> list[str]:
+    """The statements of a text; of those with digits these alone, "The answer is" is none then."""
+    lines = [text] if r"\begin{" in text else text.splitlines()
+    found = [part.strip() for line in lines for part in _BORDER.split(line)]
+    with_digits = [part for part in found if re.search(r"\d", part)]
+    return with_digits or [part for part in found if re.search(r"\w", part)]
+
+
+def _same_statement(solution: str, answer: str) -> bool:
     solution, answer = (_without_unit(_to_latex(text)) for text in (solution, answer))
     if words := _words(solution):
         return words == _words(answer)
@@ -132,9 +175,12 @@ def _same_value(solution: str, answer: str) -> bool:
         _RELATION.match(answer)
     ):
         return False
-    # math-verify rounds to six places, 1.6e-19 and 9.1e-31 to 0.
-    one, other = _decimal(solution), _decimal(answer)
-    if one is not None and other is not None and not math.isclose(one, other, rel_tol=1e-5):
+    # math-verify rounds to six places, 1.6e-19 and 9.1e-31 to 0, and of 41 = 42 takes the 42.
+    one = _decimal(solution)
+    others = [_decimal(side.strip()) for side in answer.split("=")]
+    if one is not None and any(
+        other is not None and not math.isclose(one, other, rel_tol=1e-5) for other in others
+    ):
         return False
     return _verified(solution, answer)
 

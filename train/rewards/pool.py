@@ -11,12 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import Pipe
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
 
 import numpy as np
 
 from train.rewards.functions import SOLUTION, check_name
+
+_OURS = str(Path(__file__).parents[2])
+"""The folder in which this package lies."""
 
 START_LIMIT = 300
 """Seconds that a worker may take to import its graders."""
@@ -86,6 +90,7 @@ class Rewards:
     Args:
         configs: the functions, in the order of the table's columns.
         time_limit: seconds for one function and one completion.
+        memory: GiB that a process may write to; a grader that asks for more fails.
         workers: processes.
 
     Raises:
@@ -94,18 +99,24 @@ class Rewards:
     """
 
     def __init__(
-        self, configs: Sequence[RewardConfig], *, time_limit: float = 10.0, workers: int = 4
+        self,
+        configs: Sequence[RewardConfig],
+        *,
+        time_limit: float = 10.0,
+        memory: float = 4.0,
+        workers: int = 4,
     ):
         names = reward_names(configs)
-        if time_limit <= 0 or workers < 1:
+        if time_limit <= 0 or memory <= 0 or workers < 1:
             raise ValueError(
-                f"rewards: needs time_limit > 0 and workers >= 1, got {time_limit} and {workers}"
+                f"rewards: needs time_limit > 0, memory > 0 and workers >= 1, got {time_limit},"
+                f" {memory} and {workers}"
             )
         self.names, self._weights = (
             names,
             np.array([config.weight for config in configs], np.float64),
         )
-        self._workers = [_Worker(names, time_limit) for _ in range(workers)]
+        self._workers = [_Worker(names, time_limit, memory) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
 
@@ -169,18 +180,31 @@ class Rewards:
             self._idle.put(worker)
 
 
+def _python_path() -> str:
+    """PYTHONPATH of a process that finds what this one finds, and as `train` this package: a folder
+    that holds another comes after it."""
+
+    def is_other(path: str) -> bool:
+        theirs = [Path(path, "train.py"), Path(path, "train", "__init__.py")]
+        return path != _OURS and any(map(Path.exists, theirs))
+
+    others = [path for path in sys.path if is_other(path)]
+    return os.pathsep.join([*(path for path in sys.path if path not in others), _OURS, *others])
+
+
 class _Worker:
     """A process of train.rewards.worker, and the next one when it has ended."""
 
-    def __init__(self, names: tuple[str, ...], time_limit: float):
-        self.names, self.time_limit = names, time_limit
+    def __init__(self, names: tuple[str, ...], time_limit: float, memory: float):
+        self.names, self.time_limit, self.memory = names, time_limit, memory
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
         self.connection, theirs = Pipe()
         # Should a grader import JAX, it must not take the accelerator that the run has.
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-m", "train.rewards.worker", str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": _python_path(), "JAX_PLATFORMS": "cpu"}
+        # -P: not from the folder that it starts in, which -m alone looks into first.
+        command = [sys.executable, "-P", "-m", "train.rewards.worker", str(theirs.fileno())]
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -192,7 +216,7 @@ class _Worker:
                 start_new_session=True,
             )
         try:
-            self.connection.send((self.names, self.time_limit))
+            self.connection.send((self.names, self.time_limit, self.memory))
             if not self.connection.poll(START_LIMIT):
                 raise RuntimeError(
                     f"a process for the rewards took more than {START_LIMIT} s to start"

@@ -6,6 +6,7 @@ a process of its own, and no child of multiprocessing, which would import the ru
 with it JAX.
 """
 
+import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -16,11 +17,12 @@ from train.rewards.functions import load_reward_function
 def main(connection: Connection) -> None:
     """Serves until the other end is closed.
 
-    The first message is (functions, seconds); the answer is None, or what is wrong with a function.
-    Every other message is a completion to grade; the answer is (value, None), or (0, what went
-    wrong).
+    The first message is (functions, seconds, GiB of memory); the answer is None, or what is wrong
+    with a function. Every other message is a completion to grade; the answer is (value, None), or
+    (0, what went wrong).
     """
-    functions, seconds = connection.recv()
+    functions, seconds, memory = connection.recv()
+    _limit_memory(round(memory * 2**30))
     try:
         graders = [load_reward_function(function) for function in functions]
     except ValueError as error:
@@ -37,10 +39,19 @@ def main(connection: Connection) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * seconds)
         try:
             answer = (_number(graders[number](completion, example)), None)
+        except MemoryError:
+            answer = (0.0, f"took more than {memory:g} GiB of memory")
         except Exception as error:
             answer = (0.0, f"{type(error).__name__}: {error}")
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(answer)
+
+
+def _limit_memory(size: int) -> None:
+    """Of what is written to alone: libraries reserve addresses that they never use."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    size = size if most == resource.RLIM_INFINITY else min(size, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 _TOO_LARGE = 1e30

@@ -3,23 +3,23 @@
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
 
+from pvm_jax.command_line import report
 from train.config import DistributedConfig
 
 
 @contextmanager
-def joined(config: DistributedConfig) -> Iterator[None]:
+def joined(config: DistributedConfig, *, with_traceback: bool) -> Iterator[None]:
     """Makes this process one of the run's, for the block; to be entered before anything touches a
     device.
 
-    A process whose block fails ends at once, with its traceback: it would otherwise wait in vain
-    for the others, who wait for it inside a step. They are ended by JAX, which misses it within 100
-    s (at once if it was process 0).
+    A process whose block fails ends at once, as `report` says: it would otherwise wait in vain for
+    the others, who wait for it inside a step. They are ended by JAX, which misses it within 100 s
+    (at once if it was process 0).
 
     Raises:
         RuntimeError: if JAX has started on its devices already.
@@ -28,13 +28,12 @@ def joined(config: DistributedConfig) -> Iterator[None]:
     join(config)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
-        traceback.print_exc()
+        status = report(error, with_traceback=with_traceback)
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        os._exit(status)
 
 
 def join(config: DistributedConfig) -> None:
@@ -89,14 +88,12 @@ def _time_limit(config: DistributedConfig, where: str) -> Iterator[None]:
             if config.process_id is None
             else f"process {config.process_id} of {config.num_processes}"
         )
-        print(
-            f"distributed: {who} waited {config.timeout} s (distributed.timeout) for the other"
+        error = TimeoutError(
+            f"{who} waited {config.timeout} s (distributed.timeout) for the other"
             f" processes {where}. Start the same command on every host, each with its own"
-            " process_id; all must reach the coordinator, which is process 0",
-            file=sys.stderr,
-            flush=True,
+            " process_id; all must reach the coordinator, which is process 0"
         )
-        os._exit(1)
+        os._exit(report(error, with_traceback=False))
 
     timer = threading.Timer(config.timeout, end)
     timer.daemon = True

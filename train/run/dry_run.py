@@ -1,4 +1,4 @@
-"""`--dry-run`: everything that a run builds, two steps on its real data, and not a file written."""
+"""`--dry_run`: everything that a run builds, two steps on its real data, and not a file written."""
 
 from dataclasses import asdict
 from typing import Any

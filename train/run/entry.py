@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from train.cli import parse
+from pvm_jax.command_line import TRACEBACK, parse
 from train.config import RunConfig
+from train.published import with_config_files
 from train.run.distributed import joined
 from train.run.dry_run import dry_run
 from train.run.lifecycle import Recipe, run
 
 _FLAGS = {
-    "--dry-run": (
+    "dry_run": (
         "build everything, take two steps on real data, print shapes, shardings and memory; write"
         " nothing"
     )
@@ -19,18 +20,22 @@ _FLAGS = {
 def main(
     cls: type[RunConfig],
     recipe: Recipe,
-    argv: Sequence[str] | None,
+    argv: Sequence[str],
     *,
     prog: str,
     description: str,
     examples: str,
 ) -> None:
-    """Parses `argv` (None: the command line) into a `cls`, by `train.cli.parse`, and runs or tries
-    the recipe."""
+    """Parses `argv` into a `cls` and runs or tries the recipe."""
     config, flags = parse(
-        cls, argv, prog=prog, description=description, examples=examples, flags=_FLAGS
+        cls,
+        with_config_files(argv),
+        prog=prog,
+        description=description,
+        examples=examples,
+        flags=_FLAGS,
     )
-    with joined(config.distributed):
+    with joined(config.distributed, with_traceback=TRACEBACK in argv):
         if flags:
             dry_run(config, recipe)
         else:

@@ -1,28 +1,29 @@
 """A training run from checkpoint to result, whatever its steps are: claim the directory, load, go
 on after an interruption, train, write the result."""
 
-import json
-import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 from rich.console import Console
 
+from pvm_jax.checkpoint.directory import copy_assets
 from pvm_jax.checkpoint.store import load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.conversations import stored_bytes
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, add_lora
 from pvm_jax.sharding import make_mesh
 from train.config import RunConfig, Trainable
 from train.data.loading import PlannedExamples
 from train.run.checkpoints import TrainCheckpoints
+from train.run.claim import SIZES, claimed
 from train.run.log import RunLog
 from train.run.preemption import stop_requests
 from train.step.flops import devices_peak_flops
@@ -37,28 +38,8 @@ RESULTS: dict[Trainable, str] = {
     "all": "model",
 }
 
-SIZES = "sizes.npy"
-"""The lengths of the run's examples, in its directory."""
-
-# What may change between a run and its continuation: none of it changes what is computed.
-_FREE_KEYS = {
-    "accumulation",
-    "attention",
-    "checkpoint_every",
-    "distributed",
-    "held_out",
-    "keep",
-    "log_every",
-    "loss_chunk",
-    "mesh",
-    "not_finite",
-    "remat",
-    "reward_time_limit",
-    "reward_workers",
-    "rollout_mesh",
-    "rollout_parts",
-    "run_dir",
-}
+STEPS = "steps"
+"""A run's step checkpoints, in its directory."""
 
 
 @dataclass(frozen=True)
@@ -117,69 +98,99 @@ class Recipe:
     log_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(config: RunConfig, recipe: Recipe) -> None:
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        steps: that are done.
+        total: steps of the whole run.
+        written: the branch, the adapter or the model that was trained; None where the run was told
+            to stop before its last step: the same call goes on.
+        log: TensorBoard's directory; `train.run.events.read_values` reads it.
+    """
+
+    steps: int
+    total: int
+    written: Path | None
+    log: Path
+
+
+def run(config: RunConfig, recipe: Recipe) -> RunResult:
     """Trains as `config` says, from the last step checkpoint in `run_dir` if there is one.
 
+    Several processes must have joined before (`train.run.distributed.join`); a lone one need not.
+
     Raises:
-        ValueError: as `recipe.prepare`, or if `run_dir` holds a run with another config.
+        OSError: if another process trains in `run_dir`, or it cannot be written.
+        ValueError: as `recipe.prepare`, or if `run_dir` holds a run with another config or other
+            data.
         FileExistsError: if the run in `run_dir` is finished.
         FloatingPointError: if the loss stops being finite (see RunConfig.not_finite).
     """
     mesh = make_mesh(**asdict(config.mesh))
     run_dir = Path(config.run_dir).absolute()
-    result = run_dir / RESULTS[config.trainable]
-    _claim(run_dir, config)
-    if result.exists():
-        raise FileExistsError(
-            f"{result} exists: this run is finished; give another --run_dir to train again"
-        )
-    with jax.set_mesh(mesh):
-        work = recipe.prepare(config, mesh, sizes_file=run_dir / SIZES)
-        with (
-            stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
-            TrainCheckpoints(
-                run_dir / "steps", work.model_config, work.identity, keep=config.keep
-            ) as checkpoints,
-        ):
-            if checkpoints.latest is not None:
-                work = replace(work, state=None)  # gives its memory back
-                work = replace(work, state=checkpoints.restore(work.program.state))
-            with RunLog(
-                run_dir / "log",
-                start=work.done,
-                total=work.total,
-                every=config.log_every,
-                peak=devices_peak_flops(),
-                not_finite=config.not_finite,
-                examples=work.data.examples,
-                **recipe.log_options,
-            ) as log:
-                log.print(
-                    f"{jax.device_count()} devices in {jax.process_count()} processes, mesh"
-                    f" {dict(mesh.shape)}"
-                )
-                log.print(work.data.report)
+    with claimed(config, run_dir, run_dir / STEPS):
+        result = run_dir / RESULTS[config.trainable]
+        if result.exists():
+            raise FileExistsError(
+                f"{result} exists: this run is finished; give another --run_dir to train again"
+            )
+        with jax.set_mesh(mesh):
+            return _train(config, recipe, mesh, result)
 
-                def step_done(step: int, state: TrainState) -> bool:
-                    stopping = stop_requested()
-                    if (
-                        stopping
-                        or step + 1 == work.total
-                        or (step + 1) % config.checkpoint_every == 0
-                    ):
-                        # raises before a checkpoint could keep what comes after a step that was not
-                        # finite
-                        log.flush()
-                        with log.phase("checkpoint", step):
-                            checkpoints.save(step + 1, state)
-                    return stopping
 
-                work = replace(work, state=recipe.train(work, log, step_done))
-        if work.done < work.total:
-            log.print(f"stopped after step {work.done}; the same command continues")
-            return
-        export(config, mesh, work.program.model(work.state, work.frozen), result)
-        log.print(f"written: {result}")
+def _train(config: RunConfig, recipe: Recipe, mesh: Mesh, result: Path) -> RunResult:
+    """The run in the directory of `result`, which this process has claimed."""
+    run_dir, log_dir = result.parent, result.parent / "log"
+    work = recipe.prepare(config, mesh, sizes_file=run_dir / SIZES)
+    with (
+        stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
+        TrainCheckpoints(
+            run_dir / STEPS, work.model_config, work.identity, keep=config.keep
+        ) as checkpoints,
+    ):
+        if checkpoints.latest is not None:
+            work = replace(work, state=None)  # gives its memory back
+            work = replace(work, state=checkpoints.restore(work.program.state))
+        if work.done > work.total:
+            raise ValueError(
+                f"the run in {run_dir} has {work.done} steps behind it, and its data as they are"
+                f" now give {work.total}: give another --run_dir"
+            )
+        with RunLog(
+            log_dir,
+            start=work.done,
+            total=work.total,
+            every=config.log_every,
+            peak=devices_peak_flops(),
+            not_finite=config.not_finite,
+            examples=work.data.examples,
+            **recipe.log_options,
+        ) as log:
+            log.print(
+                f"{jax.device_count()} devices in {jax.process_count()} processes, mesh"
+                f" {dict(mesh.shape)}"
+            )
+            log.print(work.data.report)
+
+            def step_done(step: int, state: TrainState) -> bool:
+                stopping = stop_requested()
+                if stopping or step + 1 == work.total or (step + 1) % config.checkpoint_every == 0:
+                    # raises before a checkpoint could keep what comes after a step that was not
+                    # finite
+                    log.flush()
+                    with log.phase("checkpoint", step):
+                        checkpoints.save(step + 1, state)
+                return stopping
+
+            work = replace(work, state=recipe.train(work, log, step_done))
+    if work.done < work.total:
+        log.print(f"stopped after step {work.done}; the same command continues")
+        return RunResult(work.done, work.total, None, log_dir)
+    export(config, mesh, work.program.model(work.state, work.frozen), result)
+    log.print(f"written: {result}")
+    return RunResult(work.done, work.total, result, log_dir)
 
 
 def load_model(config: RunConfig, mesh: Mesh) -> Qwen3VL:
@@ -210,51 +221,21 @@ def export(config: RunConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
     params = jax.tree.map(
         lambda x, stored: x.astype(stored.dtype), nnx.as_pure(trained), nnx.as_pure(stored)
     )
-    save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=config.checkpoint)
+    with _assets(config) as assets:
+        save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=assets)
 
 
-def _claim(run_dir: Path, config: Any) -> None:
-    """Notes in `run_dir` what the run computes; refuses to go on with another run that got as far
-    as its steps there.
-
-    Raises:
-        OSError: if `run_dir` cannot be written, or is not the same directory for all processes.
-        ValueError: if it holds another run.
-    """
-    mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
-    mine["data"] = {
-        key: value for key, value in mine["data"].items() if key not in ("threads", "prefetch")
-    }
-    mine["data"]["bytes"] = [stored_bytes(source.path) for source in config.data.mixture]
-    note, aside = run_dir / "run.json", run_dir / ".run.json.partial"
-
-    def changed() -> list[str]:
-        other = json.loads(note.read_text())
-        return [key for key in mine if mine[key] != other.get(key)]
-
-    # A start that failed, for a typo in a path say, has left nothing but its note and the sizes of
-    # its data.
-    if jax.process_index() == 0 and (
-        not note.exists() or (not (run_dir / "steps").exists() and changed())
-    ):
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / SIZES).unlink(missing_ok=True)
-            aside.write_text(json.dumps(mine, indent=2) + "\n")
-            os.replace(aside, note)
-        except OSError as error:
-            raise OSError(
-                f"run_dir {run_dir} cannot be written ({error}): give another --run_dir, or free"
-                " space"
-            ) from error
-    sync_global_devices(f"claimed {run_dir}")
-    if not note.exists():
-        raise FileNotFoundError(
-            f"{note}: process 0 wrote it, process {jax.process_index()} does not see it: run_dir"
-            " must be on a file system that all hosts share"
-        )
-    if other := changed():
-        raise ValueError(
-            f"{run_dir} holds a run with another {', '.join(other)} (see {note}): continue it with"
-            " the same values, or give another --run_dir"
-        )
+@contextmanager
+def _assets(config: RunConfig) -> Iterator[str]:
+    """The directory whose files go with the model: the checkpoint, or a copy that forgets the tags
+    which the model has learned as text."""
+    if not config.tags_as_text:
+        yield config.checkpoint
+        return
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(Path(config.checkpoint) / "config.json", Path(folder) / "config.json")
+        copy_assets(config.checkpoint, Path(folder))
+        processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
+        processor.tokenizer.save_pretrained(folder)
+        (Path(folder) / "added_tokens.json").unlink(missing_ok=True)
+        yield folder

@@ -28,6 +28,8 @@ def stop_requests(mesh: Mesh) -> Iterator[Callable[[], bool]]:
     before: dict[int, Any] = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
     }
+    # A shell starts jobs in the background with Ctrl-C ignored: it is not meant for them.
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def request(number: int, _: Any) -> None:
         requests.append(number)

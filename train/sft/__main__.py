@@ -3,9 +3,9 @@
 Trains the PVM branch, LoRA adapters, the decoder or everything.
 """
 
-import sys
 from collections.abc import Sequence
 
+from pvm_jax.command_line import command
 from train.run import entry
 from train.sft.config import SFTConfig
 from train.sft.loop import RECIPE
@@ -16,14 +16,15 @@ examples:
   python -m train.sft --config configs/sft_qwen3_vl_8b.yaml \\
       --optimizer.learning_rate 2e-5 --run_dir runs/slow
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --trainable decoder --mesh.tensor 4
-  python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --dry-run
+  python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --dry_run
   python -m train.sft --config configs/sft_qwen3_vl_4b.yaml --print_config
 A run that was stopped continues from its last checkpoint when the same command is given again.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line) and runs the training."""
+@command
+def main(argv: Sequence[str]) -> None:
+    """Parses `argv` (default: the process's arguments) and runs the training."""
     entry.main(
         SFTConfig,
         RECIPE,
@@ -35,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

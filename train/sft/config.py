@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, dataclass
 
-from train.config import DataConfig, RunConfig, Source
+from train.config import DataConfig, RunConfig, Source, mixture_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,12 @@ class HeldOutConfig:
     max_new_tokens: int = 128
 
     def __post_init__(self):
-        if not self.sources or self.every < 1 or self.samples < 0 or self.max_new_tokens < 1:
+        if (
+            not mixture_of(self.sources)
+            or self.every < 1
+            or self.samples < 0
+            or self.max_new_tokens < 1
+        ):
             raise ValueError(
                 "held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1"
             )

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.messages import Messages
@@ -57,7 +56,6 @@ class HeldOut:
         )
         self._measure = jax.jit(make_measurement(program.graphdef, chunk=config.loss_chunk))
         self._samples = first_conversations(self._data, held_out.samples)
-        self._stop_tokens = read_stop_tokens(config.checkpoint)
 
     def write(self, log: RunLog, step: int, state: TrainState, frozen: Any) -> None:
         """Measures what `step` steps made of the parameters: TensorBoard, and a line on the
@@ -97,7 +95,6 @@ class HeldOut:
             batch,
             max_new_tokens=self.config.max_new_tokens,
             temperature=0.0,
-            stop_tokens=self._stop_tokens,
         )
         tokens, lengths = multihost_utils.process_allgather(
             (generation.tokens, generation.lengths), tiled=True

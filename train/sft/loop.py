@@ -15,7 +15,8 @@ from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from train.data.loading import TrainingData, load_training_data
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run.lifecycle import Prepared, Recipe, StepDone, load_model
+from train.run.lifecycle import Prepared, Recipe, RunResult, StepDone, load_model
+from train.run.lifecycle import run as run_recipe
 from train.run.log import RunLog
 from train.sft.config import SFTConfig
 from train.sft.held_out import HeldOut
@@ -45,7 +46,7 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
         config.batch_size, config.accumulation, mesh
     )  # refuses before anything is loaded
     model = load_model(config, mesh)
-    processor = Processor.from_pretrained(config.checkpoint)
+    processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
     data = load_training_data(
         config.data,
         processor,
@@ -141,3 +142,8 @@ def dry_steps(work: PreparedSFT, console: Console) -> None:
 
 
 RECIPE = Recipe(prepare, train, dry_steps)
+
+
+def run(config: SFTConfig) -> RunResult:
+    """What `python -m train.sft` does with `config`: `train.run.lifecycle.run` with `RECIPE`."""
+    return run_recipe(config, RECIPE)

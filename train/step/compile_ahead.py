@@ -109,7 +109,7 @@ def compile_ahead(function: Any, *args: Any, mesh: Mesh, **static: Any) -> Compi
         try:
             program = function.lower(*args, **static).compile()
         except jax.errors.JaxRuntimeError as error:
-            if (total := _refused(str(error), device_bytes(args))) is None:
+            if (total := refused_bytes(str(error), device_bytes(args))) is None:
                 raise
             return Compiled(total, time.perf_counter() - start, str(error))
     sizes = program.memory_analysis()
@@ -118,7 +118,7 @@ def compile_ahead(function: Any, *args: Any, mesh: Mesh, **static: Any) -> Compi
     return Compiled(total, time.perf_counter() - start, results=program.output_shardings)
 
 
-def _refused(message: str, arguments: int) -> int | None:
+def refused_bytes(message: str, arguments: int) -> int | None:
     """Bytes that the compiler asked for in vain; None if `message` is of another failure."""
     if match := _USED.search(message):
         return _bytes(match[1], match[2])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pvm_jax.sharding import constrain, divides
 
 OfLogits = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
-"""(logits [B, C, V] float32, targets [B, C]) -> arrays [B, C]."""
+"""(logits [B, chunk, vocab] float32, targets [B, chunk]) -> arrays [B, chunk]."""
 
 
 def chunked_cross_entropy(

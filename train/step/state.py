@@ -92,8 +92,8 @@ def make_loss(graphdef: nnx.GraphDef, *, chunk: int) -> Loss:
 def loss_and_gradient(
     loss: Loss, params: Any, frozen: Any, batch: Batch, *, accumulation: int
 ) -> tuple[jax.Array, Any]:
-    """The batch's mean loss and its gradient; `accumulation` parts one after the other give what
-    the whole would."""
+    """The batch's mean loss [] and its gradient, shaped as `params`; `accumulation` parts one after
+    the other give what the whole would."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if accumulation == 1:
         sums = gradient(params, frozen, batch)
@@ -152,8 +152,8 @@ def apply_gradients(
     """The state after a step with these gradients; where they or the loss are not finite, with the
     count alone changed.
 
-    Metrics are scalars: loss, grad_norm (before clipping), learning_rate and, for each PVM layer l,
-    gate/l, from which the step started.
+    `loss` and metrics are scalars []: loss, grad_norm (before clipping), learning_rate and, for
+    each PVM layer l, gate/l, from which the step started.
     """
     norm = optax.tree.norm(gradients)
     rate = jnp.asarray(schedule(state.step), jnp.float32)

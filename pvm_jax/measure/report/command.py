@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 
 from pvm_jax.checkpoint.directory import read_stop_tokens
+from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.example import Example
@@ -23,6 +24,7 @@ from pvm_jax.measure.report.figures import check_matplotlib
 from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.paths import make_local
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 
@@ -31,40 +33,66 @@ class Request:
     """What to measure.
 
     Attributes:
-        checkpoint, branch, lora: as of `load`.
-        against: another checkpoint; None: the same weights without the branch, if there is one.
-        data: the conversations, in any format of the training data; their assistant turns are the
-            answers.
-        output: folder for the report.
-        only: names of MEASUREMENTS.
-        limit: conversations, from the front.
-        fillers: tokens of filler text for the ablation.
-        looks: tokens whose attention is drawn, spread over conversations and over what the model
-            writes.
-        look_at: draws these instead, each as CONVERSATION:TOKEN, both counted from 0
-            (`Task.looks`).
-        max_new_tokens: of a written answer; None: as many as the longest true one has.
-        batch_size, chunk: `Task.rows` and `Task.chunk`.
-        dtype: as of `load`.
+        checkpoint: directory that convert.hf_to_orbax or training wrote.
+        data: conversations with answers, their assistant turns: JSONL or another format of the
+            training data.
+        output: folder for report.html, report.json and figures/.
+        branch: take the PVM branch from this checkpoint.
+        lora: put this LoRA adapter beside the weights.
+        against: compare with this checkpoint; by default with the same weights without the branch,
+            if there is one.
+        only: what to measure, of MEASUREMENTS.
+        limit: conversations, from the front of the data.
+        fillers: tokens of filler text, each a point.
+        looks: tokens whose attention is drawn over the image, spread over conversations and over
+            what the model writes.
+        look_at: draw these tokens of what the model writes as the last answer instead (its last,
+            where it stops before), each as CONVERSATION:TOKEN, both counted from 0.
+        max_new_tokens: of an answer that a model writes; by default the longest true one's.
+        batch_size: conversations that are computed together.
+        chunk: columns that are computed together: less takes less memory.
+        dtype: by default as stored.
         tensor: devices that share each model.
     """
 
     checkpoint: Path
     data: Path
     output: Path
-    branch: Path | None
-    lora: Path | None
-    against: Path | None
-    only: Sequence[str]
-    limit: int
-    fillers: Sequence[int]
-    looks: int
-    look_at: Sequence[str]
-    max_new_tokens: int | None
-    batch_size: int
-    chunk: int
-    dtype: str | None
-    tensor: int
+    branch: Path | None = None
+    lora: Path | None = None
+    against: Path | None = None
+    only: Sequence[str] = tuple(MEASUREMENTS)
+    limit: int = 32
+    fillers: Sequence[int] = (0, 100, 400, 1600)
+    looks: int = 6
+    look_at: Sequence[str] = ()
+    max_new_tokens: int | None = None
+    batch_size: int = 4
+    chunk: int = 256
+    dtype: Literal["float32", "bfloat16"] | None = None
+    tensor: int = 1
+
+    def __post_init__(self):
+        make_local(self, "checkpoint", "data", "output", "branch", "lora", "against")
+        if unknown := [name for name in self.only if name not in MEASUREMENTS]:
+            raise ValueError(
+                f"--only: there is no measurement {', '.join(map(repr, unknown))}, but"
+                f" {', '.join(MEASUREMENTS)}"
+            )
+        for name, least in (
+            ("limit", 1),
+            ("looks", 0),
+            ("max_new_tokens", 1),
+            ("batch_size", 1),
+            ("chunk", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if not self.fillers:
+            raise ValueError("--fillers must have at least one number; 0 is no filler")
+        if min(self.fillers) < 0:
+            raise ValueError(f"--fillers must be 0 or more, got {min(self.fillers)}")
 
 
 def measure_checkpoint(request: Request) -> None:
@@ -73,19 +101,13 @@ def measure_checkpoint(request: Request) -> None:
     Raises:
         FileNotFoundError, ValueError, CheckpointError: for a request that cannot be met, naming
             what is wrong.
+        OSError: if another process writes to `output`.
     """
-    for name, least in (
-        ("limit", 1),
-        ("looks", 0),
-        ("max_new_tokens", 1),
-        ("batch_size", 1),
-        ("chunk", 1),
-    ):
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if min(request.fillers) < 0:
-        raise ValueError(f"--fillers must be 0 or more, got {min(request.fillers)}")
+    with sole_writer(request.output, otherwise="give another --output"):
+        _measure_alone(request)
+
+
+def _measure_alone(request: Request) -> None:
     mesh = tensor_mesh(request.tensor)
     processor = Processor.from_pretrained(request.checkpoint)
     task = make_task(request, processor)
@@ -239,11 +261,11 @@ def _look(text: str, conversations: int, tokens: int) -> tuple[int, int]:
     conversation, _, token = text.partition(":")
     if not (conversation.isdecimal() and token.isdecimal()):
         raise ValueError(
-            f"--look-at takes CONVERSATION:TOKEN, both counted from 0, such as 2:40; got {text!r}"
+            f"--look_at takes CONVERSATION:TOKEN, both counted from 0, such as 2:40; got {text!r}"
         )
     if int(conversation) >= conversations or int(token) >= tokens:
         raise ValueError(
-            f"--look-at {text}: there are {conversations} conversations (--limit), both are counted"
-            f" from 0, and an answer is written up to {tokens} tokens (--max-new-tokens)"
+            f"--look_at {text}: there are {conversations} conversations (--limit), both are counted"
+            f" from 0, and an answer is written up to {tokens} tokens (--max_new_tokens)"
         )
     return int(conversation), int(token)

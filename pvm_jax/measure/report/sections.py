@@ -47,8 +47,8 @@ class Task:
         stop_tokens: that end an answer which a model writes.
         max_new_tokens: of such an answer.
         counted: what the tokens that count are called, in the report's words.
-        counts: which tokens of an answer count for accuracy and for the lens: its ids [A] -> [A]
-            bool; None: all of them.
+        counts: which tokens of an answer count for accuracy and for the lens: its ids [answer] ->
+            [answer] bool; None: all of them.
         fillers: the conversations with filler text before their question, by its tokens.
         grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in
             the report's words.
@@ -73,7 +73,8 @@ class Task:
     chunk: int = 256
 
     def counting(self, values: np.ndarray, examples: Sequence[Example] | None = None) -> np.ndarray:
-        """`values` [N, ..., A] by answer token, NaN where a token does not count."""
+        """`values` [conversations, ..., answer] by answer token, NaN where a token does not
+        count."""
         if self.counts is None:
             return values
         examples = self.examples if examples is None else examples
@@ -521,7 +522,7 @@ MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
 
 
 def _by_position(name: str, values: np.ndarray, buckets: Sequence[PositionBucket]) -> Series:
-    """Of [N, A]; buckets in which nothing counts are left out."""
+    """Of [conversations, answer]; buckets in which nothing counts are left out."""
     points = [
         (b.middle, e)
         for b, e in zip(buckets, by_position(values, buckets), strict=True)
@@ -580,7 +581,7 @@ def _gains(found: Mapping[str, Mapping[int, TeacherForced]], task: Task) -> list
 
 
 def _sharpest(attention: np.ndarray) -> int:
-    """Of attention [N, choices, V], the choice whose attention on the image is the most
+    """Of attention [conversations, choices, V], the choice whose attention on the image is the most
     concentrated, over all N."""
     shares = attention / np.maximum(attention.sum(-1, keepdims=True), 1e-9)
     entropy = -(shares * np.log(np.maximum(shares, 1e-9))).sum(-1)

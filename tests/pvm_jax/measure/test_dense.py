@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pvm_jax.data.batch import Batch, _split_rows
+from pvm_jax.data.batch import Batch, split_rows
 from pvm_jax.measure.accuracy import teacher_forced
 from pvm_jax.measure.dilution import dilution
 from pvm_jax.measure.lens import lens
@@ -40,7 +40,7 @@ class Dense(NamedTuple):
 def examples(golden, golden_model):
     """The goldens' rows with images, several of them and a video; as answers, their text from the
     sixth token on."""
-    rows, _ = _split_rows(load_file(golden / "forward_inputs.safetensors"), golden_model.config)
+    rows, _ = split_rows(load_file(golden / "forward_inputs.safetensors"), golden_model.config)
     visual = (golden_model.config.image_token_id, golden_model.config.video_token_id)
     return [
         replace(
@@ -72,7 +72,7 @@ def _inner(model, batch: Batch):
     entering = jnp.concatenate(
         [jnp.where((batch.visual_index >= 0)[..., None], visual, embeds)[None], trace.streams[:-1]]
     )
-    angles = mrope_angles(batch.positions, c.head_dim, c.rope_theta, c.mrope_section)
+    angles = mrope_angles(batch.positions, c)
     graphdef, stacked = nnx.split(decoder.layers)
     layers = []
     for layer, stream in enumerate(entering):

@@ -27,6 +27,7 @@ from demo.checkpoint import write_assets
 from demo.task import Mixture, draw, make_example
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
+from train.config import Bucket
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -41,6 +42,12 @@ SCANS = ("camera", "coins", "moon", "page", "text", "brick", "grass", "gravel")
 QWEN3_VL_PIXELS = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
 KINDS = {"photograph": 0.55, "grid": 0.25, "several": 0.1, "text": 0.1}
 ANSWER_CHARACTERS = 300, 1.0  # median and spread (of the logarithm)
+PATCHES_PER_TOKEN = (
+    1.25  # of the mix; rows with much more or less of either would be padded in the other
+)
+BUCKETS = [
+    Bucket(tokens, int(tokens * PATCHES_PER_TOKEN)) for tokens in (512, 1024, 2048, 4096, 8192)
+]
 
 
 def write_mix(folder: Path, count: int, seed: int = 0) -> Path:

@@ -1,0 +1,49 @@
+"""One writer at a time: a lock that ends with the process that holds it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from filelock import FileLock, Timeout
+
+from pvm_jax.paths import local_path
+
+
+@contextmanager
+def sole_writer(
+    target: str | Path, *, lock: Path | None = None, otherwise: str = "choose another place"
+) -> Iterator[None]:
+    """Keeps every other process that asks for the same from writing to `target` during the block.
+
+    Process 0 of several asks for all. The kernel holds the lock: that of a process that was killed
+    is free at once.
+
+    Args:
+        lock: the file that is locked and vanishes with the block; None: `.NAME.lock` beside
+            `target`.
+        otherwise: what the error proposes beside waiting.
+
+    Raises:
+        OSError: if another process writes there, or the lock cannot be made.
+        ValueError: for a URL (`local_path`).
+    """
+    path = local_path(target).absolute()
+    if jax.process_index() != 0:
+        yield
+        return
+    file = path.with_name(f".{path.name}.lock") if lock is None else lock
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(file, timeout=0).acquire()
+    except Timeout as error:
+        raise OSError(
+            f"{target} is being written by another process: wait until it has ended, or {otherwise}"
+        ) from error
+    except OSError as error:
+        raise OSError(f"{target} cannot be written ({error}): {otherwise}") from error
+    with held:
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it

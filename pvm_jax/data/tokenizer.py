@@ -1,0 +1,109 @@
+"""A checkpoint's tokenizer and chat template, read as data: no code of the checkpoint's is run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pvm_jax.hf_config import check_model_type, read_config
+from pvm_jax.json_file import JsonObject, read_json
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+# All that read this model's tokenizer.json; another name would choose among transformers' readers.
+_CLASSES = (
+    "Qwen2Tokenizer",
+    "Qwen2TokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+_DEFAULT = "default"
+"""Which of several chat templates is taken, as transformers does."""
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, and where there is a config.json, one that fits it.
+
+    Raises:
+        FileNotFoundError: if there is no directory, or no tokenizer in it.
+        ValueError: naming the file, if it is malformed or not of a Qwen3-VL, or the tokenizer
+            knows ids for which the model has no row.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such directory")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
+    config = read_config(folder) if (folder / "config.json").exists() else None
+    if config is not None:
+        check_model_type(config)
+    settings = _settings(folder)
+    kind = settings.text("tokenizer_class", None)
+    if kind is not None and kind not in _CLASSES:
+        settings.refuse("tokenizer_class", f"must be {' or '.join(_CLASSES)}, got {kind!r}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the reader of tokenizer.json raises Exception itself
+        for name in _FILES:
+            if (folder / name).exists():
+                read_json(folder / name)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be read (tokenizer.json, tokenizer_config.json):"
+            f" {reason}"
+        ) from error
+    if config is not None:
+        check_vocabulary(tokenizer, config)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: JsonObject) -> None:
+    """Raises ValueError if the tokenizer knows ids beyond `text_config.vocab_size`."""
+    rows = config.object("text_config").integer("vocab_size")
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise ValueError(
+            f"{config.file}: text_config.vocab_size is {rows}, but the tokenizer's {token!r} is"
+            f" {largest}: resize the model's embedding to {largest + 1} rows, or take the token out"
+        )
+
+
+def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The processor's template where it has one of its own, else the tokenizer's
+    (chat_template.jinja among them); of several, the one named "default".
+
+    Raises:
+        ValueError: naming the file, if there is none.
+    """
+    for name in ("processor_config.json", "chat_template.json"):
+        file = folder / name
+        if file.exists() and (template := read_json(file).get("chat_template")):
+            return _one_template(template, str(file))
+    if template := tokenizer.chat_template:
+        return _one_template(template, f"{folder}/tokenizer_config.json")
+    raise ValueError(f"{folder}: no chat template (chat_template.jinja)")
+
+
+def _one_template(template: Any, file: str) -> str:
+    if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    if isinstance(template, Mapping):
+        if _DEFAULT not in template:
+            names = ", ".join(map(repr, template))
+            raise ValueError(f"{file}: chat_template: none of {names} is named {_DEFAULT!r}")
+        template = template[_DEFAULT]
+    if not isinstance(template, str):
+        raise ValueError(f"{file}: chat_template must be a text or texts by name")
+    return template
+
+
+def _settings(folder: Path) -> JsonObject:
+    file = folder / "tokenizer_config.json"
+    return read_json(file) if file.exists() else JsonObject({}, str(file))

@@ -1,0 +1,44 @@
+"""The branch's own arithmetic, against the same written out."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pvm_jax.model.layers import merge_heads, rms_normalize, split_heads
+from pvm_jax.model.memory import CrossAttention
+from tests.close import assert_close
+from tests.pvm_jax.test_model import CONFIG
+
+
+def test_biases_of_the_cross_attention():
+    """Of all four projections, each added once and before the norms."""
+    config = replace(CONFIG, text=replace(CONFIG.text, attention_bias=True))
+    c, rng = config.text, np.random.default_rng(0)
+    module = CrossAttention(config, rngs=nnx.Rngs(0))
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    linears = {}
+    for name in "qkvo":
+        linear = getattr(module, f"{name}_proj")
+        linear.weight[...], linear.bias[...] = draw(*linear.weight.shape), draw(*linear.bias.shape)
+        linears[name] = linear.weight[...], linear.bias[...]
+    query, compact = draw(1, 3, c.pvm_hidden_size), draw(1, 5, c.pvm_hidden_size)
+    ones = jnp.ones((1, 5), jnp.int32)
+
+    def project(name: str, x: jax.Array) -> jax.Array:
+        weight, bias = linears[name]
+        return x @ weight.T + bias
+
+    q, k, v = (
+        split_heads(project(name, x), c.head_dim)
+        for name, x in (("q", query), ("k", compact), ("v", compact))
+    )
+    q, k = rms_normalize(q, c.rms_norm_eps), rms_normalize(k, c.rms_norm_eps)
+    k, v = (jnp.repeat(x, c.pvm_num_heads // c.pvm_num_key_value_heads, 2) for x in (k, v))
+    scores = jnp.einsum("bsnh,btnh->bnst", q, k) * c.head_dim**-0.5
+    recalled = jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(scores, -1), v)
+    want = project("o", merge_heads(recalled))
+    got = module(query, module.memorize(compact, ones), ones[:, :3], None)
+    assert_close(got, want, 1e-5)
