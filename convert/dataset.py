@@ -27,7 +27,7 @@ from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, v
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
-from pvm_jax.paths import local_path
+from pvm_jax.files.paths import local_path
 
 EXAMPLES = """
 examples:

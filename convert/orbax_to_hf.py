@@ -25,7 +25,7 @@ from pvm_jax.checkpoint.directory import (
 from pvm_jax.checkpoint.store import explaining_damage, find
 from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig
-from pvm_jax.paths import local_path
+from pvm_jax.files.paths import local_path
 
 _READ_AHEAD = 4
 EXAMPLES = """

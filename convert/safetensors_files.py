@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pvm_jax.checkpoint.directory import CheckpointError
-from pvm_jax.json_file import JsonObject, read_json
+from pvm_jax.files.json_file import JsonObject, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

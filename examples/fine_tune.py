@@ -53,7 +53,7 @@ def main(
     )
     result = run(config)
     losses = [value for _, value in read_values(result.log)["train/loss"]]
-    print(f"{result.steps} steps: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {result.written}")
+    print(f"{len(losses)} steps: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {result.written}")
     if result.written is None:
         return  # told to stop: the same call goes on
 

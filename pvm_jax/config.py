@@ -10,8 +10,8 @@ from typing import Any, Self
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pvm_jax.files.json_file import is_number
 from pvm_jax.hf_config import MODEL_TYPE, SPECIAL_TOKENS, read_sections
-from pvm_jax.json_file import is_number
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 PVM_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pvm_jax.json_file import JsonObject, read_json
+from pvm_jax.files.json_file import JsonObject, read_json
 
 MODEL_TYPE = "qwen3_vl"
 SPECIAL_TOKENS = (

@@ -116,6 +116,17 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh))
 
 
+def gathered(weight: jax.Array, *names: str) -> jax.Array:
+    """A parameter as a product wants it: whole along the model dimension, which fsdp splits at
+    rest. Its gradient goes back to where the parameter lies.
+
+    Left to itself, the TPU's compiler multiplies by one part after the other, and adds the whole
+    result up in memory as many times.
+    """
+    whole = ("hidden" if name == "embed" else name for name in names)
+    return constrain(constrain(weight, *names), *whole)
+
+
 def divides(name: str, size: int) -> bool:
     """Whether the mesh in context, if any, can split an axis of this size as the table says of
     `name`."""

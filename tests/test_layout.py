@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "pvm_jax": [
-        "json_file paths hf_config config command_line sharding",
+        "files hf_config config command_line sharding",
         "data",
         "model",
         "checkpoint generation",

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.paths import make_local
+from pvm_jax.files.paths import make_local
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
-from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.tokenizer import read_tokenizer
-from pvm_jax.json_file import JsonObject, read_json
-from pvm_jax.paths import local_path
+from pvm_jax.files.json_file import JsonObject, read_json
+from pvm_jax.files.lock import sole_writer
+from pvm_jax.files.paths import local_path
 
 _MAX_LINES = 100
 _PEFT = "adapter_config.json"

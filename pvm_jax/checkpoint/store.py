@@ -35,10 +35,10 @@ from pvm_jax.checkpoint.directory import (
 )
 from pvm_jax.checkpoint.identity import backbone_identity, branch_identity
 from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, dtype_name
+from pvm_jax.files.paths import local_path
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
-from pvm_jax.paths import local_path
 from pvm_jax.sharding import param_shardings
 
 PARAMS = "params"
@@ -74,7 +74,7 @@ def load(
         FileNotFoundError: if there is nothing at `path`.
         CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the
             branch or the adapter was trained on another backbone.
-        ValueError: for another dtype, or a URL (`pvm_jax.paths.local_path`).
+        ValueError: for another dtype, or a URL (`pvm_jax.files.paths.local_path`).
     """
     branch, lora = (part and local_path(part) for part in (branch, lora))  # refused at once
     root = find(path)

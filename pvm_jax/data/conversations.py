@@ -16,7 +16,7 @@ from pvm_jax.data.messages import MARKS, Messages, is_learned
 from pvm_jax.data.shards import SHARDS_INDEX, Shards
 from pvm_jax.data.stored import Conversations, Joined
 from pvm_jax.data.tables import ParquetFiles, SavedDataset
-from pvm_jax.paths import local_path
+from pvm_jax.files.paths import local_path
 
 _IN_DIRECTORIES = ("*.jsonl", "*.jsonl.gz")
 

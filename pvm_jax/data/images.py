@@ -17,7 +17,7 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from pvm_jax.data.image_files import Source, opened
-from pvm_jax.json_file import is_number
+from pvm_jax.files.json_file import is_number
 
 MAX_ASPECT_RATIO = 200
 CACHED_PATCHES = 256

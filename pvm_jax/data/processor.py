@@ -25,8 +25,8 @@ from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, 
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
 from pvm_jax.data.tags import with_tags_as_text
 from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
-from pvm_jax.json_file import JsonObject, read_json
-from pvm_jax.paths import local_path
+from pvm_jax.files.json_file import JsonObject, read_json
+from pvm_jax.files.paths import local_path
 
 VISUAL_TOKENS = {
     "image_token": "<|image_pad|>",

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pvm_jax.files.json_file import JsonObject, read_json
 from pvm_jax.hf_config import check_model_type, read_config
-from pvm_jax.json_file import JsonObject, read_json
 
 _FILES = (
     "tokenizer.json",

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pvm_jax.sharding import gathered
+
 Module = TypeVar("Module", bound=nnx.Module)
 Rngs = nnx.Rngs | None
 """What fresh parameters are drawn from; without any they are jax.ShapeDtypeStructs, and nothing is
@@ -40,6 +42,17 @@ def stack(make: Callable[[Rngs], Module], count: int, rngs: Rngs) -> Module:
     )
 
 
+def project(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
+    """x W^T in x's dtype: x [..., in], W [out, in] -> [..., out]."""
+    matrix = weight[...].astype(x.dtype)
+    out_features, in_features = matrix.shape
+    rows = x.size // in_features
+    # What is smaller travels: a decoding step's few rows do, and its weights stay.
+    if rows * (in_features + out_features) > matrix.size:
+        matrix = gathered(matrix, *weight.get_metadata("axes"))
+    return jnp.einsum("...i,oi->...o", x, matrix)
+
+
 class Linear(nnx.Module):
     """y = x W^T (+ b), in x's dtype. Weight [out, in]. `lora` (lora.py) is what an adapted Linear
     adds to y."""
@@ -59,7 +72,7 @@ class Linear(nnx.Module):
         self.lora: Callable[[jax.Array], jax.Array] | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        y = project(x, self.weight)
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
         return y if self.lora is None else y + self.lora(x)
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.model.layers import Linear, Rngs, parameter, zeros
+from pvm_jax.model.layers import Linear, Rngs, parameter, project, zeros
 
 ADAPTER = "lora"
 _NAMES_SHOWN = 8
@@ -36,8 +35,7 @@ class LowRank(nnx.Module):
         self.scale = config.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        small = jnp.einsum("...i,ri->...r", x, self.a[...].astype(x.dtype))
-        return self.scale * jnp.einsum("...r,or->...o", small, self.b[...].astype(x.dtype))
+        return self.scale * project(project(x, self.a), self.b)
 
 
 def _uniform(bound: float) -> Any:

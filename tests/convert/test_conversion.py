@@ -213,7 +213,7 @@ class TestRefused:
         assert "gate_alpha (1,)" in self.convert(variant(change), tmp_path)
 
     def test_other_layers_than_the_checkpoints(self, golden, tmp_path):
-        assert "--pvm-layers (0,)" in self.convert(golden, tmp_path, pvm_layers=(0,))
+        assert "--pvm_layers (0,)" in self.convert(golden, tmp_path, pvm_layers=(0,))
 
     def test_mixed_types_in_a_stack(self, variant, tmp_path):
         def change(tensors: dict, config: dict) -> None:

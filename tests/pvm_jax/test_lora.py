@@ -182,7 +182,7 @@ class TestAdapters:
             ({"targets": "pvm/.*|lm_head"}, "matches no Linear"),
             ({"targets": "("}, r"lora.targets '\(' is no regular expression"),
             ({"rank": 0}, "rank must be at least 1, got 0"),
-            ({"alpha": 0.0}, "alpha must be positive"),
+            ({"alpha": 0.0}, "alpha must be a finite number above 0"),
         ],
     )
     def test_refusals(self, model, values, message):

@@ -1,15 +1,15 @@
 """What a training step takes of each device, as a table, a verdict and advice."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
 from rich.table import Table
 
 from train.config import Bucket
+from train.fit.cycles import Estimate
 from train.grpo.config import GRPOConfig
 from train.sft.config import SFTConfig
-from train.step.flops import peak_flops
 
 
 def largest(buckets: Sequence[Bucket]) -> list[Bucket]:
@@ -46,6 +46,8 @@ class Footprint:
         seconds: of compilation.
         flops: FLOPs of a step without padding, one example and one image a row: no step of this
             shape has more.
+        program: the compiled program's text, where it compiled.
+        runs: of the program in a step.
     """
 
     config: SFTConfig | GRPOConfig
@@ -61,6 +63,8 @@ class Footprint:
     refusal: str | None
     seconds: float
     flops: float
+    program: str | None = field(default=None, repr=False)
+    runs: int = 1
 
     @property
     def batches(self) -> int:
@@ -87,17 +91,11 @@ class Footprint:
         return table_of(parts, self.total)
 
     def verdict(self) -> list[str]:
-        """Lines below the table: time, work, whether it fits and, if not, what to change."""
+        """Lines below the table: work, whether it fits and, if not, what to change."""
         lines = [
             f"compiled in {self.seconds:.0f} s; at most {self.flops / 1e12:,.0f} TFLOP a step"
             " (remat not counted)"
         ]
-        if peak := peak_flops(self.mesh.devices.flat[0].device_kind):
-            fast, slow = (self.flops / self.mesh.size / peak / mfu for mfu in (0.5, 0.4))
-            lines.append(
-                f"at 40 to 50 % MFU that would be {slow:.1f} to {fast:.1f} s: arithmetic, not a"
-                " measurement"
-            )
         left = self.usable - self.total
         if self.fits:
             return [*lines, f"fits: {gib(left)} of {gib(self.usable)} are left"]
@@ -111,6 +109,19 @@ class Footprint:
             f"does not fit: {over}. What would help, by this program's own figures:",
             *self.advice(),
         ]
+
+    def time(self) -> list[Table | str]:
+        """What a step would take by the TPU compiler's own count; nothing for other devices, and
+        where it did not compile.
+
+        Raises:
+            ValueError: if the compiled program is not understood.
+        """
+        device = self.mesh.devices.flat[0]
+        if self.program is None or device.platform != "tpu":
+            return []
+        estimate = Estimate.of(self.program, device.device_kind, times=self.runs)
+        return [estimate.table(), *estimate.summary()]
 
     def advice(self) -> list[str]:
         """What to change so that the step fits, the harmless first, with an estimate of what it

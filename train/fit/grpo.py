@@ -134,7 +134,7 @@ def check(
             f" {config.rows} a step, {rows} a chip at a time: compiling, which takes minutes ..."
         )
         update = measure_update(program, longest, rows, mesh, usable)
-        console.print(update.table(), *update.verdict(), sep="\n")
+        console.print(update.table(), *update.verdict(), *update.time(), sep="\n")
         console.print(
             f"rollout: {config.prompts_per_step} prompts of {bucket.tokens:,} tokens and"
             f" {bucket.patches:,} patches x {config.group_size} completions of"
@@ -178,6 +178,8 @@ def measure_update(
         refusal=compiled.refusal,
         seconds=compiled.seconds,
         flops=config.num_iterations * work.flops(step_costs(config, program.model_config)),
+        program=compiled.text,
+        runs=config.num_iterations * config.accumulation,
     )
 
 

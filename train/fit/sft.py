@@ -30,7 +30,7 @@ def check(
             f" a step, {rows} a chip at a time: compiling, which takes minutes ..."
         )
         footprint = measure(config, model_config, bucket, mesh, usable)
-        console.print(footprint.table(), *footprint.verdict(), sep="\n")
+        console.print(footprint.table(), *footprint.verdict(), *footprint.time(), sep="\n")
         fits &= footprint.fits
     return fits
 
@@ -69,4 +69,5 @@ def measure(
         refusal=compiled.refusal,
         seconds=compiled.seconds,
         flops=work.flops(step_costs(config, program.model_config)),
+        program=compiled.text,
     )

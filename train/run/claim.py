@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
-from pvm_jax.checkpoint.lock import sole_writer
+from pvm_jax.files.lock import sole_writer
 from train.data.contents import contents_of
 
 NOTE = "run.json"

@@ -221,12 +221,12 @@ def export(config: RunConfig, mesh: Mesh, model: Qwen3VL, path: Path) -> None:
     params = jax.tree.map(
         lambda x, stored: x.astype(stored.dtype), nnx.as_pure(trained), nnx.as_pure(stored)
     )
-    with _assets(config) as assets:
+    with assets_of(config) as assets:
         save(path, nnx.merge(graphdef, params, nnx.as_pure(frozen)), assets=assets)
 
 
 @contextmanager
-def _assets(config: RunConfig) -> Iterator[str]:
+def assets_of(config: RunConfig) -> Iterator[str]:
     """The directory whose files go with the model: the checkpoint, or a copy that forgets the tags
     which the model has learned as text."""
     if not config.tags_as_text:

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -30,12 +30,14 @@ class Compiled:
         seconds: that the compilation took.
         refusal: what the compiler said where the program does not fit; None where it compiled.
         results: the shardings of what it returns, where it compiled.
+        text: the compiled program as the compiler writes it, where it compiled.
     """
 
     total: int
     seconds: float
     refusal: str | None = None
     results: Any = None
+    text: str | None = field(default=None, repr=False)
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -115,7 +117,12 @@ def compile_ahead(function: Any, *args: Any, mesh: Mesh, **static: Any) -> Compi
     sizes = program.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
-    return Compiled(total, time.perf_counter() - start, results=program.output_shardings)
+    return Compiled(
+        total,
+        time.perf_counter() - start,
+        results=program.output_shardings,
+        text=program.as_text(),
+    )
 
 
 def refused_bytes(message: str, arguments: int) -> int | None:

@@ -10,13 +10,14 @@ import numpy as np
 from rich.console import Console
 
 from pvm_jax.checkpoint.directory import read_stop_tokens
-from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.data.messages import naming
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.lock import sole_writer
+from pvm_jax.files.paths import make_local
 from pvm_jax.measure.ablations import silence, with_filler
 from pvm_jax.measure.pictures import partners
 from pvm_jax.measure.reading import find_answers
@@ -24,7 +25,6 @@ from pvm_jax.measure.report.figures import check_matplotlib
 from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
 from pvm_jax.model.qwen3_vl import Qwen3VL
-from pvm_jax.paths import make_local
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 

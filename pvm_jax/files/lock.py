@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from filelock import FileLock, Timeout
 
-from pvm_jax.paths import local_path
+from pvm_jax.files.paths import local_path
 
 
 @contextmanager

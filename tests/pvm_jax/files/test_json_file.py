@@ -3,7 +3,7 @@ key."""
 
 import pytest
 
-from pvm_jax.json_file import JsonObject, read_json
+from pvm_jax.files.json_file import JsonObject, read_json
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from convert.dataset import convert
 from pvm_jax.__main__ import main
 from pvm_jax.checkpoint.directory import write_aside
-from pvm_jax.checkpoint.lock import sole_writer
+from pvm_jax.files.lock import sole_writer
 
 HOLD = """
 import sys, time

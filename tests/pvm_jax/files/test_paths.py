@@ -8,11 +8,11 @@ from convert import dataset, hf_to_orbax, orbax_to_hf
 from pvm_jax import load
 from pvm_jax.__main__ import GenerateOptions
 from pvm_jax.checkpoint.directory import write_aside
-from pvm_jax.checkpoint.lock import sole_writer
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
+from pvm_jax.files.lock import sole_writer
+from pvm_jax.files.paths import local_path
 from pvm_jax.measure.report.command import Request
-from pvm_jax.paths import local_path
 from train.config import Bucket, DataConfig, Source
 from train.grpo.config import EvaluationConfig
 from train.sft.config import HeldOutConfig, SFTConfig

@@ -1,0 +1,37 @@
+"""Where a Linear's weight lies while it multiplies: on eight simulated devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from pvm_jax.model.layers import Linear
+from pvm_jax.sharding import batch_sharding, gathered, make_mesh, param_shardings
+
+
+def test_a_gathered_parameter_is_whole_along_the_model_dimension_and_its_gradient_is_not():
+    mesh = make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        weight = jnp.ones((8, 16))
+        whole = jax.jit(lambda w: gathered(w, "mlp", "embed"))(weight)
+        gradient = jax.jit(jax.grad(lambda w: gathered(w, "mlp", "embed").sum()))(weight)
+    assert whole.sharding.spec == PartitionSpec("tensor")
+    assert gradient.sharding.spec == PartitionSpec("tensor", "fsdp")
+
+
+@pytest.mark.parametrize(("columns", "asked"), [(64, True), (1, False)])
+def test_a_weight_is_gathered_where_it_is_smaller_than_what_it_meets(columns, asked):
+    """Of a weight [64, 32] and eight rows of columns: a decoding step leaves it to the compiler."""
+    mesh = make_mesh(1, 8, 1)
+    linear = Linear(32, 64, ("mlp", "embed"), dtype="float32", rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(linear)
+    x = np.random.default_rng(0).normal(size=(8, columns, 32)).astype(np.float32)
+    expected = linear(jnp.asarray(x))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(nnx.as_pure(params), param_shardings(params, mesh))
+        rows = jax.device_put(x, batch_sharding(mesh))
+        multiply = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+        assert ("sharding_constraint" in multiply.lower(placed, rows).as_text()) == asked
+        np.testing.assert_allclose(multiply(placed, rows), expected, atol=1e-6)
