@@ -3,7 +3,8 @@ convert.dataset`."""
 
 import json
 import os
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,17 +20,13 @@ from rich.progress import track
 
 from pvm_jax import command_line
 from pvm_jax.checkpoint.directory import write_aside
-from pvm_jax.data.conversations import (
-    SHARDS_INDEX,
-    SHARDS_SIZES,
-    Conversations,
-    check_learnable,
-    open_conversations,
-    pack_record,
-)
-from pvm_jax.data.images import encoded_bytes, read_image
-from pvm_jax.data.messages import Messages, parse
+from pvm_jax.data.conversations import check_learnable, open_conversations
+from pvm_jax.data.image_files import encoded_bytes
+from pvm_jax.data.images import read_image
+from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, variables_of
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
+from pvm_jax.data.stored import Conversations
 from pvm_jax.files.paths import local_path
 
 EXAMPLES = """
@@ -47,6 +44,9 @@ SHARD_BYTES = 512 * 2**20
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _CHUNK = 8
 _HISTOGRAM_WIDTH = 40
+_REASONS = 5
+_PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\d+(?:\.\d+)?|\[[^\]]*\]""")
+"""What differs from one reject to the next of the same kind: names, paths, numbers."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DatasetOptions:
     """What to convert, and what is left out.
 
     Attributes:
-        src: JSONL or Parquet file, several of these, or a directory (docs/data.md).
+        src: JSON or Parquet file, several by a pattern, or a directory (docs/data.md).
         dst: directory to write; absent or empty.
         checkpoint: whose tokenizer and image settings measure the examples.
         max_tokens: longer examples are rejected (needs --checkpoint).
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def convert(
-    src: str | Path,
+    src: str | Path | Sequence[str | Path],
     dst: str | Path,
     processor: Processor | None = None,
     *,
@@ -133,7 +133,7 @@ def convert(
             conversations, _Check(conversations, processor, max_tokens), threads
         ):
             if isinstance(checked, Rejected):
-                summary.rejected += 1
+                summary.reject(checked.reason)
                 report.write(json.dumps(checked._asdict()) + "\n")
             else:
                 writer.write(checked.record)
@@ -143,12 +143,12 @@ def convert(
             raise ValueError(
                 f"{summary.rejected} of {len(conversations)} examples were rejected, and"
                 f" --max_rejected allows a share of {max_rejected}; the reason of each is in"
-                f" {report_file}"
+                f" {report_file}\n" + "\n".join(summary.reasons())
             )
         if processor is not None:
             np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
         index = {
-            "source": str(src),
+            "source": str(conversations.path),
             "examples": len(summary.sizes),
             "measured_by": None if processor is None else processor.fingerprint,
             "shards": shards,
@@ -206,7 +206,8 @@ class _Check:
         try:
             messages = self.conversations[index]
             with self.conversations.naming(index):
-                return self._checked([_embedded(message) for message in messages])
+                embedded = ChatMessages(map(_embedded, messages), variables_of(messages))
+                return self._checked(embedded)
         except ValueError as error:
             where = self.conversations.where(index)
             return Rejected(where, str(error).removeprefix(f"{where}: "))
@@ -243,10 +244,9 @@ def _embedded_part(part: Any) -> Any:
     part = {key: value for key, value in part.items() if value is not None}
     if part.get("type") == "video" and isinstance(part.get("video"), list):
         return part | {"video": [_embedded_image(frame) for frame in part["video"]]}
-    if part.get("type") == "image":
-        sources = [part.pop(key) for key in ("image", "url", "path") if key in part]
-        if len(sources) == 1:
-            return part | {"image": _embedded_image(sources[0])}
+    if part.get("type") in ("image", "image_url"):
+        source = image_source(part)
+        return part | {"type": "image", "image": _embedded_image(source)}
     return part
 
 
@@ -329,11 +329,30 @@ class _Summary:
     images: int = 0
     bytes: int = 0
     rejected: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    first_of_kind: dict[str, str] = field(default_factory=dict)
 
     def add(self, checked: Checked) -> None:
         self.sizes.append(checked.size)
         self.images += checked.images
         self.bytes += len(checked.record)
+
+    def reject(self, reason: str) -> None:
+        """Counts a reject."""
+        kind = _PARTICULARS.sub("…", reason)
+        self.rejected += 1
+        self.kinds[kind] += 1
+        self.first_of_kind.setdefault(kind, reason)
+
+    def reasons(self) -> list[str]:
+        """A line for each of the most frequent kinds of reasons: how many, and the first."""
+        lines = [
+            f"{count:>9,}: {self.first_of_kind[kind]}"
+            for kind, count in self.kinds.most_common(_REASONS)
+        ]
+        if left := self.rejected - sum(count for _, count in self.kinds.most_common(_REASONS)):
+            lines.append(f"{left:>9,}: for other reasons")
+        return lines
 
     def describe(self, dst: Path, report_file: Path, *, measured: bool) -> str:
         """A few lines for the user."""
@@ -343,6 +362,7 @@ class _Summary:
         ]
         if self.rejected:
             lines.append(f"{self.rejected:,} examples rejected: {report_file}")
+            lines += self.reasons()
         if measured:
             tokens, patches = np.array(self.sizes).sum(0)
             lines.append(

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from pvm_jax.data.batch import Batch
-from pvm_jax.data.conversations import Conversations, open_conversations
+from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import image_size
 from pvm_jax.data.messages import asked
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.stored import Conversations
 from pvm_jax.generation import Chat, Settings, generate
 from pvm_jax.model.qwen3_vl import Qwen3VL
 

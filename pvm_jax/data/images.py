@@ -4,17 +4,11 @@ Bit-equal to transformers' `Qwen2VLImageProcessorPil` (which needs neither torch
 videos follow its `Qwen3VLVideoProcessor`, with PIL's bicubic filter in place of torchvision's.
 """
 
-import base64
-import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from io import BytesIO
-from pathlib import Path
 from typing import Any, ClassVar, Self
-from urllib.parse import unquote, urlparse
-from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
@@ -22,6 +16,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from pvm_jax.data.image_files import Source, opened
 from pvm_jax.files.json_file import is_number
 
 MAX_ASPECT_RATIO = 200
@@ -29,7 +24,9 @@ CACHED_PATCHES = 256
 """Patches normalized at a time: what they need fits a processor core's cache (half the time of all
 at once)."""
 
-Source = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any]
+_IN_32_BITS = (("I", "PNG"), ("I", "PPM"))
+"""Modes and formats in which PIL has 16-bit gray as 32-bit numbers."""
+
 Grid = tuple[int, int, int]
 
 
@@ -256,18 +253,16 @@ def image_size(source: Source) -> tuple[int, int]:
     Raises:
         FileNotFoundError, ValueError: as `read_image`, as far as the header tells.
     """
-    image, _ = _open(source)
-    try:
+    with opened(source) as (image, _):
         return image.height, image.width
-    finally:
-        _close(image, source)
 
 
 def read_image(source: Source) -> Image.Image:
     """An RGB image.
 
     As Hugging Face has it: a file is turned upright by its EXIF data and its alpha channel is
-    dropped; a PIL image is taken as it stands and its transparency laid on white.
+    dropped; a PIL image is taken as it stands; what is transparent then is laid on white. 16-bit
+    gray alone is read otherwise: its values are divided by 256, where Hugging Face cuts them off.
 
     Args:
         source: a path, a `file://` or `data:` URL, encoded bytes, {"bytes": …, "path": …} with one
@@ -275,38 +270,32 @@ def read_image(source: Source) -> Image.Image:
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if it cannot be decoded, holds several frames, exceeds PIL's limit or lies
-            across the network.
+        ValueError: if it cannot be decoded, holds several frames or values of more than 16 bits,
+            exceeds PIL's limit, is no regular file or lies across the network.
     """
-    image, name = _open(source)
-    try:
-        if image is not source:
-            return load_image(image)
-        opaque = image.mode == "RGB" and image.info.get("transparency") is None
-        return (
-            image
-            if opaque
-            else Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+    with opened(source) as (image, name):
+        try:
+            if image.mode.startswith(("I", "F")):
+                image = _gray(image)
+            if image is not source:
+                image = load_image(image)
+            if image.mode == "RGB" and image.info.get("transparency") is None:
+                return image
+            return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+        except Exception as error:  # PIL's decoders raise whatever they meet in a broken file
+            raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+def _gray(image: Image.Image) -> Image.Image:
+    """A picture of 16-bit gray with 8 bits. Raises ValueError for other numbers."""
+    if not image.mode.startswith("I;16") and (image.mode, image.format) not in _IN_32_BITS:
+        raise ValueError(
+            f"its pixels are {'numbers with a fraction' if image.mode == 'F' else '32-bit numbers'}"
+            ": which are black and white? Convert it to 8 or 16 bits"
         )
-    except Exception as error:  # PIL's decoders raise whatever they meet in a broken file
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
-    finally:
-        _close(image, source)
-
-
-def encoded_bytes(source: str | Path | bytes | Mapping[str, Any]) -> bytes:
-    """The file that holds an image, as it is.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_image`, without looking inside.
-    """
-    file, name = _file(source)
-    if isinstance(file, BytesIO):
-        return file.getvalue()
-    try:
-        return file.read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} does not exist") from error
+    gray = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    gray.info["exif"] = image.getexif().tobytes()
+    return gray
 
 
 def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.ndarray, Grid]:
@@ -360,76 +349,6 @@ def _pair_tables(settings: PixelSettings) -> np.ndarray:
     of `_normalize`."""
     pairs = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
     return np.ascontiguousarray(settings.normalized()[:, pairs]).view(np.complex64)[..., 0]
-
-
-def _open(source: Source) -> tuple[Image.Image, str]:
-    """The image with its header read, and its name for errors; the caller closes it."""
-    if isinstance(source, Image.Image):
-        image, name = source, "the PIL image"
-    elif isinstance(source, np.ndarray):
-        image, name = _from_array(source), "the array"
-    else:
-        file, name = _file(source)
-        try:
-            image = Image.open(file)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name} does not exist") from error
-        except Exception as error:
-            raise ValueError(f"{name} cannot be read as an image: {error}") from error
-    # Phones write ordinary photographs as MPO, with a preview as its second frame.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        _close(image, source)
-        raise ValueError(f"{name} holds several frames: give one of them, or all as a video")
-    return image, name
-
-
-def _close(image: Image.Image, source: Source) -> None:
-    if image is not source:
-        image.close()
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(
-            f"an image array must be [H, W, 3] of uint8, got {list(array.shape)} of {array.dtype}"
-        )
-    return Image.fromarray(array)
-
-
-def _file(source: Any) -> tuple[Path | BytesIO, str]:
-    """What PIL can open, and its name for errors."""
-    if isinstance(source, Mapping):
-        if (encoded := source.get("bytes")) is not None:
-            if not isinstance(encoded, bytes | bytearray | memoryview):
-                raise ValueError(
-                    f"an image's 'bytes' must be bytes, got {type(encoded).__name__} (for JSON: a"
-                    " data: URL)"
-                )
-            return BytesIO(encoded), str(source.get("path") or "the image in 'bytes'")
-        source = source.get("path")
-    if isinstance(source, bytes):
-        return BytesIO(source), f"the image of {len(source)} bytes"
-    if isinstance(source, Path):
-        return source, str(source)
-    if not isinstance(source, str):
-        raise ValueError(
-            "an image must be a path, a file:// or data: URL, encoded bytes, a PIL image, a uint8"
-            f" array or a mapping with 'bytes' or 'path', got {type(source).__name__}"
-        )
-    if source.startswith("data:"):
-        header, _, payload = source.partition(",")
-        try:
-            return BytesIO(base64.b64decode(payload)), f"the image in a {header} URL"
-        except binascii.Error as error:
-            raise ValueError(f"{header},…: not base64 ({error})") from error
-    if source.startswith("file://"):
-        source = url2pathname(unquote(urlparse(source).path))
-    elif "://" in source:
-        raise ValueError(
-            f"{source}: images are not fetched over the network; download it and give the file's"
-            " path"
-        )
-    return Path(source), source
 
 
 def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:

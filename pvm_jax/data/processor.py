@@ -8,18 +8,18 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-import jinja2
 import numpy as np
 from numpy.typing import ArrayLike
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
@@ -35,11 +35,13 @@ VISUAL_TOKENS = {
     "vision_end_token": "<|vision_end|>",
 }
 
+CONTENT_TOKENS = tuple(
+    f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad") for end in ("start", "end")
+)
+"""Special tokens with which answers mark what they speak of: a text may hold them."""
+
 _WRITTEN = "\0"
 """Stands for an assistant turn's text, where the template puts it."""
-
-Segment = tuple[str, bool]
-"""A stretch of text, and whether it is learned."""
 
 
 class Processor:
@@ -53,7 +55,6 @@ class Processor:
 
     Attributes:
         tokenizer: the checkpoint's tokenizer.
-        chat_template: its Jinja template.
         image_settings, video_settings: how pixels are prepared.
     """
 
@@ -63,10 +64,14 @@ class Processor:
         chat_template: str,
         image_settings: ImageSettings,
         video_settings: VideoSettings,
+        control_tokens: Sequence[str] = (),
     ):
-        """Raises ValueError if the tokenizer lacks one of the visual tokens."""
+        """Raises ValueError if the tokenizer lacks one of the visual tokens.
+
+        Args:
+            control_tokens: what no text may hold besides the tokenizer's own special tokens.
+        """
         self.tokenizer = tokenizer
-        self.chat_template = chat_template
         self.image_settings = image_settings
         self.video_settings = video_settings
         visual = [getattr(tokenizer, name, default) for name, default in VISUAL_TOKENS.items()]
@@ -76,8 +81,15 @@ class Processor:
                 raise ValueError(f"the tokenizer has no token {token}: it is not Qwen3-VL's")
         self._image, self._video, self._start, self._end = visual
         self._visual_ids = tokenizer.convert_tokens_to_ids(visual[:2])
-        specials = [token for token in added if added[token].special and token in chat_template]
-        self._structure = tuple(dict.fromkeys([*visual, *specials]))
+        specials = [token for token in added if added[token].special]
+        controls = dict.fromkeys([*visual, *specials, *control_tokens])
+        for token in (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token):
+            controls |= {token: None} if isinstance(token, str) else {}
+        self._controls = tuple(token for token in controls if token not in CONTENT_TOKENS)
+        tokens = [token for token in self._controls if token in added]
+        self._control = re.compile("|".join(map(re.escape, tokens)))
+        self._control_ids = tokenizer.convert_tokens_to_ids(tokens)
+        self._template = ChatTemplate(tokenizer, chat_template, self._controls)
         # The template writes one run around a video, in whose place each group of frames gets its
         # own: so does the processor that the model was published with (transformers 4.57); from
         # 5.10 on transformers leaves the outer run around them.
@@ -101,7 +113,13 @@ class Processor:
         """
         folder = local_path(path)
         tokenizer = with_tags_as_text(read_tokenizer(folder), tags_as_text)
-        return cls(tokenizer, read_chat_template(folder, tokenizer), *_pixel_settings(folder))
+        stops = [tokenizer.added_tokens_decoder.get(token) for token in _stop_tokens(folder)]
+        return cls(
+            tokenizer,
+            read_chat_template(folder, tokenizer),
+            *_pixel_settings(folder),
+            control_tokens=[token.content for token in stops if token],
+        )
 
     def encode(self, messages: Messages, *, add_generation_prompt: bool = False) -> Example:
         """One conversation; `loss_mask` is true on the content of every assistant turn and the
@@ -112,9 +130,10 @@ class Processor:
                 and where the chat template or the tokenizer gives an assistant turn no exact place
                 in the text.
         """
-        conversation = parse(messages, self._structure)
+        conversation = parse(messages, self._controls)
         return self._example(
-            conversation, self._supervised(conversation.messages, add_generation_prompt)
+            conversation,
+            self._template.segments(conversation, add_generation_prompt=add_generation_prompt),
         )
 
     def encode_next(self, messages: Messages) -> Example:
@@ -131,14 +150,14 @@ class Processor:
         ]
         if not turns:
             return self.encode(messages, add_generation_prompt=True)
-        known = parse(messages[: turns[-1]], self._structure).messages
-        following = parse(messages[turns[-1] + 1 :], self._structure)
+        known = parse(messages[: turns[-1]], self._controls).messages
+        following = parse(messages[turns[-1] + 1 :], self._controls)
         # The turn itself is left out: tokenizing its text anew need not give the tokens that were
         # written.
         written = {"role": "assistant", "content": _WRITTEN}
-        _, found, text = self._render([*known, written, *following.messages], True).rpartition(
-            _WRITTEN
-        )
+        whole = replace(following, messages=[*known, written, *following.messages])
+        text = self._template.render(whole, add_generation_prompt=True)
+        _, found, text = text.rpartition(_WRITTEN)
         if not found:
             raise ValueError(
                 "the chat template does not write an assistant turn as it is given: chat with"
@@ -170,8 +189,10 @@ class Processor:
         examples = []
         for number, messages in enumerate(conversations):
             with naming(f"conversation {number}"):
-                conversation = parse(messages, self._structure)
-                text = self._render(conversation.messages, add_generation_prompt)
+                conversation = parse(messages, self._controls)
+                text = self._template.render(
+                    conversation, add_generation_prompt=add_generation_prompt
+                )
                 examples.append(self._example(conversation, [(text, False)]))
         arrays = self._pad([example.input_ids for example in examples], padding_side)
         for key in ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"):
@@ -186,7 +207,7 @@ class Processor:
         Raises:
             FileNotFoundError, ValueError: as `encode`, as far as the headers tell.
         """
-        conversation = parse(messages, self._structure)
+        conversation = parse(messages, self._controls)
         image_grids, video_grids = [], []
         for where, source in conversation.images:
             with naming(where):
@@ -196,9 +217,16 @@ class Processor:
                 video_grids.append(
                     self.video_settings.grid(len(video.frames), *image_size(video.frames[0]))
                 )
-        segments = self._supervised(conversation.messages, add_generation_prompt)
+        segments = self._template.segments(
+            conversation, add_generation_prompt=add_generation_prompt
+        )
         ids, _ = self._tokens(segments, conversation, image_grids, video_grids)
         return len(ids), sum(math.prod(grid) for grid in image_grids + video_grids)
+
+    @property
+    def chat_template(self) -> str:
+        """The checkpoint's Jinja template."""
+        return self._template.source
 
     @cached_property
     def fingerprint(self) -> str:
@@ -249,56 +277,6 @@ class Processor:
             loss_mask=mask,
         )
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template refuses the first {len(messages)} messages: {error}"
-            ) from error
-        return str(text)
-
-    def _supervised(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool
-    ) -> list[Segment]:
-        """The rendered conversation, cut at both ends of each assistant turn.
-
-        A turn begins where the template, given what came before, would prompt for it, and ends in
-        its last token.
-        """
-        whole = self._render(messages, add_generation_prompt)
-        segments, end = [], 0
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if number == 0:
-                raise ValueError(
-                    "messages[0]: a conversation to learn from cannot begin with the assistant"
-                )
-            before = self._render(messages[:number], False)
-            prompt = self._render(messages[:number], True)
-            through = self._render(messages[: number + 1], False).rstrip()
-            chain = (before, prompt, through, whole)
-            grows = (
-                all(longer.startswith(shorter) for shorter, longer in pairwise(chain))
-                and before != prompt
-            )
-            if not grows or not through.endswith(self._structure):
-                raise ValueError(
-                    f"messages[{number}]: what is learned has no exact place, since the chat"
-                    " template writes no prompt for an assistant turn, no token at its end, or a"
-                    " turn differently once others follow: use another template, or one assistant"
-                    " turn a conversation"
-                )
-            segments += [(whole[end : len(prompt)], False), (through[len(prompt) :], True)]
-            end = len(through)
-        return [*segments, (whole[end:], False)]
-
     def _tokens(
         self,
         segments: list[Segment],
@@ -332,32 +310,40 @@ class Processor:
                 f"<{moment:.1f} seconds>{self._start}{self._video}{self._end}" for moment in moments
             )
 
-        ids, learned = self._tokenize(
-            [(self._placeholder.sub(expand, text), learned) for text, learned in segments]
-        )
+        segments = [(self._placeholder.sub(expand, text), learned) for text, learned in segments]
+        ids, learned = self._tokenize(segments, conversation)
         # A placeholder is a token on its own, so that repeating one is what tokenizing a run of
         # them would give.
         repeats = np.ones(len(ids), np.int64)
         repeats[np.isin(ids, self._visual_ids)] = lengths
         return np.repeat(ids, repeats), np.repeat(learned, repeats)
 
-    def _tokenize(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the joined text, which must be those of its segments, and which are learned."""
-        pieces = [
-            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in segments
-        ]
-        whole = self.tokenizer("".join(text for text, _ in segments), add_special_tokens=False)[
-            "input_ids"
-        ]
-        learned: list[bool] = []
-        for (text, mark), piece in zip(segments, pieces, strict=True):
-            if whole[len(learned) : len(learned) + len(piece)] != piece:
-                raise ValueError(
-                    "the tokenizer merges characters across the border of an assistant turn, near"
-                    f" {text[:40]!r}: strip white space from the turn's beginning"
-                )
-            learned += [mark] * len(piece)
-        return np.array(whole, np.int64), np.array(learned, bool)
+    def _tokenize(
+        self, segments: list[Segment], conversation: Conversation
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the segments, each on its own, and which are learned.
+
+        They are the ids of the whole text, unless a token would span the end of a prompt and what
+        the template itself writes before an answer (an empty thought): an answer is learned after
+        the ids that ask for it, which is how it will be written.
+        """
+        pieces = [self._ids(text) for text, _ in segments]
+        ids = [token for piece in pieces for token in piece]
+        text = "".join(text for text, _ in segments)
+        if ids != self._ids(text):
+            answers = [m for m in conversation.messages if m["role"] == "assistant"]
+            for (asked, _), answer in zip(segments[::2], answers, strict=False):
+                check_border(asked, answer["content"])
+        if sum(np.isin(ids, self._control_ids)) != len(self._control.findall(text)):
+            raise ValueError(
+                "the tokenizer makes a control token of what is none in the text: write it in"
+                " another way"
+            )
+        learned = np.repeat([mark for _, mark in segments], [len(piece) for piece in pieces])
+        return np.array(ids, np.int64), learned.astype(bool)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _pad(self, rows: list[np.ndarray], side: str) -> dict[str, np.ndarray]:
         pad = self.tokenizer.pad_token_id
@@ -393,6 +379,12 @@ def _pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
         source = file
         video = {key: value for key, value in image.items() if key not in VideoSettings.refuses}
     return image_settings, VideoSettings.from_config(video, str(folder / source))
+
+
+def _stop_tokens(folder: Path) -> list[Any]:
+    """The ids that end a generation, beside the tokenizer's own."""
+    ids = _read(folder / "generation_config.json").get("eos_token_id")
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _read(file: Path) -> JsonObject:

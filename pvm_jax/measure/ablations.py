@@ -9,7 +9,7 @@ from flax import nnx
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
-from pvm_jax.data.messages import Messages
+from pvm_jax.data.messages import ChatMessages, Messages, variables_of
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import TeacherForced, teacher_forced
 from pvm_jax.measure.pictures import blanked, exchanged, partners
@@ -164,7 +164,9 @@ def with_filler(
         ]
         if message.get("role") == "user" and visual:
             parts.insert(visual[-1] + 1, {"type": "text", "text": _words(tokens, processor, text)})
-            return [*messages[:number], dict(message) | {"content": parts}, *messages[number + 1 :]]
+            filled = [*messages]
+            filled[number] = dict(message) | {"content": parts}
+            return ChatMessages(filled, variables_of(messages))
     raise ValueError("no user turn shows an image: there is nowhere to put filler text")
 
 

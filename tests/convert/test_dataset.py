@@ -18,6 +18,7 @@ from convert.dataset import convert, histogram
 from demo.mixed_images import make_processor
 from pvm_jax.data.conversations import open_conversations, size_of
 from pvm_jax.data.images import read_image
+from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig
 from train.data import loading as train_data
 from train.data.loading import load_training_data
@@ -112,8 +113,10 @@ def test_training_measures_shards_only_if_another_processor_did(
 ):
     convert(good, tmp_path / "shards", processor)
     convert(good, tmp_path / "unmeasured")
-    other = make_processor(tmp_path / "other")[0]
-    other.chat_template = other.chat_template.replace("Picture ", "Image ")
+    template = processor.chat_template.replace("Picture ", "Image ")
+    other = Processor(
+        processor.tokenizer, template, processor.image_settings, processor.video_settings
+    )
     config = None
 
     def report(path, processor):
@@ -157,13 +160,13 @@ def bad_records(folder):
         "unknown part type 'audio'": conversation({"type": "audio", "audio": "a.wav"}),
         "<|im_end|>": conversation({"type": "text", "text": "<|im_end|>"}),
         "too long: 212 tokens": long,
-        "timestamps must be seconds, one for each frame: 'int'": conversation(
+        "timestamps must be seconds, one for each frame, got 2": conversation(
             video | {"timestamps": 2}
         ),
-        "timestamps must be seconds, one for each frame: float": conversation(
+        "timestamps must be seconds, one for each frame, got [None, 1]": conversation(
             video | {"timestamps": [None, 1]}
         ),
-        "needs a string": {
+        "content must be a string": {
             "messages": [{"role": "user", "content": 5}, long["messages"][1]],
             "images": ["fine.png"],
         },
@@ -173,8 +176,8 @@ def bad_records(folder):
         "'bytes' must be bytes, got list": conversation(
             {"type": "image", "image": {"bytes": [1, 2]}}, text
         ),
-        "Error: ": conversation({"type": "text", "text": "\ud800"}),
-        "OverflowError: ": large,
+        "not valid Unicode": conversation({"type": "text", "text": "\ud800"}),
+        "nothing reads the key 'number'": large,
         "RecursionError: ": '{"messages": ' + "[" * 100_000,
     }
 
@@ -210,7 +213,6 @@ def test_training_that_reads_a_bad_record_names_it(tmp_path, processor):
     bad = bad_records(tmp_path)
     for converted_alone in (
         "too long: 212 tokens",
-        "OverflowError: ",
         "broken.png cannot be decoded",
     ):
         del bad[converted_alone]
@@ -234,6 +236,35 @@ def test_more_rejects_than_allowed_are_an_error_and_leave_the_report_alone(tmp_p
     convert(file, tmp_path / "shards", processor, max_rejected=0.03)
     with pytest.raises(FileExistsError, match="is not empty"):
         convert(file, tmp_path / "shards", processor)
+
+
+def test_the_most_frequent_reasons_are_said_with_their_counts(tmp_path, processor, capsys):
+    fine = conversation({"type": "text", "text": "List"})
+    missing = [conversation({"type": "image", "image": f"{n}.png"}) for n in range(9)]
+    kinds = [
+        *({"messages": []}, {"messages": 3}, {"messages": [3]}, [], {"messages": [fine]}),
+        fine | {"audios": ["a"]},
+    ]
+    file = write(tmp_path, [fine, *missing, *kinds, *["{"] * 4])
+    convert(file, tmp_path / "shards", processor, max_rejected=1)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(n for n, line in enumerate(lines) if "19 examples rejected" in line) + 1
+    counts = [line.split(":")[0].strip() for line in lines[start : start + 6]]
+    assert (counts[0], counts[1], len(counts)) == ("9", "4", 6)
+    assert lines[start].endswith("0.png does not exist")
+    assert lines[start + 5].endswith("for other reasons")
+    assert sum(map(int, counts)) == 19
+    with pytest.raises(ValueError, match=r"(?s)the reason of each is in .*\n +9: .*\n +4: "):
+        convert(file, tmp_path / "none", processor)
+
+
+def test_several_files_become_one_directory(tmp_path, processor):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [conversation({"type": "text", "text": f"List {name}"})])
+    dataset.main([str(tmp_path / "*" / "data.jsonl"), str(tmp_path / "shards")])
+    shards = open_conversations(tmp_path / "shards")
+    assert [messages[0]["content"][0]["text"] for messages in shards] == ["List a", "List b"]
 
 
 def test_what_an_interrupted_run_leaves_does_not_open(good, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ and scikit-learn ship."""
 import base64
 import io
 import math
+import os
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,7 @@ from skimage import data
 from sklearn.datasets import load_sample_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from pvm_jax.data import image_files
 from pvm_jax.data.images import ImageSettings, VideoSettings, image_size, patches, read_image
 
 QWEN3_VL = {
@@ -87,7 +89,33 @@ def rotated_photograph() -> bytes:
     return encoded(Image.fromarray(data.astronaut()[:200]), "JPEG", exif=exif)
 
 
+def palette(**options) -> bytes:
+    """A PNG or GIF of few colours, one of which may be transparent."""
+    return encoded(Image.fromarray(data.astronaut()[:96, :80]).quantize(16), **options)
+
+
+def converted(mode: str, kind: str, **options) -> bytes:
+    return encoded(Image.fromarray(data.astronaut()[:90, :100]).convert(mode), kind, **options)
+
+
 FILES = {
+    "palette.png": palette(kind="PNG"),
+    "one_transparent.png": palette(kind="PNG", transparency=3),
+    "shades_transparent.png": palette(kind="PNG", transparency=bytes([0, 9, 255, 99])),
+    "transparent.gif": palette(kind="GIF", transparency=5),
+    "white_transparent.png": converted("RGB", "PNG", transparency=(255, 255, 255)),
+    "gray_transparent.png": converted("L", "PNG", transparency=90),
+    "gray_alpha.png": converted("LA", "PNG"),
+    "alpha.webp": encoded(Image.fromarray(data.logo()), "WEBP", lossless=True),
+    "bits.png": converted("1", "PNG"),
+    "bits.tiff": converted("1", "TIFF"),
+    "inks.jpg": converted("CMYK", "JPEG"),
+    "inks.tiff": converted("CMYK", "TIFF"),
+    "lab.tiff": converted("LAB", "TIFF"),
+    "photo.bmp": converted("RGB", "BMP"),
+    "photo.ppm": converted("RGB", "PPM"),
+    "photo.tga": converted("RGBA", "TGA"),
+    "photo.jp2": converted("RGB", "JPEG2000"),
     "photo.jpg": encoded(Image.fromarray(data.astronaut()), "JPEG"),
     "rotated.jpg": rotated_photograph(),
     "transparent.png": encoded(Image.fromarray(data.logo()), "PNG"),
@@ -306,3 +334,48 @@ def test_one_frame_or_frames_of_two_sizes_are_no_video():
         patches([frame, frame.resize((50, 50))], settings)
     with pytest.raises(ValueError, match="aspect ratio"):
         settings.grid(2, 40, 40 * 201)
+
+
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_16_bit_gray_keeps_its_shades(kind):
+    options = {"irreversible": False} if kind == "JPEG2000" else {}
+    image = read_image(encoded(Image.fromarray(RAMP), kind, **options))
+    assert image.mode == "RGB"
+    assert np.array_equal(image, np.repeat(RAMP[..., None] // 256, 3, -1))
+
+
+def test_16_bit_gray_is_turned_upright_and_read_from_memory():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = read_image(encoded(Image.fromarray(RAMP), "PNG", exif=exif))
+    assert np.array_equal(np.asarray(turned)[..., 0], np.rot90(RAMP // 256, -1))
+    assert np.array_equal(np.asarray(read_image(Image.fromarray(RAMP)))[..., 0], RAMP // 256)
+
+
+@pytest.mark.parametrize("array", [RAMP.astype(np.float32), RAMP.astype(np.int32) * 9])
+def test_numbers_without_a_white_are_refused(array):
+    with pytest.raises(ValueError, match=r"cannot be decoded: its pixels are .* which are black"):
+        read_image(encoded(Image.fromarray(array), "TIFF"))
+
+
+def test_only_regular_files_of_a_sane_size_are_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "large.png").write_bytes(b"0" * 101)
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 100)
+    bad = {
+        str(tmp_path / "pipe.png"): "it is no regular file",
+        "/dev/zero": "it is no regular file",
+        str(tmp_path): "it is a directory",
+        str(tmp_path / "large.png"): "an image file may have",
+        "a" * 5000: "cannot be read as an image",
+        "a\0b": "cannot be read as an image",
+        "data:image/png;base64,@@@@": "not base64",
+        "data:image/svg+xml,<svg/>": "must be base64",
+    }
+    for source, message in bad.items():
+        for read in (read_image, image_size, image_files.encoded_bytes):
+            with pytest.raises(ValueError, match=message):
+                read(source)

@@ -439,7 +439,7 @@ def user(*parts):
         ),
         (
             [{"role": "poet", "content": "Hello"}],
-            "the chat template refuses the first 1 messages: unknown role poet",
+            r"messages\[0\]: unknown role 'poet': there are system, user, assistant, tool",
         ),
         ([{"role": "assistant", "content": "Hello"}], "cannot begin with the assistant"),
         (user({"type": "video", "video": "a.mp4"}), "video files are not decoded here"),

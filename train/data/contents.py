@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pvm_jax.data.conversations import Conversations, Shards, open_conversations, stored_files
-from pvm_jax.data.images import encoded_bytes
+from pvm_jax.data.conversations import open_conversations, stored_files
+from pvm_jax.data.image_files import encoded_bytes
 from pvm_jax.data.messages import parse
+from pvm_jax.data.shards import Shards
+from pvm_jax.data.stored import Conversations
 
 BLOCK_BYTES = 2**20
 MOST_BLOCKS = 2048

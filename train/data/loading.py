@@ -22,10 +22,11 @@ from rich.progress import track
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch, hide_images
-from pvm_jax.data.conversations import Conversations, open_conversations, size_of
+from pvm_jax.data.conversations import open_conversations, size_of
 from pvm_jax.data.example import Example
 from pvm_jax.data.messages import Messages
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.stored import Conversations
 from train.config import Bucket, DataConfig, ExamplesConfig, Source
 from train.data.packing import (
     Plan,

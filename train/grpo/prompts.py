@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from pvm_jax.data.conversations import Conversations, open_conversations
+from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.data.messages import Messages, asked
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.stored import Conversations
 from train.config import Bucket, ExamplesConfig
 from train.data.loading import PlannedExamples, measure, place_of, plan_examples, read_ahead
 from train.run.samples import text_of

@@ -1,0 +1,133 @@
+"""Where an image comes from: a path, a URL, bytes, an array -> an open PIL image, its header read.
+
+No other than regular files of a sane size are opened: a pipe would be waited for, and a device has
+no end.
+"""
+
+import base64
+import binascii
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import Image
+
+MAX_FILE_BYTES = 2**30
+
+Source = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any]
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[tuple[Image.Image, str]]:
+    """The image with its header read, and its name for errors. It is closed afterwards, unless it
+    is `source` itself.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no image of one frame.
+    """
+    if isinstance(source, Image.Image):
+        image, name = source, "the PIL image"
+    elif isinstance(source, np.ndarray):
+        image, name = _from_array(source), "the array"
+    else:
+        file, name = _file(source)
+        try:
+            image = Image.open(file)
+        except Exception as error:
+            raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    try:
+        # Phones write ordinary photographs as MPO, with a preview as its second frame.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            raise ValueError(f"{name} holds several frames: give one of them, or all as a video")
+        yield image, name
+    finally:
+        if image is not source:
+            image.close()
+
+
+def encoded_bytes(source: str | Path | bytes | Mapping[str, Any]) -> bytes:
+    """The file that holds an image, as it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as `opened`, without looking inside.
+    """
+    file, _ = _file(source)
+    return file.getvalue() if isinstance(file, BytesIO) else file.read_bytes()
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(
+            f"an image array must be [H, W, 3] of uint8, got {list(array.shape)} of {array.dtype}"
+        )
+    return Image.fromarray(array)
+
+
+def _file(source: Any) -> tuple[Path | BytesIO, str]:
+    """What PIL can open, and its name for errors."""
+    if isinstance(source, Mapping):
+        if (encoded := source.get("bytes")) is not None:
+            if not isinstance(encoded, bytes | bytearray | memoryview):
+                raise ValueError(
+                    f"an image's 'bytes' must be bytes, got {type(encoded).__name__} (for JSON: a"
+                    " data: URL)"
+                )
+            return BytesIO(encoded), str(source.get("path") or "the image in 'bytes'")
+        source = source.get("path")
+    if isinstance(source, bytes):
+        return BytesIO(source), f"the image of {len(source)} bytes"
+    if isinstance(source, Path):
+        return _regular(source, str(source)), str(source)
+    if not isinstance(source, str):
+        raise ValueError(
+            "an image must be a path, a file:// or data: URL, encoded bytes, a PIL image, a uint8"
+            f" array or a mapping with 'bytes' or 'path', got {type(source).__name__}"
+        )
+    if source.startswith("data:"):
+        return _from_base64(source)
+    if source.startswith("file://"):
+        source = url2pathname(unquote(urlparse(source).path))
+    elif "://" in source:
+        raise ValueError(
+            f"{source}: images are not fetched over the network; download it and give the file's"
+            " path"
+        )
+    return _regular(Path(source), source), source
+
+
+def _from_base64(url: str) -> tuple[BytesIO, str]:
+    header, _, payload = url.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError(f"{header[:80]},…: a data URL of an image must be base64")
+    try:
+        encoded = base64.b64decode(re.sub(r"\s", "", payload), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{header},…: not base64 ({error})") from error
+    return BytesIO(encoded), f"the image in a {header} URL"
+
+
+def _regular(path: Path, name: str) -> Path:
+    """`path`, if it is a file that ends."""
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} does not exist") from error
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
+        raise ValueError(f"{name[:200]} cannot be read as an image: {error}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{name} cannot be read as an image: it is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{name} cannot be read as an image: it is no regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"{name} has {status.st_size / 2**30:.1f} GiB: an image file may have"
+            f" {MAX_FILE_BYTES / 2**30:g}"
+        )
+    return path

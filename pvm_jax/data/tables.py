@@ -1,0 +1,162 @@
+"""Conversations in tables: Parquet files, and directories that `datasets` saved."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from pvm_jax.data.records import TURNS, concerns
+from pvm_jax.data.stored import Parts
+
+ROW_GROUP_CACHE_BYTES = 512 * 2**20
+
+
+class ParquetFiles(Parts):
+    """Parquet files as Hugging Face's Hub has them. Memory holds the row groups that were read
+    last, half a GiB of them.
+
+    A row group is the least that can be read: in random order that is quick while the data fit this
+    memory. Larger data are to be converted (`python -m convert.dataset`).
+    """
+
+    def __init__(self, path: Path, files: Sequence[Path], every_column: bool = False):
+        """Reads the files' footers. Raises FileNotFoundError if there is no file, ValueError for
+        another table."""
+        if not files:
+            raise FileNotFoundError(f"{path}: no such Parquet file")
+        self.path, self._every_column = path, every_column
+        parquet = _pyarrow("parquet")
+        self._open = [_checked(file, parquet.ParquetFile) for file in files]
+        for file, opened in zip(files, self._open, strict=True):
+            _check_columns(file, opened.schema_arrow.names)
+        metadata = [opened.metadata for opened in self._open]
+        groups = [
+            [one.row_group(group).num_rows for group in range(one.num_row_groups)]
+            for one in metadata
+        ]
+        self.set_parts(files, groups)
+        self._group_of_part = np.concatenate([np.arange(len(lengths)) for lengths in groups])
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _record(self, index: int) -> Any:
+        part, place = self.place_of(index)
+        return _row(self._table(part), place)
+
+    def _table(self, part: int) -> Any:
+        with self._lock:
+            table = self._cache.pop(part, None)
+            if table is None:
+                file = self._open[self._file_of_part[part]]
+                columns = _wanted(file.schema_arrow.names, self._every_column)
+                table = file.read_row_group(int(self._group_of_part[part]), columns=columns)
+            self._cache[part] = table
+            while (
+                len(self._cache) > 1
+                and sum(kept.nbytes for kept in self._cache.values()) > ROW_GROUP_CACHE_BYTES
+            ):
+                self._cache.popitem(last=False)
+            return table
+
+
+class SavedDataset(Parts):
+    """A directory that `datasets.Dataset.save_to_disk` wrote: Arrow files, mapped into memory."""
+
+    def __init__(self, path: Path, every_column: bool = False):
+        """Reads the files' record batches' headers. Raises ValueError if a file is missing, broken
+        or another table."""
+        self.path = path
+        names = [
+            entry["filename"]
+            for entry in json.loads((path / "state.json").read_text())["_data_files"]
+        ]
+        files = [path / name for name in names]
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise ValueError(
+                f"{path}: state.json names files that are missing: {', '.join(missing)}"
+            )
+        tables = [_checked(file, _mapped_batches) for file in files]
+        for file, batches in zip(files, tables, strict=True):
+            if batches:
+                _check_columns(file, batches[0].schema.names)
+        self._batches = [
+            batch.select(_wanted(batch.schema.names, every_column))
+            for one in tables
+            for batch in one
+        ]
+        self.set_parts(files, [[batch.num_rows for batch in batches] for batches in tables])
+
+    def _record(self, index: int) -> Any:
+        part, place = self.place_of(index)
+        return _row(self._batches[part], place)
+
+
+@lru_cache
+def _pyarrow(part: str) -> ModuleType:
+    try:
+        return import_module(f"pyarrow.{part}")
+    except ImportError as error:
+        raise ImportError(
+            "Parquet and Arrow files are read by pyarrow: pip install 'pvm-jax[data]'"
+        ) from error
+
+
+def _checked(file: Path, read: Callable[[Path], Any]) -> Any:
+    """`read(file)`, what pyarrow refuses named."""
+    try:
+        return read(file)
+    except _pyarrow("lib").ArrowInvalid as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _mapped_batches(file: Path) -> list[Any]:
+    """The record batches of an Arrow stream; their contents stay on disk until they are read."""
+    reader = _pyarrow("ipc").open_stream(_pyarrow("lib").memory_map(str(file)))
+    return list(reader)
+
+
+def _wanted(names: Sequence[str], every_column: bool) -> list[str]:
+    return [name for name in names if every_column or concerns(name)]
+
+
+def _check_columns(file: Path, names: Sequence[str]) -> None:
+    if not set(TURNS) & set(names):
+        raise ValueError(
+            f"{file} has no column 'messages' (and 'images' or 'image'; {' and '.join(TURNS[1:])}"
+            f" are read too), only {', '.join(names)}"
+        )
+
+
+def _decoder(kind: Any) -> Callable[[Any], Any] | None:
+    """What turns values of an Arrow type into what was stored, where it holds columns of JSON
+    (`datasets` 5 stores so what differs from row to row); None: nothing is to be done."""
+    types = _pyarrow("types")
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return lambda value: value if value is None else json.loads(value)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = _decoder(kind.value_type)
+        return inner and (lambda value: value if value is None else [inner(one) for one in value])
+    if types.is_struct(kind):
+        inners = {field.name: d for field in kind if (d := _decoder(field.type))}
+        return (lambda value: _decoded(value, inners)) if inners else None
+    return None
+
+
+def _decoded(row: dict[str, Any] | None, decoders: dict[str, Callable[[Any], Any]]) -> Any:
+    """A row (or a struct) with its columns of JSON decoded."""
+    if row is None:
+        return None
+    return row | {name: decode(row[name]) for name, decode in decoders.items()}
+
+
+def _row(table: Any, place: int) -> dict[str, Any]:
+    """Row `place` of a table or a record batch."""
+    decoders = {field.name: d for field in table.schema if (d := _decoder(field.type))}
+    return _decoded(table.slice(place, 1).to_pylist()[0], decoders)
