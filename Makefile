@@ -55,8 +55,8 @@ base: $(READY)  ## train the checkpoint that the demo starts from into an empty 
 test: $(READY)  ## the tests, on the CPU
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(TEST_OPTIONS)
 
-NEWEST := pvm_jax/test_golden.py pvm_jax/test_generation.py train/test_step.py convert demo
-NEWEST := $(addprefix tests/,$(NEWEST) test_docs.py)
+NEWEST := pvm_jax/test_golden.py pvm_jax/test_generation.py pvm_jax/test_options.py convert demo
+NEWEST := $(addprefix tests/,$(NEWEST) train/test_step.py test_docs.py)
 newest:  ## what a change of packages breaks first, with the newest of today on the newest Python
 	$(MAKE) PYTHON=$(lastword $(PYTHONS)) PACKAGES=newest TEST_OPTIONS='$(NEWEST)' test
 
