@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 from tests.xla_flags import xla_flags
 
@@ -18,6 +19,9 @@ import pytest
 from convert.hf_to_orbax import convert
 from pvm_jax import Qwen3VL, load
 from pvm_jax.command_line import Main
+
+# Tests send it: a shell starts jobs in the background with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.processor import Processor
 from train.config import Bucket
@@ -57,9 +56,9 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
     rows_per_shard(config.rows, config.accumulation, mesh, name="prompts_per_step x group_size")
     check_prompts(config, rollout_mesh(config.rollout_mesh, mesh))
     model = load_model(config, mesh)
-    if not read_stop_tokens(config.checkpoint):
+    if not model.config.stop_tokens:
         raise ValueError(
-            f"{config.checkpoint}/generation_config.json names no eos_token_id: no completion would"
+            f"{config.checkpoint} names no eos_token_id (generation_config.json): no completion would"
             " ever end"
         )
     processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)

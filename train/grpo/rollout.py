@@ -12,7 +12,6 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.generation import generate
@@ -67,7 +66,7 @@ class Sampler:
         self.sharding = batch_sharding(self.mesh)
         self._at_once = config.prompts_per_step // config.rollout_parts
         check_prompts(config, self.mesh)
-        self._stop_tokens = read_stop_tokens(config.checkpoint)
+        self._stop_tokens = self.model_config.stop_tokens
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_weights)
         graphdef = program.graphdef
 
