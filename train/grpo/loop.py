@@ -58,8 +58,8 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
     model = load_model(config, mesh)
     if not model.config.stop_tokens:
         raise ValueError(
-            f"{config.checkpoint} names no eos_token_id (generation_config.json): no completion would"
-            " ever end"
+            f"{config.checkpoint} names no eos_token_id (generation_config.json): no completion"
+            " would ever end"
         )
     processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
     data = load_prompts(
