@@ -24,8 +24,8 @@ from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.update import Graded, parts_of, train_on, weigh
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run.entry import RunResult, run_recipe
-from train.run.lifecycle import Prepared, Recipe, StepDone, load_model
+from train.run import lifecycle
+from train.run.lifecycle import Prepared, Recipe, RunResult, StepDone, load_model
 from train.run.log import HEADLINE, RunLog
 from train.step.program import rows_per_shard
 from train.step.state import TrainState, cast, split_model
@@ -242,5 +242,5 @@ RECIPE = Recipe(
 
 
 def run(config: GRPOConfig) -> RunResult:
-    """Trains as `config` says, as `python -m train.grpo` does: `train.run.entry.run_recipe`."""
-    return run_recipe(config, RECIPE)
+    """Trains as `config` says, as `python -m train.grpo` does: `train.run.lifecycle.run`."""
+    return lifecycle.run(config, RECIPE)

@@ -15,8 +15,8 @@ from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from train.data.loading import TrainingData, load_training_data
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run.entry import RunResult, run_recipe
-from train.run.lifecycle import Prepared, Recipe, StepDone, load_model
+from train.run import lifecycle
+from train.run.lifecycle import Prepared, Recipe, RunResult, StepDone, load_model
 from train.run.log import RunLog
 from train.sft.config import SFTConfig
 from train.sft.held_out import HeldOut
@@ -145,5 +145,5 @@ RECIPE = Recipe(prepare, train, dry_steps)
 
 
 def run(config: SFTConfig) -> RunResult:
-    """Trains as `config` says, as `python -m train.sft` does: `train.run.entry.run_recipe`."""
-    return run_recipe(config, RECIPE)
+    """Trains as `config` says, as `python -m train.sft` does: `train.run.lifecycle.run`."""
+    return lifecycle.run(config, RECIPE)
