@@ -22,9 +22,9 @@ from train.grpo.prompts import PromptBatch, PromptData, load_prompts
 from train.grpo.reward_watch import RewardWatch
 from train.grpo.rollout import Completions, Sampler, check_prompts, rollout_mesh
 from train.grpo.update import Graded, parts_of, train_on, weigh
+from train.run import lifecycle
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run import lifecycle
 from train.run.lifecycle import Prepared, Recipe, RunResult, StepDone, load_model
 from train.run.log import HEADLINE, RunLog
 from train.step.program import rows_per_shard

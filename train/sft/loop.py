@@ -13,9 +13,9 @@ from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.processor import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from train.data.loading import TrainingData, load_training_data
+from train.run import lifecycle
 from train.run.dry_run import STEPS as DRY_STEPS
 from train.run.dry_run import memory_of, shardings_table
-from train.run import lifecycle
 from train.run.lifecycle import Prepared, Recipe, RunResult, StepDone, load_model
 from train.run.log import RunLog
 from train.sft.config import SFTConfig
