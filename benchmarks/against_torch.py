@@ -24,8 +24,8 @@ from benchmarks.device import best
 from benchmarks.sizes import TEXT
 from convert.layout import layout
 from pvm_jax import Batch, ModelConfig, VisionConfig, abstract_model, generate
-from pvm_jax.command_line import run_as_command
 from pvm_jax.model.parameters import by_path
+from pvm_jax.options import run_as_command
 from train.config import OptimizerConfig
 from train.step.optimizer import make_optimizer, make_schedule
 from train.step.state import TrainState, make_loss, make_step, split_model

@@ -24,9 +24,9 @@ from rich.table import Table
 from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
-from pvm_jax.command_line import run_as_command
 from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
+from pvm_jax.options import run_as_command
 from train.step.flops import count_flops
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.

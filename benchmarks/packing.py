@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.mixed_images import BUCKETS, make_processor, write_mix
-from pvm_jax.command_line import run_as_command
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
+from pvm_jax.options import run_as_command
 from train.config import DataConfig
 from train.data.loading import measure
 from train.data.packing import make_plan, padding, padding_of_single_examples

@@ -34,12 +34,12 @@ from pvm_jax.checkpoint.directory import (
     write_aside,
     write_config,
 )
-from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.paths import local_path
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
+from pvm_jax.options import command, parse
 
 _BUFFERS = ("I64", "BOOL")
 """Types of what is stored beside weights, and of no quantised ones."""

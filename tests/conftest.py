@@ -17,7 +17,7 @@ import pytest
 
 from convert.hf_to_orbax import convert
 from pvm_jax import Qwen3VL, load
-from pvm_jax.command_line import Main
+from pvm_jax.options import Main
 
 GOLDEN = Path(__file__).parent / "golden"
 
