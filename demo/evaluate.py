@@ -21,7 +21,7 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import teacher_forced
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.command import compared, report_on
-from pvm_jax.measure.report.sections import Task
+from pvm_jax.measure.report.task import Task
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.options import run_as_command
 
