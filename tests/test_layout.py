@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "pvm_jax": [
-        "files hf_config config options sharding",
+        "files hf_config presets config options sharding",
         "data",
         "model",
         "checkpoint generation",
