@@ -129,7 +129,6 @@ def load_training_data(
         OSError: if `sizes_file` cannot be written.
     """
     sources = [open_conversations(source.path) for source in data.mixture]
-    stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
     planned = plan_examples(
         data,
         sources,
@@ -142,31 +141,46 @@ def load_training_data(
         sizes_file=sizes_file,
         fill_last=fill_last,
     )
-    mine = range(batch_size) if rows is None else rows
+    read = partial(
+        _read,
+        planned,
+        processor,
+        model_config,
+        rows=range(batch_size) if rows is None else rows,
+        hidden_share=data.hide_images,
+    )
+    return TrainingData(
+        plan=planned.plan,
+        sizes=planned.sizes,
+        buckets=planned.buckets,
+        sources=sources,
+        report=planned.report + _measured_here(sources, processor),
+        batches=grain.MapDataset.range(len(planned.plan)).map(read),
+    )
 
-    def read(step: int) -> Batch:
-        bucket = planned.buckets[planned.plan.bucket(step)]
-        members = planned.plan.rows(step)
-        examples = [
-            [
-                planned.check(example, _encode(sources, processor, example))
-                for example in members[row]
-            ]
-            for row in mine
+
+def _read(
+    planned: PlannedExamples,
+    processor: Processor,
+    model_config: ModelConfig,
+    step: int,
+    *,
+    rows: Sequence[int],
+    hidden_share: float,
+) -> Batch:
+    """These rows of a step's batch; of the whole batch's, `hidden_share` have their images
+    hidden."""
+    bucket = planned.buckets[planned.plan.bucket(step)]
+    members = planned.plan.rows(step)
+    examples = [
+        [
+            planned.check(example, _encode(planned.sources, processor, example))
+            for example in members[row]
         ]
-        batch = Batch.from_rows(
-            examples, model_config, length=bucket.tokens, patches=bucket.patches
-        )
-        return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
-
-    report = planned.report
-    if stale:
-        report += (
-            ". Measured here, since convert.dataset measured with another tokenizer or image"
-            f" settings: {', '.join(stale)}"
-        )
-    batches = grain.MapDataset.range(len(planned.plan)).map(read)
-    return TrainingData(planned.plan, planned.sizes, planned.buckets, sources, report, batches)
+        for row in rows
+    ]
+    batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+    return hide_images(batch, [_is_hidden(row, hidden_share) for row in rows])
 
 
 def plan_examples(
@@ -319,6 +333,17 @@ def _sizes(conversations: Conversations, processor: Processor, threads: int) -> 
 def _measured_by_another(conversations: Conversations, processor: Processor) -> bool:
     return (
         conversations.measured_by is not None and conversations.measured_by != processor.fingerprint
+    )
+
+
+def _measured_here(sources: Sequence[Conversations], processor: Processor) -> str:
+    """What the report says about the sources whose own sizes are not taken."""
+    stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
+    if not stale:
+        return ""
+    return (
+        ". Measured here, since convert.dataset measured with another tokenizer or image settings:"
+        f" {', '.join(stale)}"
     )
 
 
