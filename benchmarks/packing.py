@@ -19,8 +19,8 @@ from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
 from pvm_jax.options import run_as_command
 from train.config import DataConfig
-from train.data.loading import measure
 from train.data.packing import make_plan, padding, padding_of_single_examples
+from train.data.sizes import measure
 
 MANY = 500_000
 
