@@ -28,7 +28,7 @@ from pvm_jax.measure.report.sections import MEASUREMENTS
 from pvm_jax.measure.report.sections import looked as looked_section
 from tests import tiny
 from tests.close import assert_close
-from tests.pvm_jax.test_model import randomized
+from tests.tiny import randomized
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +89,8 @@ def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
 def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
     """All six measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
-    main(
-        arguments(
-            checkpoint,
-            data,
-            tmp_path,
-            "--fillers",
-            "0",
-            "10",
-            "--max-new-tokens",
-            "4",
-            "--looks",
-            "3",
-        )
-    )
+    options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
+    main(arguments(checkpoint, data, tmp_path, *options))
     said = capsys.readouterr().out
     assert f"The report: {tmp_path / 'report.html'}" in said
     assert "0 tokens of filler: with the branch minus without, paired: " in said
