@@ -24,8 +24,8 @@ from benchmarks.device import best
 from benchmarks.sizes import TEXT
 from convert.layout import layout
 from pvm_jax import Batch, ModelConfig, VisionConfig, abstract_model, generate
-from pvm_jax.command_line import run_as_command
 from pvm_jax.model.parameters import by_path
+from pvm_jax.options import run_as_command
 from train.config import OptimizerConfig
 from train.step.optimizer import make_optimizer, make_schedule
 from train.step.state import TrainState, make_loss, make_step, split_model
@@ -76,8 +76,34 @@ def main(
     params = jax.tree.unflatten(
         jax.tree.structure(nnx.as_pure(abstract)), list(_leaves(stored, by_path(abstract)))
     )
+    batch, tensors = _inputs(rows, text, side)
+    timed = {
+        "SFT step, all weights": (
+            _torch_step(reference, tensors),
+            _jax_step(graphdef, params, batch),
+        ),
+        "prefill + decode": (
+            _torch_decode(reference, tensors, new_tokens),
+            _jax_decode(graphdef, params, batch, new_tokens),
+        ),
+    }
     count = sum(x.size for x in jax.tree.leaves(params))
+    table = Table(
+        title=(
+            f"{count / 1e6:.0f} M parameters, float32, {rows} rows of"
+            f" {tensors['input_ids'].shape[1]} tokens, {new_tokens} new tokens"
+        )
+    )
+    for column in ("", "transformers + torch", "pvm-jax", "torch / jax"):
+        table.add_column(column)
+    for name, (theirs, ours) in timed.items():
+        seconds = [best(run, repeats) for run in (theirs, ours)]
+        table.add_row(name, *(f"{s:.2f} s" for s in seconds), f"{seconds[0] / seconds[1]:.2f}")
+    Console(width=120).print(table)
 
+
+def _inputs(rows: int, text: int, side: int) -> tuple[Batch, dict[str, torch.Tensor]]:
+    """The same rows for both, each an image of side x side patches before `text` random tokens."""
     rng = np.random.default_rng(0)
     image = [31992, *[31990] * (side * side // 4), 31993]
     ids = np.stack([np.concatenate([image, rng.integers(0, 31000, text)]) for _ in range(rows)])
@@ -92,31 +118,7 @@ def main(
     batch = Batch.from_hf(arrays | {"labels": np.where(ids < 31990, ids, -100)}, CONFIG)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors["mm_token_type_ids"] = (tensors["input_ids"] == CONFIG.image_token_id).long()
-
-    rows_of_table = [
-        (
-            "SFT step, all weights",
-            _torch_step(reference, tensors),
-            _jax_step(graphdef, params, batch),
-        ),
-        (
-            "prefill + decode",
-            _torch_decode(reference, tensors, new_tokens),
-            _jax_decode(graphdef, params, batch, new_tokens),
-        ),
-    ]
-    table = Table(
-        title=(
-            f"{count / 1e6:.0f} M parameters, float32, {rows} rows of {ids.shape[1]} tokens,"
-            f" {new_tokens} new tokens"
-        )
-    )
-    for column in ("", "transformers + torch", "pvm-jax", "torch / jax"):
-        table.add_column(column)
-    for name, theirs, ours in rows_of_table:
-        seconds = [best(run, repeats) for run in (theirs, ours)]
-        table.add_row(name, *(f"{s:.2f} s" for s in seconds), f"{seconds[0] / seconds[1]:.2f}")
-    Console(width=120).print(table)
+    return batch, tensors
 
 
 def _leaves(stored: dict[str, np.ndarray], shapes: dict):

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax import ModelConfig
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 from train.run.checkpoints import TrainCheckpoints
 from train.sft.config import SFTConfig
 

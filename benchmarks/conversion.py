@@ -28,8 +28,8 @@ from benchmarks.sizes import config_of
 from convert.layout import layout
 from convert.safetensors_files import Planned, write_safetensors
 from pvm_jax.checkpoint.directory import write_config
-from pvm_jax.command_line import run_as_command
 from pvm_jax.config import ModelConfig
+from pvm_jax.options import run_as_command
 
 PIECE = 2**25
 

@@ -24,9 +24,9 @@ from rich.table import Table
 from benchmarks.device import random_model
 from benchmarks.sizes import config_of
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, without_pvm
-from pvm_jax.command_line import run_as_command
 from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
+from pvm_jax.options import run_as_command
 from train.step.flops import count_flops
 
 # Bytes a second that one device reads from its memory; from the vendors' data sheets.
@@ -37,6 +37,11 @@ PEAK_BANDWIDTH = {
     "TPU v5 lite": 0.82e12,
     "TPU v5": 2.77e12,
 }
+
+
+COUNTED_COLUMNS = ("rows", "visual", "floor", "bytes on", "anew", "FLOPs on", "anew")
+TIMED_COLUMNS = ("off: ms", "on", "anew", "GB/s", "of the bandwidth")
+TIMED_COLUMNS += ("temporary / floor", "updated in place")
 
 
 class Counted(NamedTuple):
@@ -91,49 +96,49 @@ def main(
             f"{size}: a decoding step, {text_tokens} text tokens before it, {config.dtype}, {where}"
         )
     )
-    columns = ["rows", "visual", "floor", "bytes on", "anew", "FLOPs on", "anew"]
-    if not count_only:
-        columns += [
-            "off: ms",
-            "on",
-            "anew",
-            "GB/s",
-            "of the bandwidth",
-            "temporary / floor",
-            "updated in place",
-        ]
-    for column in columns:
+    for column in (*COUNTED_COLUMNS, *(() if count_only else TIMED_COLUMNS)):
         table.add_column(column, justify="right")
+    kinds = [(without_pvm(model), False), (model, False), (model, True)]
     for rows in batches:
         for visual in visual_tokens:
-            kinds = [(without_pvm(model), False), (model, False), (model, True)]
             counted = [count(kind, rows, visual, text_tokens, anew=anew) for kind, anew in kinds]
-            cells = [str(rows), f"{visual:,}", f"{counted[1].floor / 2**30:.2f} GiB"]
-            cells += [f"{c.floor / counted[0].floor - 1:+.2%}" for c in counted[1:]]
-            cells += [f"{c.flops / counted[0].flops - 1:+.2%}" for c in counted[1:]]
-            if (
-                not count_only
-                and cache_bytes(config, rows, visual, text_tokens) <= limit_gib * 2**30
-            ):
+            cells = [str(rows), f"{visual:,}", *counted_cells(counted)]
+            fits = cache_bytes(config, rows, visual, text_tokens) <= limit_gib * 2**30
+            if fits and not count_only:
                 loops = [
                     decoding_steps(kind, rows, visual, text_tokens, steps, anew=anew)
                     for kind, anew in kinds
                 ]
-                seconds = [
-                    total / steps
-                    for total in fastest_in_turn([loop.run for loop in loops], repeats)
-                ]
-                rate = counted[1].floor / seconds[1]
-                cells += [
-                    f"{seconds[0] * 1e3:.2f}",
-                    *(f"{s / seconds[0] - 1:+.1%}" for s in seconds[1:]),
-                    f"{rate / 1e9:.0f}",
-                    f"{rate / bandwidth:.0%}" if bandwidth else "unknown",
-                    f"{loops[1].temporary / counted[1].floor:.1%}",
-                    f"{loops[1].updated / 2**20:.0f} MiB",
-                ]
+                totals = fastest_in_turn([loop.run for loop in loops], repeats)
+                seconds = [total / steps for total in totals]
+                cells += timed_cells(seconds, loops[1], counted[1].floor, bandwidth)
             table.add_row(*cells)
     Console(width=150).print(table)
+
+
+def counted_cells(counted: Sequence[Counted]) -> list[str]:
+    """Of a step without the branch, with it, and with one that projects anew."""
+    off, on, anew = counted
+    return [
+        f"{on.floor / 2**30:.2f} GiB",
+        *(f"{c.floor / off.floor - 1:+.2%}" for c in (on, anew)),
+        *(f"{c.flops / off.flops - 1:+.2%}" for c in (on, anew)),
+    ]
+
+
+def timed_cells(
+    seconds: Sequence[float], on: Steps, floor: int, bandwidth: float | None
+) -> list[str]:
+    """Of the three kinds' `seconds` a step; `on` and `floor` are those of the branch."""
+    rate = floor / seconds[1]
+    return [
+        f"{seconds[0] * 1e3:.2f}",
+        *(f"{s / seconds[0] - 1:+.1%}" for s in seconds[1:]),
+        f"{rate / 1e9:.0f}",
+        f"{rate / bandwidth:.0%}" if bandwidth else "unknown",
+        f"{on.temporary / floor:.1%}",
+        f"{on.updated / 2**20:.0f} MiB",
+    ]
 
 
 def cache_bytes(config: ModelConfig, rows: int, visual: int, text: int) -> int:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.sizes import config_of
 from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, abstract_model
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 from train.config import OptimizerConfig
 from train.step.flops import count_flops, peak_flops
 from train.step.optimizer import make_optimizer, make_schedule

@@ -21,9 +21,9 @@ from rich.table import Table
 from benchmarks.step_cost import step_cost
 from convert.dataset import convert
 from demo.mixed_images import make_processor, write_mix
-from pvm_jax.command_line import run_as_command
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
+from pvm_jax.options import run_as_command
 from train.config import Bucket, DataConfig
 from train.data.loading import TrainingData, load_training_data
 from train.step.flops import peak_flops

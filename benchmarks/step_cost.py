@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pvm_jax import Batch, LoRAConfig, ModelConfig, abstract_model
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 from train.config import OptimizerConfig, Trainable
 from train.step.flops import count_flops
 from train.step.optimizer import make_optimizer

@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import track
 
-from pvm_jax import command_line
+from pvm_jax import options
 from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.image_files import encoded_bytes
@@ -74,10 +74,10 @@ class DatasetOptions:
             raise ValueError("--max_tokens needs --checkpoint: it is the tokenizer that counts")
 
 
-@command_line.command
+@options.command
 def main(argv: Sequence[str]) -> None:
     """Parses `argv` (default: the process's arguments) and converts."""
-    options, _ = command_line.parse(
+    given, _ = options.parse(
         DatasetOptions,
         argv,
         prog="python -m convert.dataset",
@@ -87,12 +87,12 @@ def main(argv: Sequence[str]) -> None:
     )
     jax.config.update("jax_platforms", "cpu")
     convert(
-        options.src,
-        options.dst,
-        Processor.from_pretrained(options.checkpoint) if options.checkpoint else None,
-        max_tokens=options.max_tokens,
-        max_rejected=options.max_rejected,
-        threads=(os.cpu_count() or 1) if options.threads is None else options.threads,
+        given.src,
+        given.dst,
+        Processor.from_pretrained(given.checkpoint) if given.checkpoint else None,
+        max_tokens=given.max_tokens,
+        max_rejected=given.max_rejected,
+        threads=(os.cpu_count() or 1) if given.threads is None else given.threads,
     )
 
 

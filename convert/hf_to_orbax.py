@@ -1,11 +1,11 @@
 """A Hugging Face directory of Qwen3-VL, plain or with the PVM branch, to Orbax: `python -m
 convert.hf_to_orbax`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -34,12 +34,12 @@ from pvm_jax.checkpoint.directory import (
     write_aside,
     write_config,
 )
-from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.paths import local_path
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
+from pvm_jax.options import command, parse
 
 _BUFFERS = ("I64", "BOOL")
 """Types of what is stored beside weights, and of no quantised ones."""
@@ -94,10 +94,12 @@ def main(argv: Sequence[str]) -> None:
         by_place=["src", "dst"],
     )
     jax.config.update("jax_platforms", "cpu")
-    layers = tuple(options.pvm_layers) if options.pvm_layers else None
-    branch = (layers, options.pvm_hidden_size, options.pvm_visibility)
     convert(
-        *(options.src, options.dst, *branch),
+        options.src,
+        options.dst,
+        pvm_layers=tuple(options.pvm_layers) if options.pvm_layers else None,
+        pvm_hidden_size=options.pvm_hidden_size,
+        pvm_visibility=options.pvm_visibility,
         plain=options.plain,
         dtype=options.dtype,
         seed=options.seed,
@@ -138,25 +140,14 @@ def convert(
     refuse_peft(src)
     original = read_config(src)
     reader = SafetensorsReader(src)
+    config, fresh = _config(
+        original,
+        _Branch(pvm_layers, pvm_hidden_size, pvm_visibility),
+        plain=plain,
+        stored=any(BRANCH in name for name in reader.tensors),
+    )
     if plain:
-        if pvm_layers or pvm_hidden_size or pvm_visibility:
-            raise ValueError(
-                "--plain makes no branch: leave --pvm_layers, --pvm_hidden_size and"
-                " --pvm_visibility out"
-            )
-        config, fresh = ModelConfig.from_hf(original).without_pvm(), False
-        reader.tensors = {
-            name: stored for name, stored in reader.tensors.items() if BRANCH not in name
-        }
-    else:
-        config, fresh = _config(
-            original,
-            pvm_layers,
-            pvm_hidden_size,
-            with_branch=any(BRANCH in n for n in reader.tensors),
-        )
-        if pvm_visibility is not None:
-            config = replace(config, text=replace(config.text, pvm_visibility=pvm_visibility))
+        reader.tensors = {n: tensor for n, tensor in reader.tensors.items() if BRANCH not in n}
     if has_tokenizer(src):
         read_tokenizer(src)
     slots = layout(config)
@@ -164,52 +155,53 @@ def convert(
     with reader:
         _check(src, reader, wanted, tied=config.tie_word_embeddings, one_dtype=dtype is not None)
         width = None if dtype is None else dtype_name(dtype)
-        target = width or DTYPES[reader.tensors[EMBEDDING].dtype].name
+        config = replace(config, param_dtype=width or DTYPES[reader.tensors[EMBEDDING].dtype])
         stored = sources(wanted)
-        arrays = {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape, width or _stored_dtype(reader, stored.get(path), target)
-            )
-            for path, leaf in parameter_tree(config).items()
-        }
-        branch = _fresh_branch(config, target, seed) if fresh else {}
+        arrays = _arrays(reader, config, stored, width)
+        branch = _fresh_branch(config, seed) if fresh else {}
         total = sum(prod(array.shape) * array.dtype.itemsize for array in arrays.values())
-        with (
-            write_aside(dst) as aside,
-            report(str(dst), len(slots), total) as advance,
-            BlockWriter() as writer,
-        ):
+        with write_aside(dst) as aside, report(str(dst), len(slots), total) as advance:
             copy_assets(src, aside)
-            write_config(aside, replace(config, param_dtype=target), original)
-            for path, store in create(aside, arrays).items():
-                contents = (
-                    _fresh(branch[path])
-                    if path in branch
-                    else _read(reader, stored[path], arrays[path])
-                )
-                for block, content in contents:
-                    writer.write(store[block], content)
-                    advance(content.nbytes)
+            write_config(aside, config, original)
+            _write(aside, arrays, reader, stored=stored, branch=branch, advance=advance)
+
+
+class _Branch(NamedTuple):
+    """The branch that was asked for; None: whatever there is."""
+
+    layers: tuple[int, ...] | None
+    hidden_size: int | None
+    visibility: str | None
 
 
 def _config(
-    original: Mapping, layers: tuple[int, ...] | None, hidden_size: int | None, *, with_branch: bool
+    original: Mapping, branch: _Branch, *, plain: bool, stored: bool
 ) -> tuple[ModelConfig, bool]:
-    """The model's config, and whether its branch is to be made."""
+    """The model's config, and whether its branch is to be made; `stored`: there are tensors of
+    one."""
+    if plain:
+        if any(branch):
+            raise ValueError(
+                "--plain makes no branch: leave --pvm_layers, --pvm_hidden_size and"
+                " --pvm_visibility out"
+            )
+        return ModelConfig.from_hf(original).without_pvm(), False
     config = ModelConfig.from_hf(original)
-    stored = config.text
-    if not stored.pvm_layers:
-        return config.with_pvm(layers, hidden_size), not with_branch
+    own = config.text
     for flag, given, found in (
-        ("--pvm_layers", layers, stored.pvm_layers),
-        ("--pvm_hidden_size", hidden_size, stored.pvm_hidden_size),
+        ("--pvm_layers", branch.layers, own.pvm_layers),
+        ("--pvm_hidden_size", branch.hidden_size, own.pvm_hidden_size),
     ):
-        if given not in (None, found):
+        if own.pvm_layers and given not in (None, found):
             raise ValueError(
                 f"{flag} {given}: the checkpoint brings its own branch, with {found} (config.json);"
                 " leave it out"
             )
-    return config, False
+    if not own.pvm_layers:
+        config = config.with_pvm(branch.layers, branch.hidden_size)
+    if branch.visibility is not None:
+        config = replace(config, text=replace(config.text, pvm_visibility=branch.visibility))
+    return config, not (own.pvm_layers or stored)
 
 
 def _check(
@@ -267,10 +259,46 @@ def _pieces(reader: SafetensorsReader, name: str, dtype: np.dtype) -> Iterator[n
     return (content for _, content in _read(reader, TensorSource((name,), stacked=False), array))
 
 
-def _stored_dtype(
-    reader: SafetensorsReader, source: TensorSource | None, fresh: str
-) -> np.dtype | str:
-    return fresh if source is None else DTYPES[reader.tensors[source.names[0]].dtype]
+def _arrays(
+    reader: SafetensorsReader,
+    config: ModelConfig,
+    stored: Mapping[str, TensorSource],
+    width: str | None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is written, by path: all of it in `width`; None: in the type that it is stored in, or
+    where it is made here, in `config.param_dtype`."""
+
+    def dtype(source: TensorSource | None) -> np.dtype | str:
+        if width is not None or source is None:
+            return width or config.param_dtype
+        return DTYPES[reader.tensors[source.names[0]].dtype]
+
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, dtype(stored.get(path)))
+        for path, leaf in parameter_tree(config).items()
+    }
+
+
+def _write(
+    directory: Path,
+    arrays: Mapping[str, jax.ShapeDtypeStruct],
+    reader: SafetensorsReader,
+    *,
+    stored: Mapping[str, TensorSource],
+    branch: Mapping[str, np.ndarray],
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the arrays out of a fresh `branch`, or out of what is `stored`."""
+    with BlockWriter() as writer:
+        for path, store in create(directory, arrays).items():
+            contents = (
+                _fresh(branch[path])
+                if path in branch
+                else _read(reader, stored[path], arrays[path])
+            )
+            for block, content in contents:
+                writer.write(store[block], content)
+                advance(content.nbytes)
 
 
 def _read(
@@ -300,16 +328,12 @@ def _read(
         yield block, content
 
 
-def _fresh_branch(config: ModelConfig, dtype: str, seed: int) -> dict[str, np.ndarray]:
+def _fresh_branch(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """The parameters of an untrained branch, by path."""
 
     @jax.jit
     def make(key: jax.Array) -> nnx.State:
-        return nnx.as_pure(
-            nnx.state(
-                PersistentVisualMemory(replace(config, param_dtype=dtype), rngs=nnx.Rngs(key))
-            )
-        )
+        return nnx.as_pure(nnx.state(PersistentVisualMemory(config, rngs=nnx.Rngs(key))))
 
     keys = jax.random.split(jax.random.key(seed), len(config.text.pvm_layers))
     branch = {

@@ -23,9 +23,9 @@ from pvm_jax.checkpoint.directory import (
     write_config,
 )
 from pvm_jax.checkpoint.store import explaining_damage, find
-from pvm_jax.command_line import command, parse
 from pvm_jax.config import ModelConfig
 from pvm_jax.files.paths import local_path
+from pvm_jax.options import command, parse
 
 _READ_AHEAD = 4
 EXAMPLES = """

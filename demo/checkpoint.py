@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from convert.orbax_to_hf import convert
 from demo import task
 from pvm_jax.checkpoint.store import save
-from pvm_jax.command_line import run_as_command
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.options import run_as_command
 
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = (

@@ -22,11 +22,11 @@ from demo.evaluate import EvaluationSettings, encode, sees
 from demo.recall import attention_on_cell
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint.store import load
-from pvm_jax.command_line import run_as_command
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.ablations import mislead
 from pvm_jax.measure.pictures import exchanged
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.options import run_as_command
 from train.config import Trainable
 from train.run.events import read_values
 from train.run.lifecycle import RESULTS

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from demo.evaluate import EvaluationSettings
 
@@ -24,6 +25,8 @@ COLOURS = {
     "PVM": "#e8871e",
     "PVM looks first": "#c0392b",
 }
+STYLES = ("-", "--", ":", "-.")
+"""A layer's line."""
 
 
 @dataclass(frozen=True)
@@ -190,74 +193,13 @@ def plot(
     """Accuracy by distance; the branch's gates by step; its attention on the asked cell by
     distance."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.4), width_ratios=(1.3, 1, 1))
-    places = np.arange(len(settings.distances))
-    for name, rows in accuracies(by_method, settings).items():
-        spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else None
-        left.errorbar(
-            places, rows.mean(0), spread, label=name, color=COLOURS[name], marker="o", capsize=3
-        )
-    for name, ones in by_method.items():
-        if ones[0].misled:
-            misled = np.mean(
-                [[one.misled[str(distance)] for distance in settings.distances] for one in ones],
-                axis=0,
-            )
-            left.plot(
-                places,
-                misled,
-                "x:",
-                color=COLOURS[name],
-                label=f"{name}, its branch on another image",
-            )
-    left.axvspan(
-        *np.interp(trained_on, settings.distances, places),
-        color="#f3e9c8",
-        label="trained distances",
-        zorder=0,
-    )
-    left.set(
-        ylim=(0, 1.05),
-        xlabel="tokens between the image and the question",
-        ylabel="values read correctly (teacher-forced)",
-    )
-    for one in (one for ones in by_method.values() for one in ones if one.gates):
-        for style, (layer, values) in zip(("-", "--", ":", "-."), one.gates.items(), strict=False):
-            label = f"{one.method}, layer {layer}" if one.seed == 0 else None
-            middle.plot(np.abs(values), style, color=COLOURS[one.method], alpha=0.7, label=label)
-    middle.set(xlabel="step", ylabel="size of the branch's gate, a line a seed")
-    for name, ones in by_method.items():
-        if ones[0].attention:
-            for style, (layer, shares) in zip(
-                ("-", "--", ":", "-."), _attention(ones, settings).items(), strict=False
-            ):
-                by_seed = shares.mean(-1)
-                spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else None
-                label, colour = f"{name}, layer {layer}", COLOURS[name]
-                right.errorbar(
-                    places,
-                    by_seed.mean(0),
-                    spread,
-                    fmt=style,
-                    color=colour,
-                    label=f"{label}, mean of heads",
-                    capsize=3,
-                )
-                right.plot(
-                    places,
-                    shares.max(-1).mean(0),
-                    style,
-                    color=colour,
-                    alpha=0.4,
-                    label=f"{label}, best head",
-                )
-    right.axhline(1 / settings.size**2, color=COLOURS[SHUFFLED], label="chance")
-    right.set(
-        ylim=(0, None),
-        xlabel="tokens between the image and the question",
-        ylabel="branch's attention on the asked cell",
-    )
+    _plot_accuracy(left, by_method, settings, trained_on)
+    _plot_gates(middle, by_method)
+    _plot_attention(right, by_method, settings)
     for axis in (left, right):
-        axis.set_xticks(places, [str(distance) for distance in settings.distances])
+        axis.set_xticks(
+            np.arange(len(settings.distances)), [str(distance) for distance in settings.distances]
+        )
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
         axis.legend(
@@ -266,3 +208,80 @@ def plot(
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _plot_accuracy(
+    axis: Axes,
+    by_method: Mapping[str, Sequence[Measured]],
+    settings: EvaluationSettings,
+    trained_on: Sequence[int],
+) -> None:
+    places = np.arange(len(settings.distances))
+    for name, rows in accuracies(by_method, settings).items():
+        spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else None
+        axis.errorbar(
+            places, rows.mean(0), spread, label=name, color=COLOURS[name], marker="o", capsize=3
+        )
+    for name, ones in by_method.items():
+        if ones[0].misled:
+            misled = np.mean(
+                [[one.misled[str(distance)] for distance in settings.distances] for one in ones],
+                axis=0,
+            )
+            label = f"{name}, its branch on another image"
+            axis.plot(places, misled, "x:", color=COLOURS[name], label=label)
+    axis.axvspan(
+        *np.interp(trained_on, settings.distances, places),
+        color="#f3e9c8",
+        label="trained distances",
+        zorder=0,
+    )
+    axis.set(
+        ylim=(0, 1.05),
+        xlabel="tokens between the image and the question",
+        ylabel="values read correctly (teacher-forced)",
+    )
+
+
+def _plot_gates(axis: Axes, by_method: Mapping[str, Sequence[Measured]]) -> None:
+    for one in (one for ones in by_method.values() for one in ones if one.gates):
+        for style, (layer, values) in zip(STYLES, one.gates.items(), strict=False):
+            label = f"{one.method}, layer {layer}" if one.seed == 0 else None
+            axis.plot(np.abs(values), style, color=COLOURS[one.method], alpha=0.7, label=label)
+    axis.set(xlabel="step", ylabel="size of the branch's gate, a line a seed")
+
+
+def _plot_attention(
+    axis: Axes, by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings
+) -> None:
+    places = np.arange(len(settings.distances))
+    for name, ones in by_method.items():
+        if not ones[0].attention:
+            continue
+        for style, (layer, shares) in zip(STYLES, _attention(ones, settings).items(), strict=False):
+            by_seed = shares.mean(-1)
+            spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else None
+            label, colour = f"{name}, layer {layer}", COLOURS[name]
+            axis.errorbar(
+                places,
+                by_seed.mean(0),
+                spread,
+                fmt=style,
+                color=colour,
+                label=f"{label}, mean of heads",
+                capsize=3,
+            )
+            axis.plot(
+                places,
+                shares.max(-1).mean(0),
+                style,
+                color=colour,
+                alpha=0.4,
+                label=f"{label}, best head",
+            )
+    axis.axhline(1 / settings.size**2, color=COLOURS[SHUFFLED], label="chance")
+    axis.set(
+        ylim=(0, None),
+        xlabel="tokens between the image and the question",
+        ylabel="branch's attention on the asked cell",
+    )

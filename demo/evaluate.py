@@ -16,14 +16,14 @@ import numpy as np
 from demo.task import VALUES, GridExample, Mixture, draw, make_example
 from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
-from pvm_jax.command_line import run_as_command
 from pvm_jax.data.example import Example as Encoded
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import teacher_forced
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.command import compared, report_on
-from pvm_jax.measure.report.sections import Task
+from pvm_jax.measure.report.task import Task
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.options import run_as_command
 
 TOKENS_PER_LINE = 3
 TITLE = "What the demo's model sees over a long answer"

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from demo.run import Step, branch_steps, run_steps
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 from train.run.events import read_values
 
 HELD_OUT = ("--count", "48", "--mixture.digits", "heldout", "--mixture.seed", "7")

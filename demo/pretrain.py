@@ -7,7 +7,7 @@ Hugging Face directory.
 from pathlib import Path
 
 from demo.run import run_steps
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 
 STAGES = 3
 

@@ -15,8 +15,8 @@ from demo.compare_report import Measured, table
 from demo.evaluate import EvaluationSettings
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint.store import load
-from pvm_jax.command_line import run_as_command
 from pvm_jax.data.processor import Processor
+from pvm_jax.options import run_as_command
 
 DISTANCE = 200
 MEASURED = EvaluationSettings(distances=(DISTANCE,), scenes=24)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 
 BASE = "demo/base"
 BRANCH = ("--pvm_layers", "1", "2", "--pvm_hidden_size", "128")

@@ -24,7 +24,7 @@ from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
 
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 
 CELL = 32
 MAX_SIZE = 4

@@ -12,8 +12,8 @@ import numpy as np
 
 import pvm_jax
 from demo.task import Mixture, draw, make_example, write
-from pvm_jax.command_line import run_as_command
 from pvm_jax.measure.accuracy import teacher_forced
+from pvm_jax.options import run_as_command
 from train.config import Bucket, DataConfig, OptimizerConfig
 from train.run.events import read_values
 from train.sft import SFTConfig, run

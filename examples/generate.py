@@ -15,7 +15,7 @@ import numpy as np
 
 import pvm_jax
 from demo.task import Mixture, draw, make_example
-from pvm_jax.command_line import run_as_command
+from pvm_jax.options import run_as_command
 
 
 def main(checkpoint: Path = Path("out/demo/checkpoint"), branch: Path | None = None) -> None:

@@ -16,8 +16,8 @@ import pvm_jax
 from convert.hf_to_orbax import convert as hf_to_orbax
 from convert.orbax_to_hf import convert as orbax_to_hf
 from demo.task import Mixture, draw, make_example, write
-from pvm_jax.command_line import run_as_command
 from pvm_jax.config import LoRAConfig
+from pvm_jax.options import run_as_command
 from train.config import Bucket, DataConfig, OptimizerConfig
 from train.sft import SFTConfig, run
 

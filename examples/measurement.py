@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 import pvm_jax
 from demo.task import Mixture, draw, make_example
-from pvm_jax.command_line import run_as_command
 from pvm_jax.measure.intervals import estimate
 from pvm_jax.measure.reading import at_predicting, find_answers, read
+from pvm_jax.options import run_as_command
 
 
 def entropies(

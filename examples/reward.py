@@ -69,6 +69,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from pvm_jax.command_line import run_as_command
+    from pvm_jax.options import run_as_command
 
     run_as_command(main)

@@ -11,13 +11,13 @@ import jax
 
 from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, question
 from pvm_jax.checkpoint.store import load
-from pvm_jax.command_line import command, dispatch, parse
 from pvm_jax.data.processor import Processor
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import local_path, make_local
 from pvm_jax.generation import Settings
 from pvm_jax.measure.report.command import Request, measure_checkpoint
 from pvm_jax.model.qwen3_vl import without_pvm
+from pvm_jax.options import command, dispatch, parse
 from pvm_jax.sharding import computing_on, tensor_mesh
 
 EXAMPLES = """

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from pvm_jax.files.json_file import is_number
 from pvm_jax.hf_config import MODEL_TYPE, SPECIAL_TOKENS, read_sections
+from pvm_jax.presets import PRESETS
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
 PVM_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
@@ -270,11 +271,15 @@ class ModelConfig:
         Raises:
             KeyError: for an unknown size.
         """
-        if name not in _PRESETS:
-            raise KeyError(f"unknown preset {name!r}; there are {', '.join(_PRESETS)}")
-        text, vision, tied = _PRESETS[name]
-        config = cls(text=text, vision=vision, tie_word_embeddings=tied).with_pvm()
-        return replace(config, **overrides)
+        if name not in PRESETS:
+            raise KeyError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        preset = PRESETS[name]
+        config = cls(
+            text=TextConfig(**preset.text),
+            vision=VisionConfig(**preset.vision),
+            tie_word_embeddings=preset.tie_word_embeddings,
+        )
+        return replace(config.with_pvm(), **overrides)
 
     def with_pvm(
         self,
@@ -386,30 +391,3 @@ def _default_pvm_layers(depth: int, hidden_size: int) -> tuple[int, ...]:
     else:
         layers = [depth * share // 6 - 1 for share in (1, 2, 3)]
     return tuple(sorted({min(max(layer, 0), depth - 1) for layer in layers}))
-
-
-def _text(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> TextConfig:
-    return TextConfig(
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-    )
-
-
-def _small_vision(out_hidden_size: int) -> VisionConfig:
-    return VisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        depth=24,
-        out_hidden_size=out_hidden_size,
-        deepstack_visual_indexes=(5, 11, 17),
-    )
-
-
-_PRESETS: dict[str, tuple[TextConfig, VisionConfig, bool]] = {
-    "2b": (_text(2048, 6144, 28, 16), _small_vision(2048), True),
-    "4b": (_text(2560, 9728, 36, 32), _small_vision(2560), True),
-    "8b": (_text(4096, 12288, 36, 32), VisionConfig(), False),
-    "32b": (_text(5120, 25600, 64, 64), VisionConfig(out_hidden_size=5120), False),
-}

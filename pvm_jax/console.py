@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pvm_jax.command_line import Main, command, dispatch
+from pvm_jax.options import Main, command, dispatch
 
 
 def _entry(module: str, name: str = "main") -> Main:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jsonargparse import ArgumentParser
 
-from pvm_jax.command_line import parse
+from pvm_jax.options import parse
 from tests.check_docs import SMALLEST
 from train.grpo.config import GRPOConfig
 from train.sft.config import SFTConfig

@@ -1,5 +1,5 @@
-"""The direction of imports is a promise: no circle, and no arrow from a lower floor to a higher
-one."""
+"""Two promises of the house: imports go down only, without a circle; and files, functions and lines
+stay short."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "pvm_jax": [
-        "files hf_config config command_line sharding",
+        "files hf_config presets config options sharding",
         "data",
         "model",
         "checkpoint generation",
@@ -84,3 +84,42 @@ def test_a_package_has_few_modules_of_its_own():
     for package, most in (("pvm_jax", 8), ("train", 4)):
         files = [file for file in (ROOT / package).glob("*.py") if file.name != "__init__.py"]
         assert len(files) <= most
+
+
+def ours(*suffixes: str) -> list[Path]:
+    """The files of the repository with these names' ends, without what others wrote."""
+    return [
+        file
+        for file in sorted(ROOT.rglob("*"))
+        if file.name.endswith(suffixes)
+        and not {"golden", "out", "build"} & {*file.relative_to(ROOT).parts}
+        and not any(part.startswith(".") for part in file.relative_to(ROOT).parts)
+    ]
+
+
+def test_files_and_functions_are_short():
+    """400 lines a file, 60 a function with its docstring; its decorators are not counted."""
+    long = []
+    for file in ours(".py"):
+        text = file.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                count = node.end_lineno - node.lineno + 1
+                long += [f"{file}:{node.lineno}: {node.name} has {count}"] if count > 60 else []
+        count = len(text.splitlines())
+        long += [f"{file} has {count}"] if count > 400 else []
+    assert not long, "\n".join(long)
+
+
+def test_lines_have_at_most_100_columns():
+    """Those of Python are ruff's. In Markdown the prose alone: tables, and code and output between
+    fences or indented, have lines of their own."""
+    long = []
+    for file in ours(".md", ".yaml", ".toml", "Makefile"):
+        fenced = False
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            fenced ^= file.suffix == ".md" and line.startswith("```")
+            prose = not (fenced or line.startswith(("|", "    ")))
+            if len(line) > 100 and (prose or file.suffix != ".md"):
+                long.append(f"{file}:{number}")
+    assert not long, "\n".join(long)

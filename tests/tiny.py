@@ -1,18 +1,53 @@
-"""The tiny models that the tests share: a configuration with few layers of every kind, and a model
-of it."""
+"""The tiny models that the tests share: configurations with few layers of every kind, models of
+them, and conversations that these read."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from pvm_jax.config import ModelConfig
-from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
+from pvm_jax.data.example import Example
+from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 
 GOLDEN = Path(__file__).parent / "golden" / "shape_8b"
+
+
+CONFIG = ModelConfig(
+    text=TextConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        mrope_section=(4, 2, 2),
+        pvm_layers=(1, 2),
+        pvm_hidden_size=32,
+    ),
+    vision=VisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        depth=2,
+        num_heads=2,
+        out_hidden_size=32,
+        num_position_embeddings=36,
+        deepstack_visual_indexes=(0,),
+        patch_size=4,
+    ),
+    tie_word_embeddings=True,
+    image_token_id=90,
+    video_token_id=91,
+    vision_start_token_id=92,
+    vision_end_token_id=93,
+)
+"""A layer of every kind, and two with a branch."""
 
 
 def cut(
@@ -45,3 +80,51 @@ def make_model(config: ModelConfig, *, gate: float | None = None) -> Qwen3VL:
         for branch in model.pvm.values():
             branch.gate_alpha[...] = jnp.full(1, gate)
     return model
+
+
+def randomized(config: ModelConfig = CONFIG, scale: float = 0.2) -> Qwen3VL:
+    """Random, with gates that are open and norms that are not 1: nothing is neutral by accident."""
+    graphdef, params = nnx.split(abstract_model(config))
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        mean = (
+            1.0
+            if any(name in jax.tree_util.keystr(path) for name in ("norm", "gate_alpha"))
+            else 0.0
+        )
+        return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
+
+
+def example(
+    seed: int, *, text: tuple[int, ...], grids: tuple[tuple[int, int], ...] = ()
+) -> Example:
+    """Random text runs around images of the given (rows, columns) of patches; every text token but
+    the first is learned."""
+    rng = np.random.default_rng(seed)
+    pieces, pixels = [], []
+    for number, length in enumerate(text):
+        pieces.append(rng.integers(1, 80, length))
+        if number < len(grids):
+            rows, columns = grids[number]
+            pieces.append([92, *[90] * (rows * columns // 4), 93])
+            pixels.append(
+                rng.normal(size=(rows * columns, CONFIG.vision.patch_dim)).astype(np.float32)
+            )
+    ids = np.concatenate(pieces).astype(np.int32)
+    return Example(
+        input_ids=ids,
+        pixel_values=np.concatenate(pixels) if pixels else None,
+        image_grid_thw=np.array([(1, *grid) for grid in grids]) if grids else None,
+        loss_mask=ids < 80,
+    )
+
+
+EXAMPLES = [
+    example(1, text=(5, 9), grids=((4, 6),)),
+    example(2, text=(12,)),
+    example(3, text=(3, 4, 7), grids=((2, 2), (6, 4))),
+    example(4, text=(1, 20), grids=((2, 8),)),
+]

@@ -1,5 +1,8 @@
 """A short name of a checkpoint's values: what a branch or an adapter that is stored alone was made
-for."""
+for.
+
+It is written beside such a part, and compared, in store.py.
+"""
 
 import hashlib
 import math

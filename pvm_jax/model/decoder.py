@@ -149,6 +149,50 @@ def _runs(config: ModelConfig, taps: int, *, beside: bool) -> list[_LayerRun]:
     return [_LayerRun(a, b, a < taps, b - 1 in special) for a, b in pairwise(edges)]
 
 
+class _Shared(NamedTuple):
+    """What all layers of a forward pass share: the stack's definition and parameters [L, ...], and
+    what `Decoder.__call__` was given. `beside`: the branch is added beside the FFN."""
+
+    graphdef: nnx.GraphDef
+    params: Any
+    angles: jax.Array
+    attend: Attend
+    place: Callable[[jax.Array], jax.Array] | None
+    probe: Callable[[Inner], Any] | None
+    beside: bool
+
+
+def _layer(shared: _Shared, recall: Callable[[jax.Array], jax.Array] | None, number: int) -> Any:
+    """The body of a scan over layers: (carry, xs) -> (carry, what the probe took).
+
+    The carry: stream [B, S, D], cache, and what a branch behind the loop reads, [B, S, D]. The xs:
+    the layer's number, its parameters (None with a cache) and its DeepStack features. `recall`: the
+    branch of the one layer `number`, beside its FFN.
+    """
+
+    def layer(carry, xs):
+        hidden, cache, _ = carry
+        index, params, features = xs
+        # Taken out a layer at a time: a slice for each run would be a copy of all weights.
+        if cache is not None:
+            params = jax.tree.map(
+                lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), shared.params
+            )
+        block: DecoderLayer = nnx.merge(shared.graphdef, params)
+        inner = block(hidden, shared.angles, partial(shared.attend, cache, index), recall)
+        hidden = inner.stream
+        if features is not None and shared.place is not None:
+            hidden = hidden + shared.place(features)
+        hidden = constrain(hidden, "batch", "length", "hidden")
+        carry = hidden, inner.cache, None if shared.beside else inner.middle
+        if shared.probe is None:
+            return carry, None
+        branch = None if recall is None else number
+        return carry, shared.probe(inner._replace(stream=hidden, index=index, branch=branch))
+
+    return layer
+
+
 class Decoder(nnx.Module):
     """`Qwen3VLTextModel`."""
 
@@ -186,8 +230,7 @@ class Decoder(nnx.Module):
                 D] -> [B, S, D].
             probe: takes of every layer what it returns, a pytree of arrays.
         """
-        c = self.config.text
-        angles = mrope_angles(positions, c)
+        angles = mrope_angles(positions, self.config.text)
         graphdef, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
         # Beside the FFN, where the equation has it. With a cache the branch is added behind its
@@ -195,32 +238,7 @@ class Decoder(nnx.Module):
         # of that layer's weights. Not where the loop's carry is kept for a backward pass, or a
         # probe takes the update.
         beside = cache is None or probe is not None
-
-        def make_layer(run: _LayerRun):
-            here = partial(recall, run.start) if beside and run.pvm and recall else None
-
-            def layer(carry, xs):
-                hidden, cache, _ = carry
-                index, layer_params, features = xs
-                # Taken out a layer at a time: a slice for each run would be a copy of all weights.
-                if cache is not None:
-                    layer_params = jax.tree.map(
-                        lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params
-                    )
-                block: DecoderLayer = nnx.merge(graphdef, layer_params)
-                inner = block(hidden, angles, partial(attend, cache, index), here)
-                hidden = inner.stream
-                if features is not None and place is not None:
-                    hidden = hidden + place(features)
-                hidden = constrain(hidden, "batch", "length", "hidden")
-                carry = hidden, inner.cache, None if beside else inner.middle
-                if probe is None:
-                    return carry, None
-                branch = None if here is None else run.start
-                return carry, probe(inner._replace(stream=hidden, index=index, branch=branch))
-
-            return remat(layer, self.config.remat)
-
+        shared = _Shared(graphdef, params, angles, attend, place, probe, beside)
         probed = []
         for run in _runs(self.config, 0 if deepstack is None else len(deepstack), beside=beside):
             layers = slice(run.start, run.stop)
@@ -230,7 +248,9 @@ class Decoder(nnx.Module):
                 deepstack[layers] if deepstack is not None and run.deepstack else None,
             )
             carry = hidden, cache, None if beside else hidden
-            (hidden, cache, middle), taken = jax.lax.scan(make_layer(run), carry, xs)
+            here = partial(recall, run.start) if beside and run.pvm and recall else None
+            layer = remat(_layer(shared, here, run.start), self.config.remat)
+            (hidden, cache, middle), taken = jax.lax.scan(layer, carry, xs)
             if middle is not None and run.pvm and recall is not None:
                 hidden = hidden + recall(run.stop - 1, middle)
                 hidden = constrain(hidden, "batch", "length", "hidden")

@@ -228,13 +228,13 @@ class TestRefused:
     def test_cut_off_while_read(self, golden, tmp_path, monkeypatch):
         source = Path(shutil.copytree(golden, tmp_path / "source"))
         last = sorted(source.glob("model*.safetensors"))[-1]
-        check = hf_to_orbax._check
+        copy_assets = hf_to_orbax.copy_assets
 
-        def cut_after_check(*args, **options):
-            check(*args, **options)
+        def cut_after_check(*args):
             last.write_bytes(last.read_bytes()[:-100])
+            copy_assets(*args)
 
-        monkeypatch.setattr(hf_to_orbax, "_check", cut_after_check)
+        monkeypatch.setattr(hf_to_orbax, "copy_assets", cut_after_check)
         assert f"{last} ended while" in self.convert(source, tmp_path)
 
     def test_missing_file_of_the_index(self, golden, tmp_path):

@@ -20,8 +20,9 @@ from pvm_jax.data.conversations import open_conversations, size_of
 from pvm_jax.data.images import read_image
 from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig
-from train.data import loading as train_data
+from train.data import sizes
 from train.data.loading import load_training_data
+from train.data.sizes import measure
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_training_measures_shards_only_if_another_processor_did(
 
     measured = []
     monkeypatch.setattr(
-        train_data, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes
+        sizes, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes
     )
     assert "Measured here" not in report(tmp_path / "shards", processor)
     assert measured == []
@@ -219,7 +220,7 @@ def test_training_that_reads_a_bad_record_names_it(tmp_path, processor):
     for reason, record in bad.items():
         conversations = open_conversations(write(tmp_path, [record]))
         with pytest.raises(ValueError, match=f"data.jsonl:1: .*{re.escape(reason)}"):
-            train_data.measure(conversations, partial(size_of, count=processor.count), 1)
+            measure(conversations, partial(size_of, count=processor.count), 1)
 
 
 def test_more_rejects_than_allowed_are_an_error_and_leave_the_report_alone(tmp_path, processor):

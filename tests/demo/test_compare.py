@@ -16,10 +16,10 @@ from demo import checkpoint, compare, recall, regime
 from demo.compare_report import Measured, write_report
 from demo.evaluate import EvaluationSettings
 from demo.run import BRANCH
-from pvm_jax.command_line import parse
 from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
+from pvm_jax.options import parse
 from tests import tiny
 from train.run.events import EventWriter
 from train.sft.config import SFTConfig

@@ -8,7 +8,7 @@ import pytest
 
 from pvm_jax import Batch
 from pvm_jax.data.batch import bucket_size
-from tests.pvm_jax.test_model import CONFIG, EXAMPLES, example
+from tests.tiny import CONFIG, EXAMPLES, example
 
 IMAGE, VIDEO = CONFIG.image_token_id, CONFIG.video_token_id
 

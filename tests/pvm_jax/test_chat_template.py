@@ -6,7 +6,7 @@ import pytest
 
 from pvm_jax.data.messages import ChatMessages
 from pvm_jax.data.processor import Processor
-from tests.pvm_jax.test_processing import TEMPLATE, learned_runs, write_checkpoint, write_json
+from tests.pvm_jax.processor_files import TEMPLATE, learned_runs, write_checkpoint, write_json
 
 TOOLS_TEMPLATE = """\
 {%- if tools %}

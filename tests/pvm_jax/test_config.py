@@ -6,7 +6,7 @@ import pytest
 
 from pvm_jax import LoRAConfig, ModelConfig
 from pvm_jax.config import Yarn
-from tests.pvm_jax.test_model import CONFIG
+from tests.tiny import CONFIG
 
 
 def changed(**sections):

@@ -25,11 +25,17 @@ from pvm_jax import (
 from pvm_jax.generation import Sampling, _start, decode_loop, prefill
 from pvm_jax.model import pieces
 from pvm_jax.model.vision import VisionTower
+from tests import tiny
 from tests.close import assert_close
-from tests.pvm_jax.test_model import CONFIG, EXAMPLES
-from tests.pvm_jax.test_model import shallow as model  # noqa: F401
+from tests.tiny import CONFIG, EXAMPLES, randomized
 
 STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen3VL:
+    """One layer of every kind."""
+    return randomized(tiny.cut(CONFIG, layers=2))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def batch() -> Batch:
 
 
 @pytest.fixture(scope="module")
-def greedy(model, batch):  # noqa: F811
+def greedy(model, batch):
     return generate(model, batch, max_new_tokens=STEPS, temperature=0.0)
 
 
@@ -58,7 +64,7 @@ def uncached(of: Qwen3VL, examples: list[Example], steps: int) -> np.ndarray:
     return written
 
 
-def test_log_probabilities_are_the_forward_pass(model, batch):  # noqa: F811
+def test_log_probabilities_are_the_forward_pass(model, batch):
     """Teacher-forced on what was sampled, at a temperature, for each of a prompt's samples."""
     sampled = generate(
         model, batch, max_new_tokens=STEPS, temperature=0.7, num_samples=2, rng=jax.random.key(3)
@@ -77,7 +83,7 @@ def test_log_probabilities_are_the_forward_pass(model, batch):  # noqa: F811
             assert_close(logprobs[row], want[row, columns, tokens[row]], 1e-5)
 
 
-def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, monkeypatch):  # noqa: F811
+def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, monkeypatch):
     """The tower, the memories and the prompts' keys have a row a prompt; all samples of a greedy
     run are the greedy answer."""
     encoded = []
@@ -98,7 +104,7 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
     np.testing.assert_array_equal(got.lengths, np.repeat(greedy.lengths, 3))
 
 
-def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):  # noqa: F811
+def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
     """They read it where it lies, and the token is written into all layers at once (DecodingStep
     says why)."""
     run, state = _start(model, batch, STEPS, temperature=0.0)
@@ -123,7 +129,7 @@ def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
     assert written == [state.samples.keys.shape] * 2
 
 
-def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch):  # noqa: F811
+def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch):
     """Alone with other padding, or with other prompts; one of two samples, or the only one. Others
     differ."""
     together = generate(
@@ -150,7 +156,7 @@ def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch
     assert (np.asarray(default.tokens) != np.asarray(together.tokens)).any(1).all()
 
 
-def test_a_cache_that_grows_by_buckets_gives_the_uncached_tokens(model, batch, monkeypatch):  # noqa: F811
+def test_a_cache_that_grows_by_buckets_gives_the_uncached_tokens(model, batch, monkeypatch):
     """Over three sizes of the cache, with a prompt that is read in chunks; streamed alike."""
     monkeypatch.setattr(generation, "FIRST_SLOTS", 4)
     want = uncached(model, EXAMPLES, 21)
@@ -160,7 +166,7 @@ def test_a_cache_that_grows_by_buckets_gives_the_uncached_tokens(model, batch, m
     np.testing.assert_array_equal(np.stack(list(streamed), 1), want)
 
 
-def test_a_later_turns_images_join_those_in_memory(model):  # noqa: F811
+def test_a_later_turns_images_join_those_in_memory(model):
     """Three turns, the second with other images, against a forward pass over the whole
     conversation."""
     text = dataclasses.replace(model.config.text, pvm_visibility="preceding")
@@ -230,20 +236,20 @@ def test_a_decoding_step_copies_neither_weights_nor_cache():
     )
 
 
-def test_the_branch_can_be_left_out(model, batch, greedy):  # noqa: F811
+def test_the_branch_can_be_left_out(model, batch, greedy):
     base = without_pvm(model)
     got = generate(base, batch, max_new_tokens=STEPS, temperature=0.0)
     np.testing.assert_array_equal(got.tokens, uncached(base, EXAMPLES, STEPS))
     assert (np.asarray(got.tokens) != np.asarray(greedy.tokens)).any()
 
 
-def test_narrow_sampling_is_greedy(model, batch, greedy):  # noqa: F811
+def test_narrow_sampling_is_greedy(model, batch, greedy):
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
         got = generate(model, batch, max_new_tokens=STEPS, temperature=2.0, **narrow)
         np.testing.assert_array_equal(got.tokens, greedy.tokens)
 
 
-def test_top_k_and_top_p_keep_the_likeliest(model, batch):  # noqa: F811
+def test_top_k_and_top_p_keep_the_likeliest(model, batch):
     logits = np.array(model(batch))[0, len(EXAMPLES[0].input_ids) - 1]
     logits[[CONFIG.image_token_id, CONFIG.video_token_id]] = -np.inf
     ranked = np.argsort(-logits)
@@ -266,14 +272,14 @@ def test_top_k_and_top_p_keep_the_likeliest(model, batch):  # noqa: F811
         assert len(drawn) > 1 or len(allowed[name]) == 1
 
 
-def test_placeholders_are_never_drawn(model, batch):  # noqa: F811
+def test_placeholders_are_never_drawn(model, batch):
     got = generate(model, batch, max_new_tokens=200, temperature=50.0)
     drawn = set(np.unique(got.tokens).tolist())
     assert not drawn & {CONFIG.image_token_id, CONFIG.video_token_id}
     assert len(drawn) > 60  # at this temperature nearly everything else is
 
 
-def test_a_row_ends_at_the_checkpoints_own_stop_token(model, batch, greedy):  # noqa: F811
+def test_a_row_ends_at_the_checkpoints_own_stop_token(model, batch, greedy):
     own = int(greedy.tokens[0, 3])
     graphdef, params = nnx.split(model)
     told = nnx.merge(graphdef, params)
@@ -282,7 +288,7 @@ def test_a_row_ends_at_the_checkpoints_own_stop_token(model, batch, greedy):  # 
     assert got.lengths[0] == np.flatnonzero(np.asarray(greedy.tokens[0]) == own)[0] + 1 < STEPS
 
 
-def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
+def test_rows_end_at_their_stop_token(model, batch, greedy):
     stop = int(greedy.tokens[0, 3])
     got = generate(model, batch, max_new_tokens=STEPS, temperature=0.0, stop_tokens=(stop,))
     for row in range(len(EXAMPLES)):
@@ -311,6 +317,6 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):  # noqa: F811
         ({"seeds": (1, 2, 3, 2**31)}, r"in \[0, 2\^31\), got"),
     ],
 )
-def test_settings_out_of_range_are_refused(model, batch, bad, named):  # noqa: F811
+def test_settings_out_of_range_are_refused(model, batch, bad, named):
     with pytest.raises(ValueError, match=named):
         generate(model, batch, **{"max_new_tokens": 4} | bad)

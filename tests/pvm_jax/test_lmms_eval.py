@@ -5,9 +5,8 @@ import importlib.util
 import json
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +18,11 @@ from convert.hf_to_orbax import convert
 from demo.task import VALUES, Mixture, draw, make_example
 from pvm_jax import Batch, Processor, load, save_branch
 from tests.close import assert_close
+from tests.pvm_jax.lmms_eval_double import double
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 QUESTION = "List ground mark ink digit"
 TASK = Path(__file__).parent / "lmms_eval_task"
-
-
-def _double() -> dict[str, ModuleType]:
-    """lmms_eval.api.model.lmms and lmms_eval.models.registry_v2.ModelManifest as they are in
-    0.7.3."""
-    names = (
-        "lmms_eval",
-        "lmms_eval.api",
-        "lmms_eval.api.model",
-        "lmms_eval.models",
-        "lmms_eval.models.registry_v2",
-    )
-    modules = {name: ModuleType(name) for name in names}
-
-    class Lmms:
-        is_simple = True
-
-        def __init__(self):
-            self.task_dict = {}
-
-    @dataclass(frozen=True)
-    class ModelManifest:
-        model_id: str
-        simple_class_path: str | None = None
-        chat_class_path: str | None = None
-        aliases: tuple[str, ...] = ()
-
-    modules["lmms_eval.api.model"].lmms = Lmms
-    modules["lmms_eval.models.registry_v2"].ModelManifest = ModelManifest
-    return modules
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +30,7 @@ def adapter():
     """The module pvm_jax.apps.lmms_eval."""
     with pytest.MonkeyPatch.context() as patch:
         if not INSTALLED:
-            for name, module in _double().items():
+            for name, module in double().items():
                 patch.setitem(sys.modules, name, module)
         yield importlib.import_module("pvm_jax.apps.lmms_eval")
         sys.modules.pop("pvm_jax.apps.lmms_eval")

@@ -10,7 +10,7 @@ from flax import nnx
 from pvm_jax.model.layers import merge_heads, rms_normalize, split_heads
 from pvm_jax.model.memory import CrossAttention
 from tests.close import assert_close
-from tests.pvm_jax.test_model import CONFIG
+from tests.tiny import CONFIG
 
 
 def test_biases_of_the_cross_attention():

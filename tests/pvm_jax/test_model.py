@@ -15,11 +15,7 @@ from jax.sharding import AxisType
 
 from pvm_jax import (
     Batch,
-    Example,
-    ModelConfig,
     Qwen3VL,
-    TextConfig,
-    VisionConfig,
     abstract_model,
     generate,
     generation,
@@ -32,89 +28,12 @@ from pvm_jax.model.pieces import prefill
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from tests import tiny
 from tests.close import assert_close
-
-CONFIG = ModelConfig(
-    text=TextConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        mrope_section=(4, 2, 2),
-        pvm_layers=(1, 2),
-        pvm_hidden_size=32,
-    ),
-    vision=VisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        depth=2,
-        num_heads=2,
-        out_hidden_size=32,
-        num_position_embeddings=36,
-        deepstack_visual_indexes=(0,),
-        patch_size=4,
-    ),
-    tie_word_embeddings=True,
-    image_token_id=90,
-    video_token_id=91,
-    vision_start_token_id=92,
-    vision_end_token_id=93,
-)
-
-
-def example(
-    seed: int, *, text: tuple[int, ...], grids: tuple[tuple[int, int], ...] = ()
-) -> Example:
-    """Random text runs around images of the given (rows, columns) of patches; every text token but
-    the first is learned."""
-    rng = np.random.default_rng(seed)
-    pieces, pixels = [], []
-    for number, length in enumerate(text):
-        pieces.append(rng.integers(1, 80, length))
-        if number < len(grids):
-            rows, columns = grids[number]
-            pieces.append([92, *[90] * (rows * columns // 4), 93])
-            pixels.append(
-                rng.normal(size=(rows * columns, CONFIG.vision.patch_dim)).astype(np.float32)
-            )
-    ids = np.concatenate(pieces).astype(np.int32)
-    return Example(
-        input_ids=ids,
-        pixel_values=np.concatenate(pixels) if pixels else None,
-        image_grid_thw=np.array([(1, *grid) for grid in grids]) if grids else None,
-        loss_mask=ids < 80,
-    )
-
-
-EXAMPLES = [
-    example(1, text=(5, 9), grids=((4, 6),)),
-    example(2, text=(12,)),
-    example(3, text=(3, 4, 7), grids=((2, 2), (6, 4))),
-    example(4, text=(1, 20), grids=((2, 8),)),
-]
+from tests.tiny import CONFIG, EXAMPLES, example, randomized
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3VL:
     return randomized()
-
-
-def randomized(config: ModelConfig = CONFIG, scale: float = 0.2) -> Qwen3VL:
-    """Random, with gates that are open and norms that are not 1: nothing is neutral by accident."""
-    graphdef, params = nnx.split(abstract_model(config))
-    rng = np.random.default_rng(1)
-
-    def fill(path, leaf):
-        mean = (
-            1.0
-            if any(name in jax.tree_util.keystr(path) for name in ("norm", "gate_alpha"))
-            else 0.0
-        )
-        return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), leaf.dtype)
-
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
 
 
 def run(function, model: Qwen3VL, *args, **static):

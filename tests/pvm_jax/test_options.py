@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pvm_jax.command_line import arguments, command, dispatch, given_options, parse
+from pvm_jax.options import arguments, command, dispatch, given_options, parse
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def test_a_command_is_found_by_its_name(refused, capsys):
 def test_a_function_is_a_command(tmp_path, monkeypatch, capsys):
     """Its parameters are the options, those without a default by place too."""
     (tmp_path / "sums.py").write_text(
-        "from pvm_jax.command_line import run_as_command\n\n\n"
+        "from pvm_jax.options import run_as_command\n\n\n"
         "def main(a: int, b: int = 2):\n"
         '    """Adds.\n\n    Args:\n        a: one.\n        b: the other.\n    """\n'
         "    print(a + b)\n\n\nrun_as_command(main)\n"

@@ -1,17 +1,14 @@
 """Conversations -> arrays, against transformers' Qwen3VLProcessor (its text part, which runs
 without torchvision)."""
 
-import json
 import pickle
 import warnings
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -20,111 +17,13 @@ from transformers.video_utils import VideoMetadata
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.processor import Processor
-
-SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from tests.pvm_jax.processor_files import (
+    IMAGES,
+    TEMPLATE,
+    THINKING_TEMPLATE,
+    learned_runs,
+    write_checkpoint,
 )
-# Qwen3-VL's template without its tools: the parts that place turns, images and videos.
-TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message.role in ['system', 'user', 'assistant'] %}
-        {{- '<|im_start|>' + message.role + '\\n' }}
-        {%- if message.content is string %}
-            {{- message.content }}
-        {%- else %}
-            {%- for content in message.content %}
-                {%- if message.role == 'user' and (content.type == 'image' or 'image' in content) %}
-                    {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-                {%- elif message.role == 'user' and
-                        (content.type == 'video' or 'video' in content) %}
-                    {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-                {%- elif 'text' in content %}
-                    {{- content.text }}
-                {%- endif %}
-            {%- endfor %}
-        {%- endif %}
-        {{- '<|im_end|>\\n' }}
-    {%- else %}
-        {{- raise_exception('unknown role ' + message.role) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-THINKING_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {{- '<think>\\n\\n</think>\\n\\n' if message.role == 'assistant' and loop.last else '' }}
-    {{- message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' }}
-"""
-PIXELS = {
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
-IMAGES = PIXELS | {
-    "size": {"shortest_edge": 4096, "longest_edge": 65536},
-    "image_processor_type": "Qwen2VLImageProcessorFast",
-    "processor_class": "Qwen3VLProcessor",
-}
-VIDEOS = PIXELS | {
-    "size": {"shortest_edge": 4096, "longest_edge": 262144},
-    "video_processor_type": "Qwen3VLVideoProcessor",
-}
-
-
-def write_checkpoint(folder, template=TEMPLATE):
-    """A byte-level BPE tokenizer with Qwen's word splitting, and the side files of a Qwen3-VL
-    directory."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        ["user\n\n assistant\n\n system\n\n <0.0 seconds> what is this picture"] * 3, trainer
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-        },
-    )
-    (folder / "chat_template.jinja").write_text(template)
-    write_json(folder / "preprocessor_config.json", IMAGES)
-    write_json(folder / "video_preprocessor_config.json", VIDEOS)
-    return folder
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value))
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +119,6 @@ def test_text_alone_has_no_pixels(processor):
     assert processor([SHORT]).keys() == {"input_ids", "attention_mask"}
     assert processor.encode(SHORT).pixel_values is None
     assert not processor.encode(SHORT).loss_mask.any()
-
-
-def learned_runs(example, processor):
-    """The text of each run of learned tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], example.loss_mask, [0]])))
-    runs = zip(edges[::2], edges[1::2], strict=True)
-    return [processor.decode(example.input_ids[a:b], skip_special_tokens=False) for a, b in runs]
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
@@ -361,15 +253,6 @@ def test_count_is_what_encode_gives(processor, messages):
     assert processor.count(messages) == (len(example.input_ids), example.num_patches)
 
 
-def test_fingerprints_differ_where_sizes_could(tmp_path):
-    same = Processor.from_pretrained(write_checkpoint(tmp_path))
-    assert same.fingerprint == Processor.from_pretrained(tmp_path).fingerprint
-    other = Processor.from_pretrained(write_checkpoint(tmp_path, THINKING_TEMPLATE))
-    smaller = replace(same.image_settings, max_pixels=same.image_settings.max_pixels // 2)
-    resized = Processor(same.tokenizer, same.chat_template, smaller, same.video_settings)
-    assert len({same.fingerprint, other.fingerprint, resized.fingerprint}) == 3
-
-
 def test_count_decodes_no_pixels(processor, tmp_path):
     path = tmp_path / "photo.png"
     ASTRONAUT.save(path)
@@ -477,61 +360,6 @@ def test_bad_calls_are_refused(processor):
             processor(conversations)
     with pytest.raises(ValueError, match="padding_side"):
         processor([SHORT], padding_side="middle")
-
-
-def test_template_files_in_the_order_of_transformers(tmp_path):
-    write_checkpoint(tmp_path)
-    assert Processor.from_pretrained(tmp_path).chat_template == TEMPLATE
-    write_json(tmp_path / "chat_template.json", {"chat_template": THINKING_TEMPLATE})
-    assert Processor.from_pretrained(tmp_path).chat_template == THINKING_TEMPLATE
-    (tmp_path / "chat_template.json").unlink()
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match="no chat template"):
-        Processor.from_pretrained(tmp_path)
-
-
-def test_pixel_settings_files_in_the_order_of_transformers(tmp_path):
-    write_checkpoint(tmp_path)
-    (tmp_path / "video_preprocessor_config.json").unlink()
-    write_json(tmp_path / "preprocessor_config.json", IMAGES | {"max_pixels": 5000})
-    processor = Processor.from_pretrained(tmp_path)
-    assert (processor.image_settings.max_pixels, processor.video_settings.max_pixels) == (
-        5000,
-        65536,
-    )
-    nested = {
-        "image_processor": IMAGES | {"max_pixels": 6000},
-        "video_processor": VIDEOS | {"merge_size": 4},
-    }
-    write_json(tmp_path / "processor_config.json", nested)
-    processor = Processor.from_pretrained(tmp_path)
-    assert (processor.image_settings.max_pixels, processor.video_settings.merge_size) == (6000, 4)
-    write_json(
-        tmp_path / "processor_config.json", {"image_processor": IMAGES | {"do_rescale": False}}
-    )
-    with pytest.raises(
-        ValueError, match=r"processor_config\.json: do_rescale = False is not supported"
-    ):
-        Processor.from_pretrained(tmp_path)
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such directory"):
-        Processor.from_pretrained(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
-        Processor.from_pretrained(tmp_path)
-    write_checkpoint(tmp_path)
-    (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json"):
-        Processor.from_pretrained(tmp_path)
-
-
-def test_tokenizer_without_visual_tokens_is_refused(tmp_path):
-    write_checkpoint(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    file.write_text(file.read_text().replace("<|video_pad|>", "<|video_gap|>"))
-    with pytest.raises(ValueError, match=r"no token <\|video_pad\|>"):
-        Processor.from_pretrained(tmp_path)
 
 
 def test_loading_warns_of_nothing(folder):

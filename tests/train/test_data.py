@@ -13,6 +13,7 @@ from pvm_jax.data.conversations import open_conversations, size_of
 from train.config import Bucket, DataConfig, Source
 from train.data import loading as train_data
 from train.data.loading import epoch_readings, load_training_data
+from train.data.sizes import cached, measure
 from train.run.samples import images_of, text_of
 from train.sft.held_out import first_conversations
 
@@ -194,7 +195,7 @@ def test_sizes_that_cannot_be_written_name_their_file(open_data, tmp_path, full_
         open_data(SIZES, sizes_file=tmp_path / "file" / "sizes.npy")
     full_disk()
     with pytest.raises(OSError, match=f"{tmp_path}/sizes.npy {told}"):
-        train_data._cached(tmp_path / "sizes.npy", lambda: np.zeros((1000, 2), np.int32))
+        cached(tmp_path / "sizes.npy", lambda: np.zeros((1000, 2), np.int32))
     assert not (tmp_path / "sizes.npy").exists()
 
 
@@ -303,9 +304,7 @@ def test_an_example_without_an_assistant_turn_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "0 1 4"}]}')
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no assistant turn"):
-        train_data.measure(
-            open_conversations(path), partial(size_of, count=FakeProcessor().count), 1
-        )
+        measure(open_conversations(path), partial(size_of, count=FakeProcessor().count), 1)
 
 
 def test_samples_are_the_first_conversations_that_fit(open_data, write):

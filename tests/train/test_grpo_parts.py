@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pvm_jax.command_line import parse
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
+from pvm_jax.options import parse
 from pvm_jax.sharding import make_mesh
 from tests.train.reward_functions import letters
 from train.config import Bucket, ExamplesConfig, MeshConfig

@@ -13,11 +13,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from pvm_jax.command_line import parse
 from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import abstract_model, add_lora
+from pvm_jax.options import parse
 from pvm_jax.sharding import MESH_AXES, batch_sharding, make_mesh
 from tests.close import assert_close
 from train.config import Bucket, DataConfig, OptimizerConfig

@@ -16,8 +16,9 @@ from pvm_jax.data.processor import Processor
 from tests import tiny
 from tests.close import assert_close
 from train.config import Bucket, DataConfig
-from train.data.loading import load_training_data, measure
+from train.data.loading import load_training_data
 from train.data.packing import make_plan, pack, padding, padding_of_single_examples
+from train.data.sizes import measure
 from train.step.state import loss_and_gradient, make_loss, split_model
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pvm_jax.command_line import parse
+from pvm_jax.options import parse
 from train.config import Bucket
 from train.sft import __main__ as sft
 from train.sft.config import SFTConfig

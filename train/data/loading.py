@@ -8,23 +8,18 @@ it, or nowhere.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch, hide_images
-from pvm_jax.data.conversations import open_conversations, size_of
+from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
-from pvm_jax.data.messages import Messages
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
 from train.config import Bucket, DataConfig, ExamplesConfig, Source
@@ -35,6 +30,7 @@ from train.data.packing import (
     padding,
     padding_of_single_examples,
 )
+from train.data.sizes import cached, measured_here, sizes_of
 
 
 @dataclass(frozen=True)
@@ -129,11 +125,10 @@ def load_training_data(
         OSError: if `sizes_file` cannot be written.
     """
     sources = [open_conversations(source.path) for source in data.mixture]
-    stale = [str(source.path) for source in sources if _measured_by_another(source, processor)]
     planned = plan_examples(
         data,
         sources,
-        lambda: np.concatenate([_sizes(source, processor, data.threads) for source in sources]),
+        lambda: np.concatenate([sizes_of(source, processor, data.threads) for source in sources]),
         batch_size=batch_size,
         packing=data.packing,
         epochs=epochs,
@@ -143,30 +138,41 @@ def load_training_data(
         fill_last=fill_last,
     )
     mine = range(batch_size) if rows is None else rows
+    read = partial(
+        _read, planned, processor, model_config, rows=mine, hidden_share=data.hide_images
+    )
+    return TrainingData(
+        plan=planned.plan,
+        sizes=planned.sizes,
+        buckets=planned.buckets,
+        sources=sources,
+        report=planned.report + measured_here(sources, processor),
+        batches=grain.MapDataset.range(len(planned.plan)).map(read),
+    )
 
-    def read(step: int) -> Batch:
-        bucket = planned.buckets[planned.plan.bucket(step)]
-        members = planned.plan.rows(step)
-        examples = [
-            [
-                planned.check(example, _encode(sources, processor, example))
-                for example in members[row]
-            ]
-            for row in mine
+
+def _read(
+    planned: PlannedExamples,
+    processor: Processor,
+    model_config: ModelConfig,
+    step: int,
+    *,
+    rows: Sequence[int],
+    hidden_share: float,
+) -> Batch:
+    """These rows of a step's batch; of the whole batch's, `hidden_share` have their images
+    hidden."""
+    bucket = planned.buckets[planned.plan.bucket(step)]
+    members = planned.plan.rows(step)
+    examples = [
+        [
+            planned.check(example, _encode(planned.sources, processor, example))
+            for example in members[row]
         ]
-        batch = Batch.from_rows(
-            examples, model_config, length=bucket.tokens, patches=bucket.patches
-        )
-        return hide_images(batch, [_is_hidden(row, data.hide_images) for row in mine])
-
-    report = planned.report
-    if stale:
-        report += (
-            ". Measured here, since convert.dataset measured with another tokenizer or image"
-            f" settings: {', '.join(stale)}"
-        )
-    batches = grain.MapDataset.range(len(planned.plan)).map(read)
-    return TrainingData(planned.plan, planned.sizes, planned.buckets, sources, report, batches)
+        for row in rows
+    ]
+    batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+    return hide_images(batch, [_is_hidden(row, hidden_share) for row in rows])
 
 
 def plan_examples(
@@ -184,7 +190,7 @@ def plan_examples(
 ) -> PlannedExamples:
     """The plan of `load_training_data`, by its arguments; `measure_all` gives (tokens, patches) of
     all examples, [N, 2]."""
-    sizes = _cached(sizes_file, measure_all)
+    sizes = cached(sizes_file, measure_all)
     buckets = sorted(data.buckets, key=lambda bucket: (bucket.tokens, bucket.patches))
     too_long = np.flatnonzero(bucket_of_examples(sizes, buckets) < 0)
     if len(too_long) and data.too_long == "error":
@@ -271,71 +277,6 @@ def epoch_readings(
         ]
         first += length
     return rng.permutation(np.concatenate(readings)).astype(np.int32)
-
-
-def measure(
-    conversations: Conversations,
-    count: Callable[[Messages], tuple[int, int]],
-    threads: int,
-    *,
-    read: Callable[[Conversations, int], Messages] = Conversations.__getitem__,
-) -> np.ndarray:
-    """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal.
-    `read` refuses what it must."""
-
-    def sizes(start: int) -> list[tuple[int, int]]:
-        return [
-            size(index) for index in range(start, min(start + _MEASURE_CHUNK, len(conversations)))
-        ]
-
-    def size(index: int) -> tuple[int, int]:
-        messages = read(conversations, index)
-        with conversations.naming(index):
-            return count(messages)
-
-    starts = range(0, len(conversations), _MEASURE_CHUNK)
-    with ThreadPoolExecutor(threads) as pool:
-        console = Console()
-        chunks = track(
-            pool.map(sizes, starts),
-            f"Measuring {conversations.path}",
-            total=len(starts),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        return np.array([size for chunk in chunks for size in chunk], np.int32)
-
-
-_MEASURE_CHUNK = 64
-
-
-def _sizes(conversations: Conversations, processor: Processor, threads: int) -> np.ndarray:
-    """The sizes that the data bring, if this very processor measured them, else measured now."""
-    if conversations.sizes is not None and not _measured_by_another(conversations, processor):
-        return conversations.sizes
-    return measure(conversations, partial(size_of, count=processor.count), threads)
-
-
-def _measured_by_another(conversations: Conversations, processor: Processor) -> bool:
-    return (
-        conversations.measured_by is not None and conversations.measured_by != processor.fingerprint
-    )
-
-
-def _cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
-    if file and file.exists():
-        return np.load(file)
-    array = make()
-    if file and jax.process_index() == 0:
-        aside = file.with_suffix(".partial.npy")
-        try:
-            np.save(aside, array)
-            aside.replace(file)
-        except OSError as error:
-            raise OSError(
-                f"{file} cannot be written ({error}): free space there, or give another --run_dir"
-            ) from error
-    return array
 
 
 def _encode(sources: Sequence[Conversations], processor: Processor, example: int) -> Example:

@@ -102,20 +102,24 @@ def make_plan(
                 waiting[-1] = np.concatenate([waiting[-1], given_up[~own]])
         laid_out.insert(0, rows)
     counts = np.concatenate([rows.counts for rows in laid_out])
-    bucket_of_batch = np.repeat(
-        np.arange(len(buckets)), [len(rows.counts) // batch_size for rows in laid_out]
-    )
-    order = np.random.default_rng(seed).permutation(bucket_of_batch)
-    batches = np.empty(len(order), np.int32)
-    batches[np.argsort(order, kind="stable")] = np.arange(len(order))
+    batches = [len(rows.counts) // batch_size for rows in laid_out]
+    bucket_of_batch = np.repeat(np.arange(len(buckets)), batches)
     return Plan(
         batch_size=batch_size,
-        batches=batches[:max_steps],
+        batches=_mixed(bucket_of_batch, seed)[:max_steps],
         bucket_of_batch=bucket_of_batch.astype(np.int32),
         row_starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
         examples=np.concatenate([rows.examples for rows in laid_out]),
         left_over=left_over,
     )
+
+
+def _mixed(bucket_of_batch: np.ndarray, seed: int) -> np.ndarray:
+    """[steps] int32: the batches in an order that mixes the buckets and keeps each one's own."""
+    order = np.random.default_rng(seed).permutation(bucket_of_batch)
+    batches = np.empty(len(order), np.int32)
+    batches[np.argsort(order, kind="stable")] = np.arange(len(order))
+    return batches
 
 
 def bucket_of_examples(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:

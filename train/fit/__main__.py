@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from pvm_jax.command_line import command, given_options, parse
 from pvm_jax.config import ModelConfig
+from pvm_jax.options import command, given_options, parse
 from pvm_jax.sharding import make_mesh
 from train.fit import grpo, sft
 from train.fit.footprint import gib

@@ -5,7 +5,7 @@ Refines the decoder, the PVM branch, LoRA adapters or everything.
 
 from collections.abc import Sequence
 
-from pvm_jax.command_line import command
+from pvm_jax.options import command
 from train.grpo.config import GRPOConfig
 from train.grpo.loop import RECIPE
 from train.run import entry

@@ -11,7 +11,7 @@ from train.config import (
     Trainable,
     mixture_of,
 )
-from train.grpo.policy import LossType, ScaleRewards
+from train.grpo.objective import LossType, ScaleRewards
 from train.rewards.pool import RewardConfig, reward_names
 
 _SHORTEST = 8

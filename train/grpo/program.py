@@ -13,7 +13,7 @@ from pvm_jax.data.batch import Batch
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from train.config import Bucket
 from train.grpo.config import GRPOConfig
-from train.grpo.policy import policy_loss
+from train.grpo.objective import policy_loss
 from train.step.loss import chunked_logprobs
 from train.step.program import Program
 from train.step.state import Metrics, TrainState, apply_gradients, count, with_padding
@@ -23,7 +23,8 @@ class PolicyRows(NamedTuple):
     """B rows, each a prompt with one completion.
 
     Attributes:
-        batch: its loss_weights are `train.grpo.policy.token_weights`, at the completions' columns.
+        batch: its loss_weights are `train.grpo.objective.token_weights`, at the columns of the
+            completions.
         old_logprobs: [B, S] float32, the sampler's.
         advantages: [B, S] float32, each completion's at all of its columns.
     """

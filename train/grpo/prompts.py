@@ -18,7 +18,8 @@ from pvm_jax.data.messages import Messages, asked
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
 from train.config import Bucket, ExamplesConfig
-from train.data.loading import PlannedExamples, measure, place_of, plan_examples, read_ahead
+from train.data.loading import PlannedExamples, place_of, plan_examples, read_ahead
+from train.data.sizes import measure
 from train.run.samples import text_of
 
 

@@ -13,7 +13,7 @@ from pvm_jax.data.batch import Batch
 from pvm_jax.sharding import local_rows, place_rows
 from train.config import Bucket
 from train.grpo.config import GRPOConfig
-from train.grpo.policy import group_advantages, token_weights
+from train.grpo.objective import group_advantages, token_weights
 from train.grpo.program import Fixed, GRPOProgram, PolicyRows
 from train.grpo.prompts import PromptBatch
 from train.grpo.rollout import Completions

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import jax
 
-from pvm_jax.command_line import report
+from pvm_jax.options import report
 from train.config import DistributedConfig
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pvm_jax.command_line import TRACEBACK, parse
+from pvm_jax.options import TRACEBACK, parse
 from train.config import RunConfig
 from train.published import with_config_files
 from train.run.distributed import joined

@@ -5,7 +5,7 @@ Trains the PVM branch, LoRA adapters, the decoder or everything.
 
 from collections.abc import Sequence
 
-from pvm_jax.command_line import command
+from pvm_jax.options import command
 from train.run import entry
 from train.sft.config import SFTConfig
 from train.sft.loop import RECIPE

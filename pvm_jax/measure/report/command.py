@@ -23,7 +23,9 @@ from pvm_jax.measure.pictures import partners
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.figures import check_matplotlib
 from pvm_jax.measure.report.page import write_report
-from pvm_jax.measure.report.sections import MEASUREMENTS, WITH, WITHOUT, Models, Section, Task
+from pvm_jax.measure.report.section import Section
+from pvm_jax.measure.report.sections import MEASUREMENTS
+from pvm_jax.measure.report.task import WITH, WITHOUT, Models, Task
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import computing_on, tensor_mesh
 

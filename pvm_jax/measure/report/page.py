@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pvm_jax.measure.report.figures import AttentionMap, Panel, inline, standalone, svg
-from pvm_jax.measure.report.sections import Section
+from pvm_jax.measure.report.section import Section
 
 _PAGE = """\
 <!doctype html>

@@ -29,7 +29,7 @@ from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.model.vision import Visual
 from tests.close import assert_close
-from tests.pvm_jax.test_model import CONFIG, randomized
+from tests.tiny import CONFIG, randomized
 
 
 def make_example(

@@ -19,14 +19,16 @@ from pvm_jax.__main__ import main
 from pvm_jax.measure import dilution, lens, reading
 from pvm_jax.measure.accuracy import prompt_of, write
 from pvm_jax.measure.intervals import Estimate
-from pvm_jax.measure.report import figures, sections
+from pvm_jax.measure.report import figures
 from pvm_jax.measure.report.command import Request, make_task
 from pvm_jax.measure.report.figures import AttentionMap, Panel, Series
 from pvm_jax.measure.report.page import write_report
-from pvm_jax.measure.report.sections import MEASUREMENTS, Section
+from pvm_jax.measure.report.section import Section
+from pvm_jax.measure.report.sections import MEASUREMENTS
+from pvm_jax.measure.report.sections import looked as looked_section
 from tests import tiny
 from tests.close import assert_close
-from tests.pvm_jax.test_model import randomized
+from tests.tiny import randomized
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +89,8 @@ def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
 def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
     """All six measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
-    main(
-        arguments(
-            checkpoint,
-            data,
-            tmp_path,
-            "--fillers",
-            "0",
-            "10",
-            "--max-new-tokens",
-            "4",
-            "--looks",
-            "3",
-        )
-    )
+    options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
+    main(arguments(checkpoint, data, tmp_path, *options))
     said = capsys.readouterr().out
     assert f"The report: {tmp_path / 'report.html'}" in said
     assert "0 tokens of filler: with the branch minus without, paired: " in said
@@ -265,10 +255,10 @@ def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch
         Processor.from_pretrained(checkpoint),
         load(checkpoint),
         [],
-        sections.looked,
+        looked_section.looked,
     )
     monkeypatch.setattr(
-        sections, "looked", lambda *given, **how: seen.append(given) or looked(*given, **how)
+        looked_section, "looked", lambda *given, **how: seen.append(given) or looked(*given, **how)
     )
     chosen = make_task(
         request(checkpoint, data, look_at=("2:1", "0:5"), max_new_tokens=6), processor
@@ -282,7 +272,7 @@ def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch
         (chosen, (stop,), [(2, min(1, until)), (0, 0)]),
         (spread, (), [(0, 1), (1, 3), (2, 5)]),
     ):
-        section = sections.measure_looks(
+        section = looked_section.measure_looks(
             {"checkpoint": model}, replace(task, stop_tokens=stop_tokens)
         )
         _, examples, columns = seen.pop()

@@ -174,7 +174,11 @@ def policy_loss(
         log_ref_ratio = jnp.where(counted, ref_logprobs - logprobs, 0)
         of_tokens["kl"] = jnp.exp(log_ref_ratio) - log_ref_ratio - 1
         token_loss += beta * of_tokens["kl"]
-    loss = (weights * token_loss).sum()
-    return loss, {
+    return (weights * token_loss).sum(), _sums(of_tokens)
+
+
+def _sums(of_tokens: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of [B, S] each, float32 scalars without a gradient."""
+    return {
         name: jax.lax.stop_gradient(x).astype(jnp.float32).sum() for name, x in of_tokens.items()
     }

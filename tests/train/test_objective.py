@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.close import assert_close
-from train.grpo.policy import group_advantages, policy_loss, token_weights
+from train.grpo.objective import group_advantages, policy_loss, token_weights
 from train.step.loss import chunked_logprobs
 
 PROMPTS, GROUP, PROMPT, T, D, V = 3, 4, 5, 12, 16, 61

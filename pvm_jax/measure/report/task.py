@@ -1,0 +1,67 @@
+"""What a report is about: the models that are compared, and what they are measured on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pvm_jax.data.example import Example
+from pvm_jax.data.processor import Processor
+from pvm_jax.measure.accuracy import Scorer
+from pvm_jax.measure.reading import find_answers
+from pvm_jax.model.qwen3_vl import Qwen3VL
+
+WITH, WITHOUT = "with the branch", "without"
+"""Names of a model and of the same weights with every gate at 0."""
+
+Models = Mapping[str, Qwen3VL]
+"""What is compared, by name; the first is the one that is looked into."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured on, and what counts in it.
+
+    Attributes:
+        examples: encoded conversations with their answers.
+        processor: that encoded them.
+        stop_tokens: that end an answer which a model writes.
+        max_new_tokens: of such an answer.
+        counted: what the tokens that count are called, in the report's words.
+        counts: which tokens of an answer count for accuracy and for the lens: its ids [answer] ->
+            [answer] bool; None: all of them.
+        fillers: the conversations with filler text before their question, by its tokens.
+        grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in
+            the report's words.
+        looks: tokens whose attention is drawn, each by (number of the conversation, which token of
+            what the model writes as its last answer, from 0); None: as far into that as the look
+            stands in `looks`, so that they are spread. Where the model stops before, its last
+            token.
+        rows, chunk: conversations, and columns of them, that are computed together.
+    """
+
+    examples: Sequence[Example]
+    stop_tokens: Sequence[int]
+    max_new_tokens: int
+    processor: Processor
+    counted: str = "tokens"
+    counts: Callable[[np.ndarray], np.ndarray] | None = None
+    fillers: Mapping[int, Sequence[Example]] = field(default_factory=dict)
+    grade: Scorer | None = None
+    exactness: str = "answers that are the reference's, token by token, so far"
+    looks: Sequence[tuple[int, int | None]] = ()
+    rows: int = 4
+    chunk: int = 256
+
+    def counting(self, values: np.ndarray, examples: Sequence[Example] | None = None) -> np.ndarray:
+        """`values` [conversations, ..., answer] by answer token, NaN where a token does not
+        count."""
+        if self.counts is None:
+            return values
+        examples = self.examples if examples is None else examples
+        columns, real = find_answers(examples)
+        kept = (
+            np.stack([self.counts(e.input_ids[c]) for e, c in zip(examples, columns, strict=True)])
+            & real
+        )
+        return np.where(kept.reshape(len(kept), *(1,) * (values.ndim - 2), -1), values, np.nan)
