@@ -3,8 +3,9 @@ one line that names its place."""
 
 import gzip
 import json
-import resource
+import shutil
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -155,7 +156,9 @@ def check_kept(record, made, processor):
         for words in (part.get("text") or "" for part in parts):
             for piece in words.replace("<video>", "<image>").split("<image>"):
                 assert piece.strip() in text
-    answers = [turn for turn in turns if {"assistant", "gpt"} & {turn.get("role"), turn.get("from")}]
+    answers = [
+        turn for turn in turns if {"assistant", "gpt"} & {turn.get("role"), turn.get("from")}
+    ]
     marks = [[turn[mark] for mark in MARKS if turn.get(mark) is not None] for turn in answers]
     past = [turn.get("past", False) for turn in answers]
     expected = sum(all(m) and (bool(m) or not p) for m, p in zip(marks, past, strict=True))
@@ -208,9 +211,91 @@ def test_a_damaged_record_is_the_same_in_every_format_or_refused(
     for number, record in enumerate(records):
         if (table := faithful_table(record)) is not None:
             pq.write_table(table, folder / "data.parquet")
-            stored = outcome(lambda: open_conversations(folder / "data.parquet"), names=[".parquet"])
+            stored = outcome(
+                lambda: open_conversations(folder / "data.parquet"), names=[".parquet"]
+            )
             if stored.made:
                 found = read(stored.made, 0, processor)
                 assert found.made == made[number], json.dumps(record)
             else:
                 assert made[number] is None
+
+
+def as_parts(record):
+    """Its texts as typed parts, where no tag in them is a place."""
+
+    def parted(turn):
+        said = turn.get("content")
+        if not isinstance(said, str) or "<" in said or not said:
+            return turn
+        return turn | {"content": [{"type": "text", "text": said}]}
+
+    return {
+        name: list(map(parted, value)) if name in ("messages", "completion") else value
+        for name, value in record.items()
+    }
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_another_way_to_write_it_is_the_same_conversation(folder, processor, base):
+    rng = np.random.default_rng(0)
+    column = next(name for name in ("messages", "conversations", "prompt") if name in base)
+    same = [
+        base,
+        shuffled(base, rng, WRITTEN),
+        with_nulls(base, rng, KEYS),
+        as_parts(base),
+        base | {column: json.dumps(base[column])},
+        base | {column: list(map(json.dumps, base[column]))},
+        base | {"tools": json.dumps(base.get("tools"))},
+        base | {"notes": [1, {"of": "its own"}], "source": "web"},
+    ]
+    first, *others = all_of(write_lines(folder / "data.jsonl", same), processor)
+    assert first.made
+    assert others == [first] * 7
+    formats = stored_as_all(folder, same, processor)
+    content = "\ufeff" + "\r\n\r\n".join(json.dumps(one, ensure_ascii=False) for one in same)
+    (folder / "windows.jsonl").write_bytes(content.encode())
+    (folder / "windows.json").write_bytes(f"\ufeff {json.dumps(same)}\r\n".encode())
+    for name in (*formats, "windows.jsonl", "windows.json"):
+        assert all_of(folder / name, processor) == [first] * 8, name
+
+
+def stored_as_all(folder, records, processor):
+    """`records` in every format; the names."""
+    lines = write_lines(folder / "data.jsonl", records)
+    (folder / "data.json").write_text(json.dumps(records))
+    (folder / "data.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    table = datasets.load_dataset("json", data_files=str(lines), cache_dir=str(folder / "cache"))
+    table["train"].to_parquet(folder / "data.parquet")
+    table["train"].save_to_disk(folder / "saved")
+    for picture in ("a.png", "b.png"):
+        shutil.copy(folder / picture, folder / "saved")
+    dataset.convert(lines, folder / "shards", processor)
+    return ("data.jsonl", "data.json", "data.jsonl.gz", "data.parquet", "saved", "shards")
+
+
+@pytest.mark.parametrize(
+    ("seed", "cases"), [pytest.param(0, 100), pytest.param(1, 1000, marks=pytest.mark.slow)]
+)
+def test_a_damaged_file_is_read_as_far_as_it_is_whole_or_refused(
+    folder, processor, seed, cases, peak
+):
+    rng = np.random.default_rng(seed)
+    formats = stored_as_all(folder, BASES, processor)
+    expected = [found.made for found in all_of(folder / "data.jsonl", processor)]
+    files = [
+        file for name in formats for file in sorted([folder / name, *folder.glob(f"{name}/*")])
+    ]
+    files = [file for file in files if file.is_file() and file.suffix != ".png"]
+    for _ in range(cases):
+        file = one_of(files, rng)
+        content = file.read_bytes()
+        file.write_bytes(damaged(content, rng))
+        path = file if file.parent == folder else file.parent
+        stored = outcome(lambda path=path: open_conversations(path), names=[str(path)])
+        for index in range(len(stored.made or ())):
+            found = read(stored.made, index, processor)
+            if path.name == "shards":  # which are written with hashes
+                assert found.made is None or found.made == expected[index]
+        file.write_bytes(content)

@@ -309,6 +309,23 @@ def test_tables_whose_columns_are_json_give_the_same_as_the_file(tmp_path):
         assert [parse(messages, ()) for messages in shards] == expected, name
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image_url", "image_url": {"url": "a", "path": "b"}}, "image_url: nothing reads"),
+        ({"type": "video", "video": ["a", "b"], "fps": 5e-324}, "fps 5e-324 is too small"),
+    ],
+)
+def test_a_part_that_says_too_much_or_nonsense_is_refused(part, message):
+    with pytest.raises(ValueError, match=message):
+        parse(asks(part), ())
+
+
+def test_an_empty_path_is_no_image():
+    with pytest.raises(ValueError, match="path is empty"):
+        read_image("")
+
+
 def test_a_table_with_a_misspelt_column_is_refused(tmp_path):
     rows = [{"messages": [USER, ANSWER], "imagess": ["a.png"]}]
     pq.write_table(datasets.Dataset.from_list(rows).with_format("arrow")[:], tmp_path / "a.parquet")
