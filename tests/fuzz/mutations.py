@@ -49,7 +49,7 @@ def outcome(make: Callable[[], Any], *, names: Sequence[str]) -> Outcome:
         line = str(error)
     assert line.strip(), "nothing is said"
     assert not (found := _FOREIGN.search(line)), f"{found} is not a user's word: {line}"
-    assert any(name in line for name in names), f"names nothing of {names}: {line}"
+    assert any(name in line for name in names), f"{line!r} names nothing of {names}"
     return Outcome(refused=line)
 
 
