@@ -21,7 +21,9 @@ from types import UnionType
 from typing import Any, NoReturn, Protocol, TypeVar, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from pvm_jax.files.yaml_file import read_yaml
 
 Config = TypeVar("Config")
 
@@ -191,6 +193,7 @@ def arguments(
     else:
         parser.add_function_arguments(of)
     namespace = parser.parse_args(_Words(parser, by_place, repeated).expand(argv))
+    _refuse_null(parser, namespace)
     values = vars(parser.instantiate(namespace))
     values.pop("config")
     given = {flag for flag in (*flags, *_TRACEBACK_FLAG) if values.pop(flag, False)} & flags.keys()
@@ -233,7 +236,16 @@ _PLAINER = {
     r'Parser key "([\w.]+)"': r"\1",
     r"\s*Given value type: .*": "",
     r"argument (--[\w.]+)/\1\+": r"argument \1",
+    r"\s*Does not validate against any of the Union subtypes\s*Subtypes: [^\n]*\s*Errors:": "",
+    r"\s*Problem with given class_path '[\w.]+':": "",
+    r"Not a valid subclass of (\w+)": r"expected keys and values (\1)",
+    r"\s*Subclass types expect one of:(?:\n\s*- a [^\n]*)*": "",
+    r"Expected a dot import path string: ": "expected keys and values, got ",
+    r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[[^\n]*?\]))": r"expected \1\2",
+    r"\. Got value: ": ", got ",
+    r"Unable to load config '([^\n]*)'\s*- [\w.]+: .*": r"must be keys and values, got '\1'",
 }
+"""What the parser says -> in plainer words."""
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'")
 
 
@@ -306,11 +318,11 @@ class _Words:
         if not file and text[:1] not in ("[", "{"):
             return
         try:
-            given = yaml.safe_load(file.read_text() if file else text)
-        except yaml.YAMLError as error:
-            if file:
-                self.parser.error(f"{file}: {error}")
+            given = read_yaml(file) if file else yaml.safe_load(text)
+        except yaml.YAMLError:
             return  # text, or for the parser to refuse
+        if file and "config" in given:
+            self.parser.error(f"{file}: 'config' is for the command line: give both files there")
         key = "" if key == "config" else key
         for place in _lists_of_sections(key, given):
             parts = place.split(".")
@@ -345,6 +357,20 @@ def _lists_of_sections(key: str, value: Any) -> Iterator[str]:
             yield from _lists_of_sections(f"{key}.{name}".lstrip("."), inner)
     elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
         yield key
+
+
+def _refuse_null(parser: Parser, namespace: Namespace) -> None:
+    """ValueError for null where it is no value, which the parser lets pass, and for a section that
+    is something else than keys and values."""
+    for action in parser._actions:
+        key, kind = action.dest, getattr(action, "_typehint", None)
+        if key == "config" or key not in namespace or action.nargs == 0:
+            continue
+        value = namespace[key]
+        if kind is None and not isinstance(value, Namespace):
+            parser.error(f"{key} must be keys and values, got {value!r:.80}")
+        if kind is not None and value is None and type(None) not in get_args(kind):
+            parser.error(f"{key} must not be null: leave it out for its default")
 
 
 def _refuse_non_finite(key: str, value: Any) -> None:

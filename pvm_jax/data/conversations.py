@@ -6,7 +6,6 @@ Hugging Face have them, and the pictures that their {"type": "image"} parts show
 docs/data.md has an example of each, and the other conventions.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -15,7 +14,7 @@ from pvm_jax.data.json_files import JsonFile
 from pvm_jax.data.messages import MARKS, Messages, is_learned
 from pvm_jax.data.shards import SHARDS_INDEX, Shards
 from pvm_jax.data.stored import Conversations, Joined
-from pvm_jax.data.tables import ParquetFiles, SavedDataset
+from pvm_jax.data.tables import SAVED_INDEX, ParquetFiles, SavedDataset
 from pvm_jax.files.paths import local_path
 
 _IN_DIRECTORIES = ("*.jsonl", "*.jsonl.gz")
@@ -68,12 +67,10 @@ def _directory(path: Path, every_column: bool) -> Conversations:
     if (path / SHARDS_INDEX).is_file():
         return Shards(path)
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(
-            f"{path} holds several splits: choose one,"
-            f" {' or '.join(str(path / split) for split in splits)}"
-        )
-    if (path / "state.json").is_file():
+        splits = sorted(str(file.parent) for file in path.glob(f"*/{SAVED_INDEX}"))
+        which = " or ".join(splits) or "of which none is there"
+        raise ValueError(f"{path} holds several splits: choose one, {which}")
+    if (path / SAVED_INDEX).is_file():
         return SavedDataset(path, every_column)
     files = sorted(path.glob("*.parquet"))
     if lines := sorted(file for pattern in _IN_DIRECTORIES for file in path.glob(pattern)):
@@ -83,7 +80,7 @@ def _directory(path: Path, every_column: bool) -> Conversations:
     if not files:
         raise ValueError(
             f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset),"
-            " no state.json (datasets.Dataset.save_to_disk) and no *.parquet or *.jsonl files"
+            f" no {SAVED_INDEX} (datasets.Dataset.save_to_disk) and no *.parquet or *.jsonl files"
         )
     return _several(path, files, every_column)
 

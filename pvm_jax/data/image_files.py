@@ -90,6 +90,8 @@ def _file(source: Any) -> tuple[Path | BytesIO, str]:
             "an image must be a path, a file:// or data: URL, encoded bytes, a PIL image, a uint8"
             f" array or a mapping with 'bytes' or 'path', got {type(source).__name__}"
         )
+    if not source:
+        raise ValueError("an image's path is empty")
     if source.startswith("data:"):
         return _from_base64(source)
     if source.startswith("file://"):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def _opened(path: Path) -> int:
         try:
             with gzip.open(path) as file:
                 shutil.copyfileobj(file, unpacked)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked: {error}") from error
         unpacked.flush()
         return os.dup(unpacked.fileno())

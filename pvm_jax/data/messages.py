@@ -276,6 +276,8 @@ def image_source(part: dict[str, Any]) -> Source:
     if given[0] == "base64":
         return f"data:image;base64,{source}"
     if given[0] == "image_url" and isinstance(source, Mapping):
+        if unread := _present(source).keys() - {"url", "detail"}:
+            raise ValueError(f"image_url: nothing reads {', '.join(sorted(unread))}")
         if source.get("detail") not in (None, "auto"):
             raise ValueError(
                 "image_url: the checkpoint's settings say how fine a picture is read: leave"
@@ -303,7 +305,10 @@ def _parse_video(part: dict[str, Any]) -> Video:
             fps = DEFAULT_FPS
         if not _is_number(fps) or not fps > 0:
             raise ValueError(f"fps must be a positive number, got {fps!r}")
-        return Video(list(frames), [number / float(fps) for number in range(len(frames))])
+        seconds = [number / float(fps) for number in range(len(frames))]
+        if not math.isfinite(seconds[-1]):
+            raise ValueError(f"fps {fps!r} is too small: the last frame's time is infinite")
+        return Video(list(frames), seconds)
     if fps is not None:
         raise ValueError("give fps or timestamps, not both")
     if not isinstance(seconds, list | tuple | np.ndarray) or not all(map(_is_number, seconds)):

@@ -151,7 +151,7 @@ class Processor:
         if not turns:
             return self.encode(messages, add_generation_prompt=True)
         known = parse(messages[: turns[-1]], self._controls).messages
-        following = parse(messages[turns[-1] + 1 :], self._controls)
+        following = parse(messages[turns[-1] + 1 :], (*self._controls, _WRITTEN))
         # The turn itself is left out: tokenizing its text anew need not give the tokens that were
         # written.
         written = {"role": "assistant", "content": _WRITTEN}
@@ -340,6 +340,11 @@ class Processor:
                 " another way"
             )
         learned = np.repeat([mark for _, mark in segments], [len(piece) for piece in pieces])
+        if np.isin(np.array(ids)[learned.astype(bool)], self._visual_ids).any():
+            raise ValueError(
+                "an assistant turn with a picture or a video cannot be learned, the model writes"
+                ' text alone: mark the turn ("train": false), or show it in a user turn'
+            )
         return np.array(ids, np.int64), learned.astype(bool)
 
     def _ids(self, text: str) -> list[int]:

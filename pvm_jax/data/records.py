@@ -128,11 +128,13 @@ def _messages(record: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 def _chat_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     if message.get("role") is not None or message.get("from") is None:
         return message
-    rest = {key: value for key, value in message.items() if key not in ("from", "value", "role")}
-    speaker = message["from"]
+    message = {key: value for key, value in message.items() if value is not None}
+    speaker, said = message.pop("from"), message.pop("value", None)
     if not isinstance(speaker, str):
         raise ValueError(f"'from' must be a text, as human or gpt, got {speaker!r:.80}")
-    return {"role": _SPEAKERS.get(speaker, speaker), "content": message.get("value")} | rest
+    if said is not None and "content" in message:
+        raise ValueError("a message has both 'value' and 'content': leave one of them out")
+    return {"role": _SPEAKERS.get(speaker, speaker), "content": said} | message
 
 
 def _variables(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Conversations in shards, as `convert.dataset` writes them: ArrayRecord files with the images
 inside."""
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from pvm_jax.data.messages import Messages, variables_of
 from pvm_jax.data.stored import Parts
+from pvm_jax.files.json_file import read_json
 
 SHARDS_INDEX = "dataset.json"
 """The file that makes a directory one of `convert.dataset`'s; written last."""
@@ -21,30 +22,56 @@ class Shards(Parts):
     """A directory that `convert.dataset` wrote: ArrayRecord files with the images in them."""
 
     def __init__(self, path: Path):
-        """Reads the index. Raises ValueError if a shard is missing or holds another number of
-        records than the index says."""
+        """Reads the index. Raises ValueError if a shard is missing, broken or holds another number
+        of records than the index says."""
         self.path = path
-        index = json.loads((path / SHARDS_INDEX).read_text())
-        files = [path / shard["file"] for shard in index["shards"]]
-        if missing := [str(file) for file in files if not file.is_file()]:
-            raise ValueError(
-                f"{path}: {SHARDS_INDEX} names shards that are missing: {', '.join(missing)}"
-            )
-        self.set_parts(files, [[shard["examples"]] for shard in index["shards"]])
-        from grain.sources import ArrayRecordDataSource  # import pvm_jax need not wait for it
-
-        self._source: Any = ArrayRecordDataSource([str(file) for file in files])
+        index = read_json(path / SHARDS_INDEX)
+        files = self.files_of(index, "shards", "file")
+        lengths = [shard.integer("examples", least=1) for shard in index.objects("shards")]
+        self.set_parts(files, [[length] for length in lengths])
+        self._source = _opened(files)
         if len(self._source) != len(self):
             raise ValueError(
                 f"{path}: the shards hold {len(self._source)} records, {SHARDS_INDEX} says"
                 f" {len(self)}"
             )
-        self.measured_by = index["measured_by"]
+        self.measured_by = index.text("measured_by", None)
         if self.measured_by is not None:
-            self.sizes = np.load(path / SHARDS_SIZES)
+            self.sizes = _sizes(path / SHARDS_SIZES, len(self))
 
     def _record(self, index: int) -> Any:
-        return unpack_record(self._source[index])
+        try:
+            return unpack_record(self._source[index])
+        except RuntimeError as error:  # ArrayRecord's word for a broken file
+            raise ValueError(f"the record cannot be read: {error}") from error
+
+
+def _opened(files: Sequence[Path]) -> Any:
+    """The shards' records, read at random. Raises ValueError, naming the file, if one is broken."""
+    from grain.sources import ArrayRecordDataSource  # import pvm_jax need not wait for it
+
+    try:
+        return ArrayRecordDataSource([str(file) for file in files])
+    except (RuntimeError, ValueError) as error:
+        if len(files) > 1:  # it does not say which
+            for file in files:
+                _opened([file])
+        raise ValueError(f"{files[0]} is no whole shard: {error}") from error
+
+
+def _sizes(file: Path, count: int) -> np.ndarray:
+    """(tokens, patches) of every conversation, [N, 2] int32."""
+    try:
+        # Mapped, a header cannot ask for more than the file holds.
+        sizes = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # the header is parsed as Python, which raises whatever it meets
+        raise ValueError(f"{file} is no whole array of NumPy: {error}") from error
+    if sizes.shape != (count, 2) or sizes.dtype != np.int32 or (sizes < 0).any():
+        raise ValueError(
+            f"{file} must hold {count} pairs of int32, tokens and patches, got {list(sizes.shape)}"
+            f" of {sizes.dtype}: convert the data anew"
+        )
+    return np.array(sizes)
 
 
 def pack_record(messages: Messages) -> bytes:

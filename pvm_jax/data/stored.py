@@ -10,6 +10,7 @@ import numpy as np
 
 from pvm_jax.data.messages import ChatMessages
 from pvm_jax.data.records import COLUMNS, record_messages
+from pvm_jax.files.json_file import JsonObject
 
 
 class Conversations(Sequence[ChatMessages]):
@@ -72,6 +73,8 @@ class Conversations(Sequence[ChatMessages]):
             yield
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}{str(error).removeprefix(where)}") from error
+        except RecursionError as error:
+            raise ValueError(f"{where}lists and objects are nested too deeply") from error
         except Exception as error:  # no check foresees all that a record can hold
             raise ValueError(f"{where}{type(error).__name__}: {error}") from error
 
@@ -130,6 +133,18 @@ class Parts(Conversations):
         self._first_of_file = np.cumsum([0, *[sum(parts) for parts in lengths]])
         if not len(self):
             raise ValueError(f"{self.path} holds no conversation")
+
+    def files_of(self, index: JsonObject, parts: str, name: str) -> list[Path]:
+        """The files that an index names: under `name` of each object of its list `parts`. Raises
+        ValueError if one is missing, or none of this directory."""
+        entries = index.objects(parts)
+        for entry in entries:
+            if Path(entry.text(name)).name != entry.text(name):
+                entry.refuse(name, f"must be a file of this directory, got {entry[name]!r:.80}")
+        files = [self.path / entry.text(name) for entry in entries]
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise ValueError(f"{index.file} names files that are missing: {', '.join(missing)}")
+        return files
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

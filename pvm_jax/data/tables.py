@@ -14,8 +14,12 @@ import numpy as np
 
 from pvm_jax.data.records import TURNS, concerns
 from pvm_jax.data.stored import Parts
+from pvm_jax.files.json_file import read_json
 
 ROW_GROUP_CACHE_BYTES = 512 * 2**20
+
+SAVED_INDEX = "state.json"
+"""The file that makes a directory one that `datasets` saved."""
 
 
 class ParquetFiles(Parts):
@@ -73,15 +77,7 @@ class SavedDataset(Parts):
         """Reads the files' record batches' headers. Raises ValueError if a file is missing, broken
         or another table."""
         self.path = path
-        names = [
-            entry["filename"]
-            for entry in json.loads((path / "state.json").read_text())["_data_files"]
-        ]
-        files = [path / name for name in names]
-        if missing := [str(file) for file in files if not file.is_file()]:
-            raise ValueError(
-                f"{path}: state.json names files that are missing: {', '.join(missing)}"
-            )
+        files = self.files_of(read_json(path / SAVED_INDEX), "_data_files", "filename")
         tables = [_checked(file, _mapped_batches) for file in files]
         for file, batches in zip(files, tables, strict=True):
             if batches:
@@ -112,7 +108,7 @@ def _checked(file: Path, read: Callable[[Path], Any]) -> Any:
     """`read(file)`, what pyarrow refuses named."""
     try:
         return read(file)
-    except _pyarrow("lib").ArrowInvalid as error:
+    except (_pyarrow("lib").ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
@@ -157,6 +153,9 @@ def _decoded(row: dict[str, Any] | None, decoders: dict[str, Callable[[Any], Any
 
 
 def _row(table: Any, place: int) -> dict[str, Any]:
-    """Row `place` of a table or a record batch."""
+    """Row `place` of a table or a record batch. Raises ValueError for a damaged one, whose offsets
+    would be followed anywhere."""
+    row = table.slice(place, 1)
+    row.validate(full=True)
     decoders = {field.name: d for field in table.schema if (d := _decoder(field.type))}
-    return _decoded(table.slice(place, 1).to_pylist()[0], decoders)
+    return _decoded(row.to_pylist()[0], decoders)

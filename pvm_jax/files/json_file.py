@@ -41,6 +41,18 @@ class JsonObject(Mapping[str, Any]):
         value = self._read(key, default, lambda value: isinstance(value, Mapping), "an object")
         return value if value is default else type(self)(value, self.file, f"{self.parent}{key}.")
 
+    def objects(self, key: str) -> list[Self]:
+        """Raises ValueError for anything but a list of objects."""
+
+        def fits(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+
+        found = self._read(key, _REQUIRED, fits, "a list of objects")
+        return [
+            type(self)(value, self.file, f"{self.parent}{key}[{place}].")
+            for place, value in enumerate(found)
+        ]
+
     def integer(self, key: str, default: Any = _REQUIRED, *, least: int = 0) -> int:
         """Raises ValueError for anything but a whole number of at least `least`, in 32 bits."""
         what = f"a whole number of at least {least}"

@@ -13,10 +13,12 @@ def local_path(path: str | Path) -> Path:
     refused.
 
     Raises:
-        ValueError: for a URL (gs://, s3://, hf://, https://), or the home of a user who is not
-            known here.
+        ValueError: for a URL (gs://, s3://, hf://, https://), the home of a user who is not known
+            here, and an empty text, which would be the working directory.
     """
     text = str(path)
+    if path == "":
+        raise ValueError("a path is empty: the working directory is called .")
     if found := _URL.match(text):
         raise ValueError(
             f"{found[1]}://{text[found.end() :]} is a URL: give a path of this machine, of a"
@@ -30,8 +32,12 @@ def local_path(path: str | Path) -> Path:
 
 def make_local(options: Any, *names: str) -> None:
     """Puts `local_path` of these fields of a frozen dataclass in their place: str stays str; None
-    and "" stay. Raises ValueError as that does."""
+    stays. Raises ValueError as that does, naming the field."""
     for name in names:
         value = getattr(options, name)
-        if value:
+        if value is None:
+            continue
+        try:
             object.__setattr__(options, name, type(value)(local_path(value)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error

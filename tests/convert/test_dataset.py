@@ -179,7 +179,7 @@ def bad_records(folder):
         ),
         "not valid Unicode": conversation({"type": "text", "text": "\ud800"}),
         "nothing reads the key 'number'": large,
-        "RecursionError: ": '{"messages": ' + "[" * 100_000,
+        "nested too deeply": '{"messages": ' + "[" * 100_000,
     }
 
 
@@ -294,7 +294,28 @@ def test_a_shard_that_was_cut_off_is_refused(good, tmp_path):
     with pytest.raises(ValueError, match=r"the shards hold 30 records, dataset.json says 31"):
         open_conversations(tmp_path / "shards")
     (tmp_path / "shards" / "shard-00000.array_record").unlink()
-    with pytest.raises(ValueError, match="names shards that are missing"):
+    with pytest.raises(ValueError, match="names files that are missing"):
+        open_conversations(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("dataset.json", b"{}", "dataset.json: shards is missing"),
+        ("dataset.json", b'{"shards": [{"file": "../a", "examples": 1}]}', "of this directory"),
+        ("sizes.npy", b"x", "sizes.npy is no whole array"),
+        ("sizes.npy", None, r"sizes.npy must hold 30 pairs of int32, .* got \[2\] of float64"),
+        ("shard-00000.array_record", b"x" * 70_000, "array_record is no whole shard"),
+    ],
+)
+def test_a_damaged_file_of_shards_is_named(good, tmp_path, processor, name, content, message):
+    convert(good, tmp_path / "shards", processor)
+    file = tmp_path / "shards" / name
+    if content is None:
+        np.save(file, np.zeros(2))
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         open_conversations(tmp_path / "shards")
 
 

@@ -131,6 +131,18 @@ def test_what_looks_like_a_control_token_apart_is_text(processor):
     ]
 
 
+def test_a_picture_in_an_answer_is_read_and_never_learned(processor):
+    shows = says("assistant", [{"type": "image", "image": np.zeros((32, 32, 3), np.uint8)}])
+    with pytest.raises(ValueError, match="with a picture or a video cannot be learned"):
+        processor.encode([Q, shows])
+    assert processor.encode([Q, shows | {"train": False}, Q, A]).num_patches == 16
+
+
+def test_a_null_character_takes_no_part_of_a_chat_with_it(processor):
+    with pytest.raises(ValueError, match="which only the chat template may write"):
+        processor.encode_next([Q, A, says("user", "one \0 two")])
+
+
 def test_a_control_token_that_only_the_tokenizer_sees_is_refused(processor, monkeypatch):
     """As where a normalizer makes it of other characters."""
     ids = processor._ids

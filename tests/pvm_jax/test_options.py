@@ -166,9 +166,32 @@ def test_what_is_wrong_is_named(argv, message):
     assert message in str(raised.value)
 
 
-def test_a_file_that_is_no_yaml_is_named(file):
-    with pytest.raises(ValueError, match=r"config\.yaml: while parsing"):
-        read(*file("src: ["))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("src: [", r"config\.yaml:[12]: "),
+        ("src: a\nsrc: b", r"config\.yaml:2: the key 'src' stands twice"),
+        ("inner: {rate: 1, rate: 2}", r"config\.yaml:1: the key 'rate' stands twice"),
+        ("src: a\nmax_new_tokens: 010", r"config\.yaml:2: 010 is not the number"),
+        ("max_new_tokens: 1:30", r"config\.yaml:1: 1:30 is not the number"),
+        ("a: &a {b: *a}", r"config\.yaml cannot be read as YAML"),
+        ("\0", r"config\.yaml cannot be read as YAML"),
+        ("- a", r"config\.yaml must hold keys and values"),
+        ("config: b.yaml", r"config\.yaml: 'config' is for the command line"),
+        ("src: a\nplain: null", "plain must not be null"),
+        ("src: a\ninner: {rate: null}", r"inner\.rate must not be null"),
+        ("src: a\ninner: false", "inner must be keys and values, got False"),
+        ("src: a\nheld_out: 0", r"held_out:.*expected keys and values \(Section\)"),
+        ("src: a\nparts: [3]", r"parts:.*expected keys and values \(Part\), got 3"),
+    ],
+)
+def test_a_file_that_says_nothing_clear_is_named(file, content, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read(*file(content))
+
+
+def test_null_is_a_value_where_it_can_be(file):
+    assert read(*file("src: a\nlayers: null\nheld_out: null")) == Example("a")
 
 
 def test_help_ends_with_the_examples_and_a_printed_config_can_be_read_again(file, capsys):

@@ -65,6 +65,7 @@ LLAVA = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}
         {"messages": asks("\nq"), "images": ["a.png"]},
         {"id": "7", "image": "a.png", "conversations": LLAVA},
         {"conversations": LLAVA, "images": ["a.png"], "system": "", "tools": "[]"},
+        {"conversations": [LLAVA[0] | {"content": None, "role": None}, ANSWER], "image": "a.png"},
         {"prompt": asks("<image>\nq")[:1], "completion": asks("")[1:], "images": ["a.png"]},
         {"messages": json.dumps(asks("<image>\nq")), "images": ["a.png"]},
         {"messages": list(map(json.dumps, asks("<image>\nq"))), "images": ["a.png"]},
@@ -194,6 +195,7 @@ def test_shareGPT_has_a_system_column_tools_and_marks(tmp_path):
         ({"messages": [USER], "completion": [ANSWER]}, "'completion' belongs to 'prompt'"),
         ({"prompt": "The sky is", "completion": " blue."}, "prompt: a text here must be JSON"),
         ({"conversations": [{"from": ["human"], "value": "q"}]}, "'from' must be a text"),
+        ({"conversations": [LLAVA[0] | {"content": "r"}]}, "both 'value' and 'content'"),
         ({"messages": [{"role": "user"}, ANSWER], "image": "a"}, "content must be a string"),
         ({"messages": [USER], "system": ["s"]}, "'system' must be a text"),
         ({"messages": [{"role": "system", "content": "s"}], "system": "s"}, "leave one out"),
@@ -305,6 +307,23 @@ def test_tables_whose_columns_are_json_give_the_same_as_the_file(tmp_path):
         assert [stored.columns(index)["n"] for index in range(3)] == [1, 2, 3]
         shards = [record_messages(unpack_record(pack_record(m)), tmp_path) for m in stored]
         assert [parse(messages, ()) for messages in shards] == expected, name
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image_url", "image_url": {"url": "a", "path": "b"}}, "image_url: nothing reads"),
+        ({"type": "video", "video": ["a", "b"], "fps": 5e-324}, "fps 5e-324 is too small"),
+    ],
+)
+def test_a_part_that_says_too_much_or_nonsense_is_refused(part, message):
+    with pytest.raises(ValueError, match=message):
+        parse(asks(part), ())
+
+
+def test_an_empty_path_is_no_image():
+    with pytest.raises(ValueError, match="path is empty"):
+        read_image("")
 
 
 def test_a_table_with_a_misspelt_column_is_refused(tmp_path):

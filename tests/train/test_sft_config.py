@@ -74,7 +74,8 @@ def test_options_override_the_file(read):
             FILE,
             "data.sources.0.weight must be finite, got inf",
         ),
-        (["--seed=-1"], FILE, "seed must not be negative"),
+        (["--seed=-1"], FILE, "seed must be in [0, 2^31), got -1"),
+        (["--run_dir="], FILE, "run_dir: a path is empty"),
         ([], FILE.replace("64}", "63}"), "patches a multiple of 4"),
     ],
 )
