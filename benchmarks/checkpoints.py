@@ -27,7 +27,7 @@ _WIDTH = 512
 _LAYERS = 3
 
 
-class Cost(NamedTuple):
+class SavingCost(NamedTuple):
     """Of one save, in seconds: an undisturbed step, `save` itself, what the steps beside the
     writing lost, the writing."""
 
@@ -60,7 +60,7 @@ def main(
     for size in sizes:
         with TemporaryDirectory(dir=directory) as place:
             costs = list(measure(size * 10**6, saves, step_seconds, Path(place)))
-        cost = Cost(*(median(values) for values in zip(*costs, strict=True)))
+        cost = SavingCost(*(median(values) for values in zip(*costs, strict=True)))
         table.add_row(
             f"{size:,} MB",
             f"{cost.step:.3f} s",
@@ -72,7 +72,7 @@ def main(
     Console(width=110).print(table)
 
 
-def measure(size: int, saves: int, step_seconds: float, directory: Path) -> Iterator[Cost]:
+def measure(size: int, saves: int, step_seconds: float, directory: Path) -> Iterator[SavingCost]:
     """Saves a state of `size` bytes while steps that change all of it go on."""
     side = round((size / 4 / _LAYERS / 3) ** 0.5)
     state = {
@@ -115,7 +115,9 @@ def measure(size: int, saves: int, step_seconds: float, directory: Path) -> Iter
             written = time.perf_counter() - start
             if number:  # the first save starts threads and caches
                 alone = median(undisturbed)
-                yield Cost(alone, blocked, sum(seconds - alone for seconds in beside), written)
+                yield SavingCost(
+                    alone, blocked, sum(seconds - alone for seconds in beside), written
+                )
 
 
 if __name__ == "__main__":

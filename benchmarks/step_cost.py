@@ -24,7 +24,7 @@ from train.step.optimizer import make_optimizer
 from train.step.state import cast, loss_and_gradient, make_loss, split_model
 
 
-class Cost(NamedTuple):
+class StepCost(NamedTuple):
     """Parameters that train, FLOPs of the forward pass and of forward + backward, bytes of
     gradients and of Adam's state."""
 
@@ -84,7 +84,7 @@ def main(sizes: Sequence[str] = ("4b", "8b"), tokens: int = 8192, patches: int =
     Console(width=130).print(table)
 
 
-def step_cost(config: ModelConfig, trainable: Trainable, tokens: int, patches: int) -> Cost:
+def step_cost(config: ModelConfig, trainable: Trainable, tokens: int, patches: int) -> StepCost:
     """Cost of one row of this size, trained parameters in float32; LoRA with its default rank and
     targets."""
     config = replace(config, lora=LoRAConfig() if trainable == "lora" else None)
@@ -101,7 +101,7 @@ def step_cost(config: ModelConfig, trainable: Trainable, tokens: int, patches: i
         return loss_and_gradient(loss, *inputs, accumulation=1)[1]
 
     optimizer = make_optimizer(OptimizerConfig())
-    return Cost(
+    return StepCost(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         forward=count_flops(loss, *inputs),
         step=count_flops(gradient, *inputs),

@@ -2,6 +2,8 @@
 stay short."""
 
 import ast
+import os
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -86,15 +88,24 @@ def test_a_package_has_few_modules_of_its_own():
         assert len(files) <= most
 
 
+def test_no_two_classes_share_a_name():
+    packages = (*PACKAGES, "demo", "benchmarks", "examples")
+    files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    names = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+_OF_OTHERS = ("golden", "out", "build")
+
+
 def ours(*suffixes: str) -> list[Path]:
     """The files of the repository with these names' ends, without what others wrote."""
-    return [
-        file
-        for file in sorted(ROOT.rglob("*"))
-        if file.name.endswith(suffixes)
-        and not {"golden", "out", "build"} & {*file.relative_to(ROOT).parts}
-        and not any(part.startswith(".") for part in file.relative_to(ROOT).parts)
-    ]
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if name[0] != "." and name not in _OF_OTHERS]
+        found += [Path(folder) / name for name in names if name.endswith(suffixes)]
+    return sorted(found)
 
 
 def test_files_and_functions_are_short():

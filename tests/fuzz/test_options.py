@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pvm_jax.command_line import parse
+from pvm_jax.options import parse
 from tests.fuzz.mutations import VALUES, damaged, mutated, one_of, outcome, shuffled
 from train.grpo.config import GRPOConfig
 from train.published import with_config_files

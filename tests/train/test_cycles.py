@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from train.fit.cycles import CHIPS, PARTS, Estimate, Row, arriving_bytes, kernel_flops
+from train.fit.cycles import CHIPS, PARTS, Row, StepTime, arriving_bytes, kernel_flops
 from train.fit.footprint import Footprint
 from train.fit.hlo import Hlo, Instruction, bytes_of, flops
 from train.fit.schedule import Schedule
@@ -30,7 +30,7 @@ def instruction(line: str) -> Instruction:
 
 
 def test_cycles_count_as_often_as_loops_and_branches_run():
-    estimate = Estimate.of(TEXT, V5E)
+    estimate = StepTime.of(TEXT, V5E)
     layer, taken, branch = 5206 + 6336 + 12636, 8596, 21340 + 1826
     assert estimate.total == Row(
         cycles=2 * (taken + 3 * layer + branch),
@@ -40,20 +40,20 @@ def test_cycles_count_as_often_as_loops_and_branches_run():
     )
     assert estimate.outside == estimate.total.cycles / 1.5e9
     assert not estimate.silent
-    assert Estimate.of(TEXT, V5E, times=4).total.cycles == 4 * estimate.total.cycles
+    assert StepTime.of(TEXT, V5E, times=4).total.cycles == 4 * estimate.total.cycles
 
 
 def test_a_counter_may_take_several_steps_at_once():
     assert STEP in TEXT  # of the layers' loop, as in the compiler's rings of partial products
-    assert Estimate.of(TEXT.replace(STEP, STEP[:-2] + "2)"), V5E).total.flops == 2 * (
+    assert StepTime.of(TEXT.replace(STEP, STEP[:-2] + "2)"), V5E).total.flops == 2 * (
         2 * LAYER + HEAD
     )
     with pytest.raises(ValueError, match=r"loop while\.24: its condition does not tell its trip"):
-        Estimate.of(TEXT.replace(STEP, STEP[:-2] + "0)"), V5E)
+        StepTime.of(TEXT.replace(STEP, STEP[:-2] + "0)"), V5E)
 
 
 def test_links_carry_what_a_chip_does_not_have():
-    traffic = Estimate.of(TEXT, V5E).traffic
+    traffic = StepTime.of(TEXT, V5E).traffic
     gathered = 2 * (3 * 1024 * 1024 + 2048 * 1024) * 2  # bytes of bfloat16
     assert (traffic["all-gather"].bytes, traffic["all-gather"].hidden) == (gathered * 3 / 4, 0)
     assert traffic["all-reduce"].bytes == 2 * 4 * 2 * 3 / 4
@@ -74,12 +74,12 @@ def test_bytes_that_reach_a_chip(line, received):
 
 def test_parts_and_stages_come_from_the_lines_of_python():
     decoder = TEXT.replace('"sample.py"', '"/anywhere/pvm_jax/model/decoder.py"')
-    assert set(Estimate.of(TEXT, V5E).rows) == {("rest", "forward")}
-    assert set(Estimate.of(decoder, V5E).rows) == {("decoder", "forward")}
+    assert set(StepTime.of(TEXT, V5E).rows) == {("rest", "forward")}
+    assert set(StepTime.of(decoder, V5E).rows) == {("decoder", "forward")}
     backward = decoder.replace("closed_call/while/body", "transpose(jvp())/while/body")
     again = backward.replace("transpose(jvp())/while", "transpose(jvp())/rematted_computation")
-    assert Estimate.of(backward, V5E).rows["decoder", "backward"].flops == 6 * LAYER
-    assert Estimate.of(again, V5E).rows["decoder", "recomputed"].flops == 6 * LAYER
+    assert StepTime.of(backward, V5E).rows["decoder", "backward"].flops == 6 * LAYER
+    assert StepTime.of(again, V5E).rows["decoder", "recomputed"].flops == 6 * LAYER
     for file in PARTS:
         assert (ROOT / file).exists() or file == "/optax/"
 
@@ -140,12 +140,12 @@ def test_kernels_compute_blocks():
 def test_what_is_not_understood_is_an_error(old, new, message):
     assert old in TEXT
     with pytest.raises(ValueError, match=message):
-        Estimate.of(TEXT.replace(old, new), V5E)
+        StepTime.of(TEXT.replace(old, new), V5E)
 
 
 def test_other_chips_and_sizes_are_not_guessed():
     with pytest.raises(ValueError, match="no clock of 'NVIDIA H100' is known"):
-        Estimate.of(TEXT, "NVIDIA H100")
+        StepTime.of(TEXT, "NVIDIA H100")
     with pytest.raises(ValueError, match="no size of 'f4x' is known"):
         bytes_of("(f32[2], f4x[2,2])")
     assert bytes_of("(f32[2]{0:T(128)}, pred[], /*index=5*/bf16[2,2])") == 17
@@ -153,7 +153,7 @@ def test_other_chips_and_sizes_are_not_guessed():
 
 def test_the_clocks_are_those_of_the_peaks():
     for kind, chip in CHIPS.items():  # 4 or 8 arrays of 128 x 128, or 4 of 256 x 256
-        multipliers = Estimate.of(TEXT, kind).peak / 2 / chip.clock
+        multipliers = StepTime.of(TEXT, kind).peak / 2 / chip.clock
         assert round(multipliers / 2**14) in (4, 8, 16)
 
 

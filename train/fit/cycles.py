@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 from rich.table import Table
 
 from train.fit.hlo import Hlo, Instruction, bytes_of, dimensions, unreadable
-from train.fit.schedule import Run, Schedule
+from train.fit.schedule import Schedule, Turn
 from train.step.flops import peak_flops
 
 
@@ -112,7 +112,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StepTime:
     """A chip's time for a step.
 
     Attributes:
@@ -152,7 +152,7 @@ class Estimate:
             raise unreadable("it estimates no cycles")
         return estimate
 
-    def _add(self, schedule: Schedule, run: Run, times: int) -> None:
+    def _add(self, schedule: Schedule, run: Turn, times: int) -> None:
         instruction = run.instruction
         products = list(schedule.products(run))
         place = _place(schedule.hlo, products[0][0] if products else instruction, run)
@@ -234,7 +234,7 @@ class Estimate:
         ]
 
 
-def _place(hlo: Hlo, instruction: Instruction, run: Run) -> tuple[str, str]:
+def _place(hlo: Hlo, instruction: Instruction, run: Turn) -> tuple[str, str]:
     """Part and stage of an instruction or, where the compiler made it up, of the loop around it."""
     scope, frame = run.scope, instruction.frame
     while frame is None and scope is not None:
@@ -265,7 +265,7 @@ def _is_index(instruction: Instruction) -> bool:
     return _is_small(instruction) and instruction.opcode != "reduce"
 
 
-def _kind(schedule: Schedule, run: Run) -> str:
+def _kind(schedule: Schedule, run: Turn) -> str:
     """What an instruction does, for a reader."""
     inner = [one for _, one in schedule.within(run)]
     targets = (one.attribute(r'custom_call_target="([^"]*)"') for one in inner)

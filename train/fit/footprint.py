@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from train.config import Bucket
-from train.fit.cycles import Estimate
+from train.fit.cycles import StepTime
 from train.grpo.config import GRPOConfig
 from train.sft.config import SFTConfig
 
@@ -120,7 +120,7 @@ class Footprint:
         device = self.mesh.devices.flat[0]
         if self.program is None or device.platform != "tpu":
             return []
-        estimate = Estimate.of(self.program, device.device_kind, times=self.runs)
+        estimate = StepTime.of(self.program, device.device_kind, times=self.runs)
         return [estimate.table(), *estimate.summary()]
 
     def advice(self) -> list[str]:

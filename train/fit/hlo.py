@@ -88,7 +88,7 @@ class Computation(NamedTuple):
     root: Instruction
 
 
-class Frame(NamedTuple):
+class SourceLine(NamedTuple):
     """A line of Python: its file, and the number of the frame that called it, 0 for none."""
 
     file: str
@@ -106,7 +106,7 @@ class Hlo:
 
     entry: str
     computations: dict[str, Computation]
-    frames: dict[int, Frame] = field(default_factory=dict)
+    frames: dict[int, SourceLine] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -243,7 +243,7 @@ def _computation(lines: list[str]) -> Computation:
     return Computation(instructions, root)
 
 
-def _frames(tables: dict[str, list[str]]) -> dict[int, Frame]:
+def _frames(tables: dict[str, list[str]]) -> dict[int, SourceLine]:
     """Of the tables before the program."""
 
     def rows(name: str) -> Iterator[tuple[int, str]]:
@@ -260,5 +260,5 @@ def _frames(tables: dict[str, list[str]]) -> dict[int, Frame]:
     for number, row in rows("StackFrames"):
         frame = numbers(row)
         file = files[places[frame["file_location_id"]]["file_name_id"]]
-        found[number] = Frame(file, frame["parent_frame_id"] - 1)  # written as the number + 1
+        found[number] = SourceLine(file, frame["parent_frame_id"] - 1)  # written as the number + 1
     return found

@@ -35,7 +35,7 @@ class Scope(NamedTuple):
     times: int
 
 
-class Run(NamedTuple):
+class Turn(NamedTuple):
     """An instruction that takes its turn on the chip, and how often it does."""
 
     instruction: Instruction
@@ -57,7 +57,7 @@ class Schedule:
 
     hlo: Hlo
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[Turn]:
         """Every instruction that runs, of the dearest branch where there are several.
 
         Raises:
@@ -65,7 +65,7 @@ class Schedule:
         """
         return self._runs(Scope(self.hlo.entry, [], None, None, 1))
 
-    def _runs(self, scope: Scope) -> Iterator[Run]:
+    def _runs(self, scope: Scope) -> Iterator[Turn]:
         for instruction in self.hlo.computations[scope.computation].instructions.values():
             if instruction.opcode == "while":
                 times = scope.times * self.trips(instruction, scope)
@@ -77,9 +77,9 @@ class Schedule:
                 called = instruction.required(r"to_apply=%([\w.\-]+)")
                 yield from self._runs(Scope(called, instruction.operands, scope, None, scope.times))
             else:
-                yield Run(instruction, scope)
+                yield Turn(instruction, scope)
 
-    def _branches(self, instruction: Instruction, scope: Scope) -> Iterator[list[Run]]:
+    def _branches(self, instruction: Instruction, scope: Scope) -> Iterator[list[Turn]]:
         names = instruction.required(r"branch_computations=\{([^}]*)\}")
         for name, argument in zip(names.split(", "), instruction.operands[1:], strict=True):
             yield list(self._runs(Scope(name[1:], [argument], scope, None, scope.times)))
@@ -192,7 +192,7 @@ class Schedule:
             )
         return source.opcode == "parameter" and place == index
 
-    def products(self, run: Run) -> Iterator[tuple[Instruction, int]]:
+    def products(self, run: Turn) -> Iterator[tuple[Instruction, int]]:
         """The matrix products within an instruction that runs, each with its FLOPs in one run of
         the program."""
         for computation, instruction in self.within(run):
@@ -203,7 +203,7 @@ class Schedule:
                 ]
                 yield instruction, run.times * flops(instruction, *shapes)
 
-    def collectives(self, run: Run) -> Iterator[tuple[Instruction, bool]]:
+    def collectives(self, run: Turn) -> Iterator[tuple[Instruction, bool]]:
         """What begins within an instruction that runs to move data between chips, and whether other
         work goes on meanwhile."""
         for computation, instruction in self.within(run):
@@ -212,7 +212,7 @@ class Schedule:
             if opcode in COLLECTIVES and (alone or _begins(computation)):
                 yield instruction, not alone or opcode != instruction.opcode
 
-    def within(self, run: Run) -> Iterator[tuple[Computation, Instruction]]:
+    def within(self, run: Turn) -> Iterator[tuple[Computation, Instruction]]:
         """The instruction or, of a fusion, those that were fused."""
 
         def walk(computation: Computation, instruction: Instruction):
@@ -232,7 +232,7 @@ def _whole(constant: Instruction | None) -> int | None:
     return int(constant.inside) if constant and whole else None
 
 
-def _cycles(runs: list[Run]) -> int:
+def _cycles(runs: list[Turn]) -> int:
     return sum(run.cycles for run in runs)
 
 
