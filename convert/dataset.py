@@ -128,7 +128,7 @@ def convert(
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = _Summary()
-        writer = _ShardWriter(aside)
+        writer = ShardWriter(aside)
         for checked in _in_order(
             conversations, _Check(conversations, processor, max_tokens), threads
         ):
@@ -289,11 +289,11 @@ def _in_order(
         pool.shutdown(cancel_futures=True)
 
 
-class _ShardWriter:
+class ShardWriter:
     """Writes records to shard-00000.array_record and so on, each of about SHARD_BYTES."""
 
     def __init__(self, directory: Path):
-        self._directory = directory
+        self.directory = directory
         self._shards: list[dict[str, Any]] = []
         self._open: ArrayRecordWriter | None = None
         self._bytes = 0
@@ -309,7 +309,7 @@ class _ShardWriter:
     def _begin(self) -> ArrayRecordWriter:
         name = f"shard-{len(self._shards):05d}.array_record"
         self._shards.append({"file": name, "examples": 0})
-        self._open, self._bytes = ArrayRecordWriter(str(self._directory / name), _WRITER_OPTIONS), 0
+        self._open, self._bytes = ArrayRecordWriter(str(self.directory / name), _WRITER_OPTIONS), 0
         return self._open
 
     def close(self) -> list[dict[str, Any]]:

@@ -189,7 +189,7 @@ class PVM(lmms):
         first: a batch pads little."""
         alike: dict[tuple, list[int]] = {}
         for number, question in enumerate(questions):
-            alike.setdefault(_sampling(question.kwargs, self.max_new_tokens), []).append(number)
+            alike.setdefault(sampling(question.kwargs, self.max_new_tokens), []).append(number)
         answers = [""] * len(questions)
         progress = tqdm(total=len(questions), desc="pvm_jax")
         for (max_new_tokens, temperature, top_k, top_p), numbers in alike.items():
@@ -287,7 +287,7 @@ def _seeded(requests: Sequence[Any]) -> Iterator[tuple[tuple, int]]:
         seen[name] += 1
 
 
-def _sampling(
+def sampling(
     kwargs: Mapping[str, Any], max_new_tokens: int
 ) -> tuple[int, float, int | None, float | None]:
     """(max_new_tokens, temperature, top_k, top_p) out of generation_kwargs.

@@ -56,12 +56,14 @@ def teacher_forced(
     """
     answers = find_answers(examples)
     found = read(
-        model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk, hide=hide
+        model, examples, program, columns=answers.columns, rows=rows, chunk=chunk, hide=hide
     )
     return TeacherForced(*(answers.where_real(values) for values in found))
 
 
-def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> list[jax.Array]:
+def program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> list[jax.Array]:
+    """A `reading.Program`: whether each token of the answers is the likeliest, and its loss, [B,
+    answer] each."""
     following = jnp.pad(jnp.asarray(batch.tokens)[:, 1:], ((0, 0), (0, 1)))
     wanted = predicts_an_answer(batch)
 

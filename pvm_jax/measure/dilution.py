@@ -48,11 +48,12 @@ def dilution(
         ValueError: for a conversation without answer or image.
     """
     answers = find_answers(examples)
-    found = read(model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk)
+    found = read(model, examples, program, columns=answers.columns, rows=rows, chunk=chunk)
     return Dilution(*(answers.where_real(values) for values in found))
 
 
-def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
+def program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> tuple[jax.Array, ...]:
+    """A `reading.Program`: the arrays of Dilution, of B conversations."""
     is_visual = jnp.asarray(batch.visual_index) >= 0
 
     def look(piece: Piece, inner: Inner) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:

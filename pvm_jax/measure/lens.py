@@ -56,14 +56,15 @@ def lens(model: Qwen3VL, examples: Sequence[Example], *, rows: int = 4, chunk: i
     """
     answers = find_answers(examples)
     probability, rank, kl = read(
-        model, examples, _program, columns=answers.columns, rows=rows, chunk=chunk
+        model, examples, program, columns=answers.columns, rows=rows, chunk=chunk
     )
     stays = np.logical_and.accumulate(rank[:, ::-1] == 0, axis=1)
     settled = rank.shape[1] - stays.sum(1)
     return Lens(*(answers.where_real(values) for values in (probability, rank, kl, settled)))
 
 
-def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> list[jax.Array]:
+def program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> list[jax.Array]:
+    """A `reading.Program`: probability, rank and KL of Lens, [B, L, answer] each."""
     wanted = predicts_an_answer(batch)
 
     def look(piece: Piece, inner: Inner) -> jax.Array:

@@ -44,10 +44,11 @@ def looked(
 ) -> Looked:
     """Args: columns: [conversations, chosen], the tokens in question, each predicted from the
     column before it. See `reading.read`."""
-    return Looked(*read(model, examples, _program, columns=columns, rows=rows, chunk=chunk))
+    return Looked(*read(model, examples, program, columns=columns, rows=rows, chunk=chunk))
 
 
-def _program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> list[jax.Array]:
+def program(model: Qwen3VL, batch: Batch, columns: jax.Array, chunk: int) -> list[jax.Array]:
+    """A `reading.Program`: the arrays of Looked, of B conversations."""
     visual_index = jnp.asarray(batch.visual_index)
     # Where each visual token stands: [B, V]; those that are padding come last.
     order = jnp.argsort(jnp.where(visual_index < 0, visual_index.shape[1], visual_index), axis=1)

@@ -104,13 +104,13 @@ def read(
         batch = Batch.from_examples([examples[i] for i in members], model.config, among=examples)
         batch = hide_images(batch, [hide] * rows)
         parts.append(
-            jax.device_get(_run(graphdef, params, batch, columns[members], program, chunk))
+            jax.device_get(run_program(graphdef, params, batch, columns[members], program, chunk))
         )
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(examples)], *parts)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "program", "chunk"))
-def _run(
+def run_program(
     graphdef: nnx.GraphDef,
     params: Any,
     batch: Batch,
@@ -118,6 +118,7 @@ def _run(
     program: Program,
     chunk: int,
 ) -> Any:
+    """What `program` gives of a batch, compiled: `columns` [B, answer] -> [B, ...]."""
     return program(nnx.merge(graphdef, params), batch, columns, chunk)
 
 

@@ -270,17 +270,17 @@ def test_several_files_become_one_directory(tmp_path, processor):
 
 def test_what_an_interrupted_run_leaves_does_not_open(good, tmp_path, monkeypatch):
     """The folder as it is at every record that is written, as `kill -9` would leave it."""
-    write_record, seen = dataset._ShardWriter.write, []
+    write_record, seen = dataset.ShardWriter.write, []
 
     def look(writer, record):
         with pytest.raises(ValueError, match="is no directory of conversations"):
-            open_conversations(writer._directory)
-        seen.append(writer._directory)
+            open_conversations(writer.directory)
+        seen.append(writer.directory)
         write_record(writer, record)
         if len(seen) == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset._ShardWriter, "write", look)
+    monkeypatch.setattr(dataset.ShardWriter, "write", look)
     with pytest.raises(KeyboardInterrupt):
         convert(good, tmp_path / "shards", threads=2)
     assert not seen[0].exists()

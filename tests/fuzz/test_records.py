@@ -27,8 +27,8 @@ from tests.fuzz.mutations import (
     shuffled,
     with_nulls,
 )
+from tests.pvm_jax.processor_files import write_checkpoint
 from tests.pvm_jax.test_chat_template import CALL, TOOLS_TEMPLATE
-from tests.pvm_jax.test_processing import write_checkpoint
 
 BASES = (
     {

@@ -162,13 +162,21 @@ def test_several_files_can_be_chosen_by_a_pattern(tmp_path):
 
 
 def test_parquet_keeps_few_row_groups_in_memory(tmp_path, monkeypatch):
+    """Those that were read last, in the room of two: here of records 0 and 1, 2 and 3, 4, 5 and
+    6."""
+    groups, read_row_group = [], pq.ParquetFile.read_row_group
+
+    def read(file, *args, **options):
+        groups.append(read_row_group(file, *args, **options))
+        return groups[-1]
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
     conversations = open_conversations(as_parquet(tmp_path))
-    first = conversations._table(0)
-    monkeypatch.setattr(tables, "ROW_GROUP_CACHE_BYTES", 2 * first.nbytes)
-    assert conversations._table(0) is first
-    for part in (1, 2, 3):
-        conversations._table(part)
-    assert list(conversations._cache) == [2, 3]
+    assert shown(conversations[0]) == expected(RECORDS[0])
+    monkeypatch.setattr(tables, "ROW_GROUP_CACHE_BYTES", 2 * groups[0].nbytes)
+    for index, reads in ((1, 1), (2, 2), (4, 3), (5, 4), (6, 4), (4, 4), (2, 5)):
+        assert shown(conversations[index]) == expected(RECORDS[index])
+        assert len(groups) == reads
 
 
 def test_a_single_image_column_and_messages_as_json_are_read(tmp_path):

@@ -22,7 +22,7 @@ from pvm_jax import (
     stream,
     without_pvm,
 )
-from pvm_jax.generation import Sampling, _start, decode_loop, prefill
+from pvm_jax.generation import PREFILL_CHUNK, Sampling, decode_loop, prefill
 from pvm_jax.model import pieces
 from pvm_jax.model.vision import VisionTower
 from tests import tiny
@@ -46,6 +46,16 @@ def batch() -> Batch:
 @pytest.fixture(scope="module")
 def greedy(model, batch):
     return generate(model, batch, max_new_tokens=STEPS, temperature=0.0)
+
+
+def prefilled(model: Qwen3VL, batch: Batch, samples: int = 1):
+    """Cache and state after the prompts, as `generate` makes them for STEPS greedy tokens."""
+    graphdef, params = nnx.split(model)
+    keys = jax.random.split(jax.random.key(0), (batch.tokens.shape[0], samples))
+    greedily = Sampling(0.0, None, None, model.config.stop_tokens)
+    return prefill(
+        *(graphdef, nnx.as_pure(params), batch, keys, None, greedily, STEPS, STEPS, PREFILL_CHUNK)
+    )
 
 
 def continued(e: Example, tokens) -> Example:
@@ -94,10 +104,10 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
         return encode(self, patches, *rest)
 
     monkeypatch.setattr(VisionTower, "__call__", count)
-    shared, state = _start(model, batch, STEPS, temperature=0.0, num_samples=3)
+    cache, state = prefilled(model, batch, samples=3)
     assert encoded == [len(EXAMPLES)]
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(shared.cache.memories)} == {len(EXAMPLES)}
-    assert shared.cache.prompts.keys.shape[1] == len(EXAMPLES)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(cache.memories)} == {len(EXAMPLES)}
+    assert cache.prompts.keys.shape[1] == len(EXAMPLES)
     assert state.samples.keys.shape[1:4:2] == (len(EXAMPLES), 3)
     got = generate(model, batch, max_new_tokens=STEPS, temperature=0.0, num_samples=3)
     np.testing.assert_array_equal(got.tokens, np.repeat(greedy.tokens, 3, 0))
@@ -107,7 +117,7 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
 def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
     """They read it where it lies, and the token is written into all layers at once (DecodingStep
     says why)."""
-    run, state = _start(model, batch, STEPS, temperature=0.0)
+    cache, state = prefilled(model, batch)
     carried, written = [], []
     scan, write = jax.lax.scan, jax.lax.dynamic_update_slice_in_dim
 
@@ -122,7 +132,7 @@ def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
     monkeypatch.setattr(jax.lax, "scan", counted_scan)
     monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim", counted_write)
     positions = np.zeros(state.token.shape, np.int32)
-    args = (state.token, positions, state.segment_ids, run.cache, state.samples, state.emitted - 1)
+    args = (state.token, positions, state.segment_ids, cache, state.samples, state.emitted - 1)
     jax.eval_shape(functools.partial(pieces.decode, model), *args)
     assert tuple(np.delete(state.samples.keys.shape, 4)) in carried
     assert state.samples.keys.shape not in carried
@@ -166,13 +176,20 @@ def test_a_cache_that_grows_by_buckets_gives_the_uncached_tokens(model, batch, m
     np.testing.assert_array_equal(np.stack(list(streamed), 1), want)
 
 
-def test_a_later_turns_images_join_those_in_memory(model):
+def test_a_later_turns_images_join_those_in_memory(model, monkeypatch):
     """Three turns, the second with other images, against a forward pass over the whole
     conversation."""
     text = dataclasses.replace(model.config.text, pvm_visibility="preceding")
     config = dataclasses.replace(model.config, text=text)
     preceding = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(model))
-    chat, whole = Chat(preceding), None
+    chat, whole, caches = Chat(preceding), None, []
+
+    def kept(*args):
+        cache, state = prefill(*args)
+        caches.append(cache)
+        return cache, state
+
+    monkeypatch.setattr(generation, "prefill", kept)
     for turn in (EXAMPLES[0], EXAMPLES[2], EXAMPLES[1]):
         ids = turn.input_ids if chat.unread is None else np.append(chat.unread, turn.input_ids)
         new = Batch.from_rows(
@@ -184,10 +201,8 @@ def test_a_later_turns_images_join_those_in_memory(model):
         answer = list(chat.stream(new, max_new_tokens=5, temperature=0.0, prefill_chunk=20))
         whole = turn if whole is None else joined(whole, turn)
         np.testing.assert_array_equal(answer, uncached(preceding, [whole], 5)[0])
-        cache, _ = chat._last
-        assert (cache.prompts.segment_ids > 0).sum() == len(
-            whole.input_ids
-        )  # what was read: no empty slot, nothing twice
+        # What was read: no empty slot, nothing twice.
+        assert (caches[-1].prompts.segment_ids > 0).sum() == len(whole.input_ids)
         whole = continued(whole, answer)
     with pytest.raises(ValueError, match="one conversation"):
         next(

@@ -156,12 +156,12 @@ def test_a_question_that_is_repeated_is_sampled_anew(simple):
     ],
 )
 def test_generation_kwargs_mean_what_they_mean_to_lmms_eval(adapter, kwargs, expected):
-    assert adapter._sampling(kwargs, 64) == expected
+    assert adapter.sampling(kwargs, 64) == expected
 
 
 def test_beam_search_is_refused(adapter):
     with pytest.raises(ValueError, match="no beam search"):
-        adapter._sampling({"num_beams": 4}, 64)
+        adapter.sampling({"num_beams": 4}, 64)
 
 
 def test_chat_messages_are_asked_as_the_simple_interface_asks(adapter, simple, greedy, documents):

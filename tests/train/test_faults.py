@@ -200,9 +200,9 @@ class TestSteps:
 
     @pytest.mark.parametrize("notices", ["the next save", "the end"])
     def test_a_save_that_failed_in_the_background_is_told(self, tmp_path, full_disk, notices):
+        with self.open(tmp_path, keep=1) as steps:
+            steps.save(1, self.arrays())
         steps = self.open(tmp_path, keep=1)
-        steps.save(1, self.arrays())
-        steps._steps.wait()
         full_disk()
         steps.save(2, self.arrays())
         message = (

@@ -370,8 +370,8 @@ def test_8192_tokens_are_measured_in_under_2_gib(measurement):
     batch = Batch.empty(config, rows=1, length=8192, patches=64)
     graphdef, params = nnx.split(abstract_model(config))
     columns = np.zeros((1, 8000), np.int32)
-    compiled = reading._run.lower(
-        graphdef, nnx.as_pure(params), batch, columns, measurement._program, 256
+    compiled = reading.run_program.lower(
+        graphdef, nnx.as_pure(params), batch, columns, measurement.program, 256
     ).compile()
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
