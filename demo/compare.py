@@ -224,14 +224,23 @@ def measure_trained(
     trainable, run = METHODS[name].trainable, folder / file_name(name)
     model = load_result(trainable, run, folder / "fresh", plain)
     logs = [folder / "look" / "log"] if METHODS[name].looks_first else []
-    return measure(name, seed, trainable, model, processor, settings, [*logs, run / "log"])
+    return measure(
+        name,
+        seed,
+        model,
+        trainable=trainable,
+        processor=processor,
+        settings=settings,
+        logs=[*logs, run / "log"],
+    )
 
 
 def measure(
     name: str,
     seed: int,
-    trainable: Trainable,
     model: Qwen3VL,
+    *,
+    trainable: Trainable,
     processor: Processor,
     settings: EvaluationSettings,
     logs: Sequence[Path],

@@ -100,7 +100,13 @@ def run(name: str, out: Path, steps: int) -> Measured:
     run_steps(training_steps)
     model, log = load(fresh, branch=branch), branch.parent / "log"
     return measure(
-        name, VARIATIONS[name].seed, "pvm", model, Processor.from_pretrained(fresh), MEASURED, [log]
+        name,
+        VARIATIONS[name].seed,
+        model,
+        trainable="pvm",
+        processor=Processor.from_pretrained(fresh),
+        settings=MEASURED,
+        logs=[log],
     )
 
 

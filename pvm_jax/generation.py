@@ -228,7 +228,15 @@ def _start(
     )
     slots = min(FIRST_SLOTS, max_new_tokens)
     cache, state = prefill(
-        graphdef, params, batch, keys, past, sampling, max_new_tokens, slots, prefill_chunk
+        graphdef,
+        params,
+        batch,
+        keys,
+        past,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        slots=slots,
+        chunk=prefill_chunk,
     )
     return _Run(graphdef, params, cache, sampling), state
 
@@ -251,6 +259,7 @@ def prefill(
     batch: Batch,
     keys: jax.Array,
     past: Cache | None,
+    *,
     sampling: Sampling,
     max_new_tokens: int,
     slots: int,

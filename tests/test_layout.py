@@ -3,6 +3,7 @@ stay short."""
 
 import ast
 import os
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -134,3 +135,9 @@ def test_lines_have_at_most_100_columns():
             if len(line) > 100 and (prose or file.suffix != ".md"):
                 long.append(f"{file}:{number}")
     assert not long, "\n".join(long)
+
+
+def test_every_file_of_the_packages_is_in_the_tree_of_the_docs():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tree = re.findall(r"\w+", text[text.index("## The tree") : text.index("## Four paths")])
+    assert {file.stem for file in FILES.values()} - {"__init__"} <= set(tree)

@@ -65,8 +65,16 @@ def cost(
     for name, model in models.items():
         prefill, decode = np.array(seconds[name][1:]).T
         weights, cache, memory = _bytes(model, batches[name], new_tokens)
-        size = (len(prompt.input_ids), prompt.num_patches, new_tokens)
-        found[name] = Cost(prefill, decode, weights, cache, memory, *size)
+        found[name] = Cost(
+            prefill=prefill,
+            decode=decode,
+            weights=weights,
+            cache=cache,
+            memory=memory,
+            tokens=len(prompt.input_ids),
+            patches=prompt.num_patches,
+            new_tokens=new_tokens,
+        )
     return found
 
 

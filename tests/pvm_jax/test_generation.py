@@ -52,10 +52,9 @@ def prefilled(model: Qwen3VL, batch: Batch, samples: int = 1):
     """Cache and state after the prompts, as `generate` makes them for STEPS greedy tokens."""
     graphdef, params = nnx.split(model)
     keys = jax.random.split(jax.random.key(0), (batch.tokens.shape[0], samples))
-    greedily = Sampling(0.0, None, None, model.config.stop_tokens)
-    return prefill(
-        *(graphdef, nnx.as_pure(params), batch, keys, None, greedily, STEPS, STEPS, PREFILL_CHUNK)
-    )
+    how = {"sampling": Sampling(0.0, None, None, model.config.stop_tokens), "chunk": PREFILL_CHUNK}
+    lengths = {"max_new_tokens": STEPS, "slots": STEPS}
+    return prefill(graphdef, nnx.as_pure(params), batch, keys, None, **how, **lengths)
 
 
 def continued(e: Example, tokens) -> Example:
@@ -184,8 +183,8 @@ def test_a_later_turns_images_join_those_in_memory(model, monkeypatch):
     preceding = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(model))
     chat, whole, caches = Chat(preceding), None, []
 
-    def kept(*args):
-        cache, state = prefill(*args)
+    def kept(*args, **static):
+        cache, state = prefill(*args, **static)
         caches.append(cache)
         return cache, state
 

@@ -48,7 +48,7 @@ def held(tree) -> int:
 
 def test_updates_take_gradients_beside_their_sums_and_the_waiting_moments(program):
     mesh = program.batch_sharding.mesh
-    footprint = measure_update(program, Bucket(64, 16), 1, mesh, usable=GIB)
+    footprint = measure_update(program, Bucket(64, 16), mesh, rows=1, usable=GIB)
     assert footprint.fits
     assert footprint.frozen == held((program.frozen, program.fixed.reference))
     assert footprint.params == held(program.state.params)

@@ -109,9 +109,9 @@ def main(argv: Sequence[str]) -> None:
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}"
     )
     if isinstance(config, FitGRPOConfig):
-        fits = grpo.check(config, model_config, mesh, usable, console)
+        fits = grpo.check(config, model_config, mesh, usable=usable, console=console)
     else:
-        fits = sft.check(config, model_config, mesh, usable, console)
+        fits = sft.check(config, model_config, mesh, usable=usable, console=console)
     sys.exit(0 if fits else 1)
 
 

@@ -114,7 +114,7 @@ class RolloutFootprint:
 
 
 def check(
-    config: GRPOConfig, model_config: ModelConfig, mesh: Mesh, usable: int, console: Console
+    config: GRPOConfig, model_config: ModelConfig, mesh: Mesh, *, usable: int, console: Console
 ) -> bool:
     """Prints what updates and rollouts take, in rows of every bucket that no other covers. Whether
     all of it fits.
@@ -133,21 +133,21 @@ def check(
             f"updates: rows of {longest.tokens:,} tokens and {bucket.patches:,} patches,"
             f" {config.rows} a step, {rows} a chip at a time: compiling, which takes minutes ..."
         )
-        update = measure_update(program, longest, rows, mesh, usable)
+        update = measure_update(program, longest, mesh, rows=rows, usable=usable)
         console.print(update.table(), *update.verdict(), *update.time(), sep="\n")
         console.print(
             f"rollout: {config.prompts_per_step} prompts of {bucket.tokens:,} tokens and"
             f" {bucket.patches:,} patches x {config.group_size} completions of"
             f" {config.max_completion_tokens:,} tokens: compiling ..."
         )
-        rollout = measure_rollout(program, bucket, mesh, usable)
+        rollout = measure_rollout(program, bucket, mesh, usable=usable)
         console.print(rollout.table(), *rollout.verdict(), sep="\n")
         fits &= update.fits and rollout.fits
     return fits
 
 
 def measure_update(
-    program: GRPOProgram, bucket: Bucket, rows: int, mesh: Mesh, usable: int
+    program: GRPOProgram, bucket: Bucket, mesh: Mesh, *, rows: int, usable: int
 ) -> Footprint:
     """Compiles the gradients of a part of the batch in rows of `bucket`, beside the optimizer's
     state, which waits; `rows`: that a device computes at the same time."""
@@ -167,10 +167,10 @@ def measure_update(
         config.rows, bucket.tokens, bucket.patches, program.model_config.vision.merge_factor
     )
     return Footprint(
-        config,
-        bucket,
-        mesh,
-        rows,
+        config=config,
+        bucket=bucket,
+        mesh=mesh,
+        rows=rows,
         **sizes,
         moments=device_bytes((program.state.opt_state, program.state.step)),
         temporaries=compiled.total - sum(sizes.values()),
@@ -184,7 +184,7 @@ def measure_update(
 
 
 def measure_rollout(
-    program: GRPOProgram, bucket: Bucket, mesh: Mesh, usable: int
+    program: GRPOProgram, bucket: Bucket, mesh: Mesh, *, usable: int
 ) -> RolloutFootprint:
     """Compiles the reading of the prompts and the decoding loop with its largest cache.
 
@@ -227,9 +227,9 @@ def measure_rollout(
         compiled.append(compile_ahead(sampler.move, *trained, mesh=mesh))
         within.append(compiled[-1].total - here - device_bytes(trained))
     return RolloutFootprint(
-        config,
-        bucket,
-        check_prompts(config, place),
+        config=config,
+        bucket=bucket,
+        prompts=check_prompts(config, place),
         state=device_bytes((program.state, program.fixed.reference)),
         weights=here + (device_bytes(program.frozen) if moved else 0),
         prompt_cache=caches[0],

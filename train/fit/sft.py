@@ -14,7 +14,7 @@ from train.step.program import rows_per_shard, step_costs
 
 
 def check(
-    config: SFTConfig, model_config: ModelConfig, mesh: Mesh, usable: int, console: Console
+    config: SFTConfig, model_config: ModelConfig, mesh: Mesh, *, usable: int, console: Console
 ) -> bool:
     """Prints what the step takes, in rows of every bucket that no other covers. Whether all of it
     fits.
@@ -29,14 +29,14 @@ def check(
             f"rows of {bucket.tokens:,} tokens and {bucket.patches:,} patches, {config.batch_size}"
             f" a step, {rows} a chip at a time: compiling, which takes minutes ..."
         )
-        footprint = measure(config, model_config, bucket, mesh, usable)
+        footprint = measure(config, model_config, bucket, mesh, usable=usable)
         console.print(footprint.table(), *footprint.verdict(), *footprint.time(), sep="\n")
         fits &= footprint.fits
     return fits
 
 
 def measure(
-    config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: Mesh, usable: int
+    config: SFTConfig, model_config: ModelConfig, bucket: Bucket, mesh: Mesh, *, usable: int
 ) -> Footprint:
     """Compiles the step that `train.sft` would run on `mesh`, in rows of `bucket`; `usable`: bytes
     of each device.
@@ -59,10 +59,10 @@ def measure(
     }
     sizes = {name: device_bytes(tree) for name, tree in inputs.items()}
     return Footprint(
-        config,
-        bucket,
-        mesh,
-        rows,
+        config=config,
+        bucket=bucket,
+        mesh=mesh,
+        rows=rows,
         **sizes,
         temporaries=compiled.total - sum(sizes.values()),
         usable=usable,

@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.processor import Processor
 from train.config import Bucket
 from train.grpo.config import EvaluationConfig, GRPOConfig
@@ -79,10 +78,16 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
         if config.beta
         else None
     )
-    state, frozen = program.begin(model)
-    identity = backbone_identity(nnx.state(model))
-    work = (config, mesh, processor, model.config, identity, data, program, state, frozen)
-    return PreparedGRPO(*work, updates=config.num_iterations, reference=reference)
+    return PreparedGRPO.begin(
+        model,
+        config=config,
+        mesh=mesh,
+        processor=processor,
+        data=data,
+        program=program,
+        updates=config.num_iterations,
+        reference=reference,
+    )
 
 
 def train(work: PreparedGRPO, log: RunLog, step_done: StepDone) -> TrainState:

@@ -107,8 +107,14 @@ def load_prompts(
             planned.check(example, prompt.example)
         return PromptBatch(planned.buckets[planned.plan.bucket(step)], prompts)
 
-    steps = grain.MapDataset.range(len(planned.plan)).map(read)
-    return PromptData(planned.plan, planned.sizes, planned.buckets, sources, planned.report, steps)
+    return PromptData(
+        plan=planned.plan,
+        sizes=planned.sizes,
+        buckets=planned.buckets,
+        sources=sources,
+        report=planned.report,
+        steps=grain.MapDataset.range(len(planned.plan)).map(read),
+    )
 
 
 def read_prompt(source: Conversations, index: int, processor: Processor) -> Prompt:

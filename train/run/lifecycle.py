@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pvm_jax.checkpoint.directory import copy_assets
+from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.checkpoint.store import load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
@@ -63,6 +64,33 @@ class Prepared:
     state: Any
     frozen: Any
     updates: int = 1
+
+    @classmethod
+    def begin(
+        cls,
+        model: Qwen3VL,
+        *,
+        config: RunConfig,
+        mesh: Mesh,
+        processor: Processor,
+        data: PlannedExamples,
+        program: Program,
+        **more: Any,
+    ) -> Self:
+        """A run from `model` on; `more` are a recipe's own fields."""
+        state, frozen = program.begin(model)
+        return cls(
+            config=config,
+            mesh=mesh,
+            processor=processor,
+            model_config=model.config,
+            identity=backbone_identity(nnx.state(model)),
+            data=data,
+            program=program,
+            state=state,
+            frozen=frozen,
+            **more,
+        )
 
     @property
     def done(self) -> int:

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.processor import Processor
 from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from train.data.loading import TrainingData, load_training_data
@@ -59,10 +57,8 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
         sizes_file=sizes_file,
     )
     program = SFTProgram.of(config, model.config, len(data.plan), mesh)
-    state, frozen = program.begin(model)
-    identity = backbone_identity(nnx.state(model))
-    return PreparedSFT(
-        config, mesh, processor, model.config, identity, data, program, state, frozen
+    return PreparedSFT.begin(
+        model, config=config, mesh=mesh, processor=processor, data=data, program=program
     )
 
 

@@ -85,12 +85,12 @@ class Work(NamedTuple):
         No rows of this shape ask for more."""
         visual_tokens = patches // merge_factor
         row = cls(
-            tokens,
-            tokens * (tokens + 1) // 2,
-            visual_tokens,
-            patches**2,
-            tokens * visual_tokens,
-            tokens,
+            tokens=tokens,
+            token_pairs=tokens * (tokens + 1) // 2,
+            visual_tokens=visual_tokens,
+            patch_pairs=patches**2,
+            recalls=tokens * visual_tokens,
+            loss_tokens=tokens,
         )
         return cls(*(rows * count for count in row))
 
