@@ -83,12 +83,22 @@ class PixelSettings:
             raise ValueError(f"image_mean must be finite numbers, got {self.mean}")
         if not all(is_number(value) and value > 0 for value in self.std):
             raise ValueError(f"image_std must be finite numbers above 0, got {self.std}")
+        if Image.MAX_IMAGE_PIXELS is not None and self.min_pixels > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"min_pixels {self.min_pixels} would make every picture larger than PIL reads one"
+                f" ({Image.MAX_IMAGE_PIXELS} pixels)"
+            )
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"need 0 < min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
         if self.patch_size % 2:
             raise ValueError(f"patch_size must be even, got {self.patch_size}")
+        if self.factor**2 > self.max_pixels:
+            raise ValueError(
+                f"a visual token has {self.factor} x {self.factor} pixels, more than max_pixels"
+                f" {self.max_pixels}"
+            )
 
     @property
     def factor(self) -> int:

@@ -23,17 +23,10 @@ from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
+from pvm_jax.data.side_files import check_fits, pixel_settings, stop_tokens, visual_tokens
 from pvm_jax.data.tags import with_tags_as_text
 from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
-from pvm_jax.files.json_file import JsonObject, read_json
 from pvm_jax.files.paths import local_path
-
-VISUAL_TOKENS = {
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-    "vision_start_token": "<|vision_start|>",
-    "vision_end_token": "<|vision_end|>",
-}
 
 CONTENT_TOKENS = tuple(
     f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad") for end in ("start", "end")
@@ -74,7 +67,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_settings = image_settings
         self.video_settings = video_settings
-        visual = [getattr(tokenizer, name, default) for name, default in VISUAL_TOKENS.items()]
+        visual = visual_tokens(tokenizer)
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         for token in visual:
             if token not in added:
@@ -113,13 +106,17 @@ class Processor:
         """
         folder = local_path(path)
         tokenizer = with_tags_as_text(read_tokenizer(folder), tags_as_text)
-        stops = [tokenizer.added_tokens_decoder.get(token) for token in _stop_tokens(folder)]
-        return cls(
+        stops = [tokenizer.added_tokens_decoder.get(token) for token in stop_tokens(folder)]
+        processor = cls(
             tokenizer,
             read_chat_template(folder, tokenizer),
-            *_pixel_settings(folder),
+            *pixel_settings(folder),
             control_tokens=[token.content for token in stops if token],
         )
+        if (folder / "config.json").exists():
+            settings = (processor.image_settings, processor.video_settings)
+            check_fits(folder, tokenizer, settings)
+        return processor
 
     def encode(self, messages: Messages, *, add_generation_prompt: bool = False) -> Example:
         """One conversation; `loss_mask` is true on the content of every assistant turn and the
@@ -362,35 +359,3 @@ class Processor:
             ids[number, columns] = row
             mask[number, columns] = 1
         return {"input_ids": ids, "attention_mask": mask}
-
-
-def _pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
-    """From processor_config.json, as transformers 5 saves it, or from the files that came before
-    it."""
-    nested = _read(folder / "processor_config.json")
-    file = "processor_config.json" if "image_processor" in nested else "preprocessor_config.json"
-    image = nested.object("image_processor", None) or _read(folder / file)
-    if not image:
-        raise FileNotFoundError(
-            f"{folder}: no preprocessor_config.json (nor image_processor in processor_config.json)"
-        )
-    image_settings = ImageSettings.from_config(image, str(folder / file))
-    video = nested.object("video_processor", None)
-    source = "processor_config.json" if video else "video_preprocessor_config.json"
-    video = video or _read(folder / source)
-    if not video:
-        # Hugging Face then reads the images' file, whose min_pixels and max_pixels mean nothing to
-        # videos.
-        source = file
-        video = {key: value for key, value in image.items() if key not in VideoSettings.refuses}
-    return image_settings, VideoSettings.from_config(video, str(folder / source))
-
-
-def _stop_tokens(folder: Path) -> list[Any]:
-    """The ids that end a generation, beside the tokenizer's own."""
-    ids = _read(folder / "generation_config.json").get("eos_token_id")
-    return ids if isinstance(ids, list) else [ids]
-
-
-def _read(file: Path) -> JsonObject:
-    return read_json(file) if file.exists() else JsonObject({}, str(file))

@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer and chat template, read as data: no code of the checkpoint's is run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,33 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer cannot be read (tokenizer.json, tokenizer_config.json):"
             f" {reason}"
         ) from error
+    _check_named(folder, tokenizer, settings)
     if config is not None:
         check_vocabulary(tokenizer, config)
     return tokenizer
+
+
+def _check_named(folder: Path, tokenizer: PreTrainedTokenizerBase, settings: JsonObject) -> None:
+    """Raises ValueError for a special token that is named and not in the vocabulary: transformers
+    would add it, and the model has never seen it."""
+    files = [folder / name for name in _FILES if (folder / name).exists()]
+    known = {token for file in files for token in _tokens(read_json(file))}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = getattr(tokenizer, name)
+        if settings.get(name) is not None and token not in known:
+            settings.refuse(name, f"{token!r:.80} is no token of the vocabulary")
+
+
+def _tokens(file: JsonObject) -> Iterator[str]:
+    """The tokens that a file of a tokenizer's brings."""
+    name = Path(file.file).name
+    if name in ("vocab.json", "added_tokens.json"):
+        yield from file
+    elif name == "tokenizer.json":
+        yield from file.object("model").get("vocab", ())
+        yield from (token.text("content") for token in file.objects("added_tokens"))
+    elif name == "tokenizer_config.json" and (added := file.object("added_tokens_decoder", None)):
+        yield from (added.object(number).text("content") for number in added)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: JsonObject) -> None:

@@ -45,7 +45,9 @@ def outcome(make: Callable[[], Any], *, names: Sequence[str]) -> Outcome:
     try:
         with _time_limit():
             return Outcome(made=make())
-    except (ValueError, FileNotFoundError) as error:
+    except TimeoutError:  # which is an OSError
+        raise
+    except (ValueError, OSError) as error:
         line = str(error)
     assert line.strip(), "nothing is said"
     assert not (found := _FOREIGN.search(line)), f"{found} is not a user's word: {line}"

@@ -202,3 +202,32 @@ class TestStopTokens:
         change(base / "generation_config.json", eos_token_id=value)
         with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id "):
             read_stop_tokens(base)
+
+
+@pytest.mark.parametrize("token", ["<|imend|>", ""])
+def test_a_special_token_that_is_none_is_named(base, token):
+    change(base / "tokenizer_config.json", eos_token=token)
+    with pytest.raises(ValueError, match=rf"config.json: eos_token '{re.escape(token)}' is no"):
+        read_tokenizer(base)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "message"),
+    [
+        ("preprocessor_config.json", {"merge_size": 1}, "merge_size of images is 1 .*_merge_size 2"),
+        ("preprocessor_config.json", {"temporal_patch_size": 1}, "temporal_patch_size of"),
+        ("preprocessor_config.json", {"patch_size": 14}, "patch_size of images is 14"),
+        ("preprocessor_config.json", {"patch_size": 2**20}, "a visual token has"),
+        ("preprocessor_config.json", {"min_pixels": 2**40}, "would make every picture larger"),
+        (
+            "config.json",
+            {"image_token_id": 1},
+            "image_token_id is 1, but the",
+        ),
+        ("config.json", {"vision_end_token_id": 1}, "vision_end_token_id is 1, but"),
+    ],
+)
+def test_inputs_that_the_model_does_not_read_are_refused(base, file, keys, message):
+    change(base / file, **keys)
+    with pytest.raises(ValueError, match=message):
+        Processor.from_pretrained(base)
