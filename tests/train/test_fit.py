@@ -31,9 +31,10 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 def fit_config(**kwargs) -> FitConfig:
-    data = DataConfig("", [BUCKET, Bucket(16, 16)])
+    data = DataConfig("not_read", [BUCKET, Bucket(16, 16)])
     return FitConfig(
-        **{"checkpoint": "", "run_dir": "", "data": data, "topology": "v5e:4x4", "batch_size": 32}
+        **{"checkpoint": "not_read", "run_dir": "not_written", "data": data}
+        | {"topology": "v5e:4x4", "batch_size": 32}
         | kwargs
     )
 
@@ -146,7 +147,7 @@ def test_command_prints_the_table_and_exits_by_whether_it_fits(
     for usable, status in ((GIB, 0), (10, 1)):
         monkeypatch.setattr(fit, "usable_bytes", lambda mesh, usable=usable: usable)
         monkeypatch.setattr(
-            "train.fit.sft.measure", lambda *args: replace(branch[2], usable=args[-1])
+            "train.fit.sft.measure", lambda *_, usable: replace(branch[2], usable=usable)
         )
         with pytest.raises(SystemExit) as exit_:
             fit.main(arguments)
@@ -228,14 +229,10 @@ def test_a_program_for_tpus_has_their_attention_kernel(model_config):
 def test_a_tpu_slice_without_a_tpu():
     def run(*arguments: str) -> subprocess.CompletedProcess:
         data = (
-            "--data.sources",
-            "",
-            "--data.buckets",
-            "[{tokens: 128, patches: 128}]",
-            "--checkpoint",
-            "",
-            "--run_dir",
-            "",
+            "--data.sources=not_read",
+            "--data.buckets=[{tokens: 128, patches: 128}]",
+            "--checkpoint=not_read",
+            "--run_dir=not_written",
         )
         command = (sys.executable, "-m", "train.fit", "--model", str(GOLDEN), *data, *arguments)
         environment = {

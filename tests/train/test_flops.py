@@ -103,7 +103,10 @@ def counted_step(config, trainable, rows, tokens, patches):
 
 def costs_of(config, trainable):
     return step_costs(
-        SFTConfig("", "", DataConfig("", [Bucket(1, 4)]), trainable=trainable), config
+        SFTConfig(
+            "not_read", "not_written", DataConfig("not_read", [Bucket(1, 4)]), trainable=trainable
+        ),
+        config,
     )
 
 

@@ -29,9 +29,9 @@ def program() -> GRPOProgram:
         "max_completion_tokens": 32,
     }
     settings = {"remat": "none", "beta": 0.1, "rollout_mesh": MeshConfig(data=-1, fsdp=1)}
-    data = ExamplesConfig("", [Bucket(32, 16)])
+    data = ExamplesConfig("not_read", [Bucket(32, 16)])
     return GRPOProgram.of(
-        GRPOConfig("", "", data, **options, **settings),
+        GRPOConfig("not_read", "not_written", data, **options, **settings),
         tiny.golden_config(),
         1,
         make_mesh(1, 4, devices=jax.devices()[:4]),

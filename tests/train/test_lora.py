@@ -96,7 +96,7 @@ def sft_config(**values) -> SFTConfig:
         "loss_chunk": 16,
     }
     return SFTConfig(
-        run_dir="",
+        run_dir="unused",
         data=data,
         trainable="lora",
         batch_size=8,
