@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.json_file import once
 
 _GZIP = b"\x1f\x8b"
 _OTHERS = {
@@ -62,7 +63,7 @@ class JsonFile(Conversations):
     def _record(self, index: int) -> Any:
         _, start, end = self._places[index].tolist()
         try:
-            return json.loads(os.pread(self._file, end - start, start))
+            return json.loads(os.pread(self._file, end - start, start), object_pairs_hook=once)
         except UnicodeDecodeError as error:
             raise ValueError(f"it is no JSON in UTF-8: {error}") from error
         except json.JSONDecodeError as error:

@@ -218,7 +218,7 @@ def _parse_message(
         for key, value in message.items()
         if value is not None
     }
-    content = message.get("content", "" if "tool_calls" in message else None)
+    content = message.get("content", "" if message.get("tool_calls") else None)
     if isinstance(content, list | tuple):
         parts = []
         for number, part in enumerate(content):

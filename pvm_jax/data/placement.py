@@ -13,6 +13,14 @@ _WORDS = {"image": "pictures", "video": "videos"}
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\s]{48,}=*\s*")
 """A PNG, JPEG, GIF or WebP as text."""
 
+_INLINE = re.compile(r"<img>[^<>]+</img>")
+_OTHER_TAG = re.compile(
+    r"<\|?(?:image|img|video)[ _-]?\d+\|?>|<img>|<\|(?:image|video)\|>"
+    r"|(?-i:<Image>|<IMAGE>|<Video>|<VIDEO>)",
+    re.IGNORECASE,
+)
+"""Where others mean a picture to stand: with its path, or beside the pictures of the record."""
+
 Message = Mapping[str, Any]
 
 
@@ -33,6 +41,7 @@ def placed(messages: Sequence[Message], record: Mapping[str, Any], root: Path) -
         if not sources:
             _check_words(messages, kind)
     for kind, sources in beside.items():
+        _check_tags(messages, _OTHER_TAG if sources else _INLINE)
         messages = _filled(_with_places(messages, kind, len(sources)), kind, sources)
     return [_with_paths(message, root) for message in messages]
 
@@ -110,6 +119,19 @@ def _check_words(messages: Sequence[Message], kind: str) -> None:
                 else ": if they are words, give them in a part of type text"
             )
         )
+
+
+def _check_tags(messages: Sequence[Message], other: re.Pattern[str]) -> None:
+    """Raises ValueError for a tag of another convention in a question that is a plain text."""
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") == "assistant" or not isinstance(content, str):
+            continue
+        if found := other.search(content):
+            raise ValueError(
+                f"the text holds {found[0]:.80}, which is no place of a picture here: write"
+                " <image>, and the pictures in their order under 'images'"
+            )
 
 
 def _parts(message: Message) -> list[Any]:

@@ -4,7 +4,8 @@ docs/data.md has the table of the conventions that are read.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,25 @@ COLUMNS = (
 )
 """The columns that make up a conversation; the others are the record's own, as a solution."""
 
-_REFUSED = ("audio", "audios", "chosen", "rejected", "rejected_response", "history", "functions")
+_REFUSED = ("audio", "audios", "chosen", "rejected", "rejected_response", "rejected_messages")
+_REFUSED += ("history", "functions", "documents", "loss_mask")
 """Columns that say what is to be learned in ways that are not read."""
+
+_ELSEWHERE = {
+    "system_prompt": "'system'",
+    "system_message": "'system'",
+    "enable_thinking": "'chat_template_kwargs'",
+}
+"""Columns that have their place in another."""
+
+_LABEL = "label"
+"""Says of a completion whether it is a good one."""
+
+_OF_PICTURES = re.compile(r"image|img|picture|photo|video|media", re.IGNORECASE)
+_PICTURE_FILE = re.compile(
+    r"data:(?:image|video)/.*|.*\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|webm|avi|mov|mkv)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 _SPEAKERS = {
     "human": "user",
@@ -54,12 +72,15 @@ def record_messages(record: Any, root: Path) -> ChatMessages:
         raise ValueError('not an object {"messages": [{"role": …, "content": …}, …]}')
     record = {name: value for name, value in record.items() if value is not None}
     _check_names(record)
-    return ChatMessages(placed(_turns(record), record, root), _variables(record))
+    messages = placed(_turns(record), record, root)
+    _check_pictures(record, messages)
+    return ChatMessages(messages, _variables(record))
 
 
 def concerns(name: str) -> bool:
     """Whether a column makes up the conversation, or might be meant to."""
-    return name in (*COLUMNS, *_REFUSED, *MARKS) or _near(name) is not None
+    known = (*COLUMNS, *_REFUSED, *_ELSEWHERE, *MARKS, _LABEL)
+    return name in known or _near(name) is not None or _OF_PICTURES.search(name) is not None
 
 
 def _near(name: str) -> str | None:
@@ -75,11 +96,41 @@ def _check_names(record: Mapping[str, Any]) -> None:
             raise ValueError(f"nothing reads {name!r}: did you mean {near!r}?")
         if name in _REFUSED:
             raise ValueError(f"{name!r} is not read here: give what is to be learned as messages")
+        if place := _ELSEWHERE.get(name):
+            raise ValueError(f"nothing reads {name!r}: it belongs in {place}")
+        if name == _LABEL and "completion" in record and value is not True:
+            raise ValueError(f"'label' marks the completion as {value!r}: leave bad ones out")
         if name in MARKS and value not in (True, 1):
             raise ValueError(
                 f"{name!r} marks a turn and not a record: leave the record out, or put it in its"
                 " turns"
             )
+
+
+def _check_pictures(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for a record that shows nothing, and has pictures in a column that is not
+    read."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if any(isinstance(part, Mapping) and part.get("type") != "text" for part in parts):
+        return
+    for name, value in record.items():
+        if name not in COLUMNS and _OF_PICTURES.search(name) and _is_picture(value):
+            raise ValueError(
+                f"nothing reads {name!r}, which seems to hold pictures, and the record shows none:"
+                " call it 'images' (or 'videos')"
+            )
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether it is a picture or a video, or a list that begins with one."""
+    if isinstance(value, list):
+        return bool(value) and _is_picture(value[0])
+    if isinstance(value, Mapping):
+        return any(map(_is_picture, (value.get("bytes"), value.get("path"), value.get("url"))))
+    return isinstance(value, bytes) or (
+        isinstance(value, str) and _PICTURE_FILE.fullmatch(value) is not None
+    )
 
 
 def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

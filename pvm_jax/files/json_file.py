@@ -107,12 +107,23 @@ def read_json(file: Path) -> JsonObject:
     if not file.is_file():
         raise ValueError(f"{file} is no regular file")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a JSON object, got {json.dumps(values)[:80]}")
     return JsonObject(values, str(file))
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, for `json.loads(…, object_pairs_hook=once)`. Raises ValueError if a
+    key stands twice, of which JSON's readers take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
 
 
 def is_number(value: Any) -> bool:

@@ -14,9 +14,9 @@ from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
 from tests.fuzz.mutations import VALUES, damaged, mutated, one_of, outcome, shuffled, with_nulls
+from tests.pvm_jax.processor_files import write_checkpoint, write_json
 from tests.pvm_jax.test_chat_template import TOOLS_TEMPLATE
 from tests.pvm_jax.test_model import CONFIG
-from tests.pvm_jax.processor_files import write_checkpoint, write_json
 
 NAMES = ("config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json")
 NAMES += ("preprocessor_config.json", "video_preprocessor_config.json")

@@ -248,6 +248,7 @@ def test_image_paths_are_relative_to_the_file(tmp_path):
         ("{", "Expecting property name"),
         ("", "is empty"),
         (" \n\n", "is empty"),
+        ('{"messages": [], "messages": []}', "1: the key 'messages' stands twice"),
         ("[" * 100_000, "1: lists and objects are nested too deeply"),
         ([], "not an object"),
         ({"message": []}, "not an object"),

@@ -134,6 +134,16 @@ def png(mode="RGB"):
     return file.getvalue()
 
 
+def test_a_column_about_pictures_is_the_records_own(tmp_path):
+    own = {"image_id": 7, "image_caption": "a.png of boats", "media_type": "png", "label": False}
+    record = {"messages": asks(PLACE), "image": "a.png", "image_path": "a.png"}
+    assert read({"messages": [USER, ANSWER], **own}, tmp_path) == [
+        ("user", "q"),
+        ("assistant", "a"),
+    ]
+    assert read(record, tmp_path)[0] == ("user", ["IMAGE a.png"])
+
+
 def test_pictures_as_base64_are_read(tmp_path):
     encoded = base64.b64encode(png()).decode()
     url = f"data:image/png;base64,{encoded}"
@@ -212,6 +222,16 @@ def test_shareGPT_has_a_system_column_tools_and_marks(tmp_path):
             {"messages": [USER], "tools": [{}], "chat_template_kwargs": {"tools": []}},
             "'chat_template_kwargs' has tools, and so has the record",
         ),
+        ({"messages": [USER, ANSWER], "image_path": "a.png"}, "'image_path', which seems to hold"),
+        ({"messages": [USER, ANSWER], "img": [{"bytes": b"x", "path": None}]}, "reads 'img'"),
+        ({"messages": [USER, ANSWER], "loss_mask": [0, 1]}, "'loss_mask' is not read here"),
+        ({"messages": [USER, ANSWER], "system_prompt": "s"}, "it belongs in 'system'"),
+        ({"messages": [USER], "enable_thinking": False}, "belongs in 'chat_template_kwargs'"),
+        ({"prompt": [USER], "completion": [ANSWER], "label": False}, "'label' marks the compl"),
+        ({"messages": asks("see <image_1>"), "images": ["a"]}, "<image_1>, which is no place"),
+        ({"messages": asks("<IMAGE>q"), "image": "a"}, "<IMAGE>, which is no place"),
+        ({"messages": asks("<image> <|image_2|>"), "image": "a"}, r"image_2\|>, which is no place"),
+        ({"messages": asks("<img>a.png</img> q")}, "<img>a.png</img>, which is no place"),
         ({"messages": asks("<image><image>q"), "images": ["a"]}, "2 <image> tags for the 1 "),
         ({"messages": asks("<image>q"), "images": ["a", "b"]}, "1 <image> tags for the 2 pictures"),
         ({"messages": asks("<image>q"), "images": [""]}, "1 <image> tags for the 0 pictures"),
