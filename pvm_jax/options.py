@@ -173,8 +173,8 @@ def arguments(
         The values, and those of `flags` that were given.
 
     Raises:
-        ValueError: for unknown, missing or ill-typed values, numbers that are not finite and what
-            a dataclass refuses; it names the key.
+        ValueError: for unknown, missing or ill-typed values, numbers that are not finite or have
+            more than 32 bits, and what a dataclass refuses; it names the key.
     """
     parser = Parser(
         prog=prog,
@@ -198,7 +198,7 @@ def arguments(
     values.pop("config")
     given = {flag for flag in (*flags, *_TRACEBACK_FLAG) if values.pop(flag, False)} & flags.keys()
     for key, value in values.items():
-        _refuse_non_finite(key, value)
+        _refuse_unbounded(key, value)
     return values, given
 
 
@@ -373,8 +373,11 @@ def _refuse_null(parser: Parser, namespace: Namespace) -> None:
             parser.error(f"{key} must not be null: leave it out for its default")
 
 
-def _refuse_non_finite(key: str, value: Any) -> None:
-    """ValueError for a number that is none, or infinite: comparisons let NaN pass."""
+def _refuse_unbounded(key: str, value: Any) -> None:
+    """ValueError for a number that is none (comparisons let NaN pass), infinite, or whole and of
+    more than the 32 bits that arrays hold."""
+    if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        raise ValueError(f"{key} must be a whole number below 2^31, got {value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} must be finite, got {value}")
     if is_dataclass(value):
@@ -384,4 +387,4 @@ def _refuse_non_finite(key: str, value: Any) -> None:
     else:
         parts = {}
     for name, part in parts.items():
-        _refuse_non_finite(f"{key}.{name}", part)
+        _refuse_unbounded(f"{key}.{name}", part)

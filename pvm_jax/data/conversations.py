@@ -37,6 +37,8 @@ def open_conversations(
     """
     if not isinstance(path, str | Path):
         given = [local_path(one) for one in path]
+        if not given:
+            raise ValueError("no path of conversations is given")
         if len(given) != 1:
             return _several(Path(", ".join(map(str, given))), given, every_column)
         (path,) = given

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 from urllib.request import url2pathname
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_FILE_BYTES = 2**30
 
@@ -40,6 +40,10 @@ def opened(source: Source) -> Iterator[tuple[Image.Image, str]]:
         file, name = _file(source)
         try:
             image = Image.open(file)
+        except UnidentifiedImageError as error:  # whose text names the object that holds it
+            raise ValueError(
+                f"{name} cannot be read as an image: it is in no format that Pillow knows"
+            ) from error
         except Exception as error:
             raise ValueError(f"{name} cannot be read as an image: {error}") from error
     try:

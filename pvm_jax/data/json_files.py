@@ -63,7 +63,8 @@ class JsonFile(Conversations):
     def _record(self, index: int) -> Any:
         _, start, end = self._places[index].tolist()
         try:
-            return json.loads(os.pread(self._file, end - start, start), object_pairs_hook=once)
+            text = os.pread(self._file, end - start, start).decode("utf-8-sig")
+            return json.loads(text, object_pairs_hook=once)
         except UnicodeDecodeError as error:
             raise ValueError(f"it is no JSON in UTF-8: {error}") from error
         except json.JSONDecodeError as error:

@@ -123,6 +123,8 @@ def _wanted(names: Sequence[str], every_column: bool) -> list[str]:
 
 
 def _check_columns(file: Path, names: Sequence[str]) -> None:
+    if twice := [name for name in set(names) if names.count(name) > 1]:
+        raise ValueError(f"{file} has the column {twice[0]!r} twice")
     if not set(TURNS) & set(names):
         raise ValueError(
             f"{file} has no column 'messages' (and 'images' or 'image'; {' and '.join(TURNS[1:])}"

@@ -154,6 +154,7 @@ def test_a_list_of_a_second_file_replaces_the_first_ones(file, tmp_path):
         (["a", "--max_new_tokens", "many"], "max_new_tokens:"),
         (["a", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["a", "--layers"], "--layers: expected one argument"),
+        (["a", "--max_new_tokens", str(2**31)], "max_new_tokens must be a whole number below 2^31"),
         (["a", "--inner.rate", ".nan"], "inner.rate must be finite, got nan"),
         (["a", "--parts=[{name: b, weight: .inf}]"], "parts.0.weight must be finite, got inf"),
         (["a", "--parts=[{name: b"], "parts:"),

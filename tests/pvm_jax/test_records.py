@@ -8,6 +8,7 @@ import json
 import datasets
 import msgpack
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -344,6 +345,8 @@ def test_a_part_that_says_too_much_or_nonsense_is_refused(part, message):
 def test_an_empty_path_is_no_image():
     with pytest.raises(ValueError, match="path is empty"):
         read_image("")
+    with pytest.raises(ValueError, match=r"URL cannot be read as an image: it is in no format"):
+        read_image("data:image/png;base64,AAAA")
 
 
 def test_a_table_with_a_misspelt_column_is_refused(tmp_path):
@@ -351,3 +354,8 @@ def test_a_table_with_a_misspelt_column_is_refused(tmp_path):
     pq.write_table(datasets.Dataset.from_list(rows).with_format("arrow")[:], tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet:0: nothing reads 'imagess'"):
         open_conversations(tmp_path / "a.parquet")[0]
+    text = pa.array([json.dumps([USER, ANSWER])])
+    table = pa.Table.from_arrays([text, text], names=["messages", "messages"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has the column 'messages' twice"):
+        open_conversations(tmp_path / "a.parquet")
