@@ -78,7 +78,7 @@ def _is_empty(source: Any) -> bool:
 
 def _with_places(messages: Sequence[Message], kind: str, count: int) -> Sequence[Message]:
     """The messages with parts for `count` pictures that the record has beside them."""
-    parts = [part for message in messages for part in _parts(message) if part.get("type") == kind]
+    parts = _showing(messages, kind)
     places = sum(_is_place(part, kind) for part in parts)
     tags = sum(_count_tags(message, kind) for message in messages) if count else 0
     if tags and parts:
@@ -103,7 +103,7 @@ def _with_places(messages: Sequence[Message], kind: str, count: int) -> Sequence
 def _check_words(messages: Sequence[Message], kind: str) -> None:
     """Raises ValueError for a tag of a record without pictures, unless it is spoken of: in an
     answer, or in a typed part where no other part shows a picture."""
-    parts = any(part.get("type") == kind for message in messages for part in _parts(message))
+    parts = _showing(messages, kind)
     tags = sum(
         _count_tags(message, kind)
         for message in messages
@@ -137,6 +137,12 @@ def _check_tags(messages: Sequence[Message], other: re.Pattern[str]) -> None:
 def _parts(message: Message) -> list[Any]:
     content = message.get("content")
     return [p for p in content if isinstance(p, Mapping)] if isinstance(content, list) else []
+
+
+def _showing(messages: Sequence[Message], kind: str) -> list[Mapping[str, Any]]:
+    """The parts that show pictures (or videos)."""
+    parts = (part for message in messages for part in _parts(message))
+    return [part for part in parts if str(part.get("type")).removesuffix("_url") == kind]
 
 
 def _is_place(part: Mapping[str, Any], kind: str) -> bool:

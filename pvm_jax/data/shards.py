@@ -17,6 +17,9 @@ SHARDS_INDEX = "dataset.json"
 
 SHARDS_SIZES = "sizes.npy"
 
+_DIGITS = 1
+"""MessagePack's number for our own kind of value."""
+
 
 class Shards(Parts):
     """A directory that `convert.dataset` wrote: ArrayRecord files with the images in them."""
@@ -80,11 +83,24 @@ def pack_record(messages: Messages) -> bytes:
     variables = variables_of(messages)
     tools = {"tools": variables.pop("tools")} if "tools" in variables else {}
     others = {"chat_template_kwargs": variables} if variables else {}
-    record = msgpack.packb({"messages": list(messages), **tools, **others})
+    record = msgpack.packb({"messages": list(messages), **tools, **others}, default=_as_digits)
     assert record is not None
     return record
 
 
 def unpack_record(record: bytes) -> dict[str, Any]:
     """What `pack_record` packed."""
-    return msgpack.unpackb(record)
+    return msgpack.unpackb(record, ext_hook=_of_digits)
+
+
+def _as_digits(value: Any) -> msgpack.ExtType:
+    """A whole number of more than MessagePack's 64 bits. Raises ValueError for anything else."""
+    if not isinstance(value, int):
+        raise ValueError(f"a shard holds no {type(value).__name__}: {value!r:.80}")
+    return msgpack.ExtType(_DIGITS, str(value).encode())
+
+
+def _of_digits(kind: int, content: bytes) -> int:
+    if kind != _DIGITS:
+        raise ValueError(f"the record holds something of the unknown kind {kind}")
+    return int(content)

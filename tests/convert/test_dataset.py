@@ -206,7 +206,7 @@ def test_without_a_processor_images_are_checked_too(tmp_path):
     fine = conversation(picture(tmp_path, "fine.png", 200), {"type": "text", "text": "List"})
     records = list(bad_records(tmp_path).values())
     convert(write(tmp_path, [fine, *records]), tmp_path / "shards", max_rejected=0.9)
-    assert len(open_conversations(tmp_path / "shards")) == 3  # what needs the tokenizer passes
+    assert len(open_conversations(tmp_path / "shards")) == 4  # what needs the tokenizer passes
 
 
 def test_training_that_reads_a_bad_record_names_it(tmp_path, processor):

@@ -243,6 +243,14 @@ def test_shareGPT_has_a_system_column_tools_and_marks(tmp_path):
             {"messages": asks(PLACE | {"image": "a"}, text("<image>q"))},
             "1 <image> tags for .*, and there are image parts",
         ),
+        (
+            {"messages": asks({"type": "image_url", "image_url": "a"}, text("<image>q"))},
+            "1 <image> tags for .*, and there are image parts",
+        ),
+        (
+            {"messages": asks({"type": "image_url", "image_url": "a"}), "images": ["b"]},
+            "0 image parts for the 1 pictures",
+        ),
         ({"messages": asks("q"), "images": ["a", None]}, r"images\[1\] is empty"),
         ({"messages": asks(PLACE, PLACE), "images": ["a"]}, "2 image parts for the 1 pictures"),
         (
@@ -340,6 +348,13 @@ def test_tables_whose_columns_are_json_give_the_same_as_the_file(tmp_path):
 def test_a_part_that_says_too_much_or_nonsense_is_refused(part, message):
     with pytest.raises(ValueError, match=message):
         parse(asks(part), ())
+
+
+def test_a_shard_holds_whole_numbers_of_any_size_and_no_other_things():
+    turns = [USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": {"x": 10**30, "y": -1}}]}]
+    assert unpack_record(pack_record(turns))["messages"] == turns
+    with pytest.raises(ValueError, match="a shard holds no object"):
+        pack_record([USER | {"content": object()}])
 
 
 def test_an_empty_path_is_no_image():
