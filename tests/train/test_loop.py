@@ -130,7 +130,7 @@ def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace
 
 def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
     data = DataConfig(str(workplace / "data.jsonl"), [Bucket(48, 8)])
-    config = SFTConfig(str(workplace / "base"), "", data, trainable="decoder")
+    config = SFTConfig(str(workplace / "base"), "unused", data, trainable="decoder")
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         model = load(config.checkpoint, mesh=mesh)
