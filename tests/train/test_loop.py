@@ -179,7 +179,7 @@ def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
     for batch_size in (8, 32):  # 48 examples
         config = SFTConfig(
             str(workplace / "base"),
-            "",
+            "unused",
             data,
             dtype="float32",
             batch_size=batch_size,
