@@ -173,7 +173,7 @@ def test_a_footprint_tells_the_time_where_a_tpu_compiler_counted():
 
 def test_a_loop_that_passes_a_number_on_is_seen_through():
     schedule = Schedule(Hlo.parse(TEXT))
-    assert {run.times for run in schedule.runs()} == {1, 2, 6}
+    assert {turn.times for turn in schedule.turns()} == {1, 2, 6}
     limit = (
         TEXT.replace("  %constant.11.clone.1 = s32[] constant(3)\n", "")
         .replace(
@@ -186,4 +186,4 @@ def test_a_loop_that_passes_a_number_on_is_seen_through():
             "  %get-tuple-element.86 =",
         )
     )
-    assert {run.times for run in Schedule(Hlo.parse(limit)).runs()} == {1, 2}
+    assert {turn.times for turn in Schedule(Hlo.parse(limit)).turns()} == {1, 2}

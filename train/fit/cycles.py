@@ -146,33 +146,33 @@ class StepTime:
         if device_kind not in CHIPS or peak is None:
             raise ValueError(f"no clock of {device_kind!r} is known; of {', '.join(CHIPS)} it is")
         schedule, estimate = Schedule(Hlo.parse(text)), cls(CHIPS[device_kind], peak)
-        for run in schedule.runs():
-            estimate._add(schedule, run, times)
+        for turn in schedule.turns():
+            estimate._add(schedule, turn, times)
         if not any(row.cycles for row in estimate.rows.values()):
             raise unreadable("it estimates no cycles")
         return estimate
 
-    def _add(self, schedule: Schedule, run: Turn, times: int) -> None:
-        instruction = run.instruction
-        products = list(schedule.products(run))
-        place = _place(schedule.hlo, products[0][0] if products else instruction, run)
+    def _add(self, schedule: Schedule, turn: Turn, times: int) -> None:
+        instruction = turn.instruction
+        products = list(schedule.products(turn))
+        place = _place(schedule.hlo, products[0][0] if products else instruction, turn)
         if 'custom_call_target="tpu_custom_call"' in instruction.rest:
-            self.kernels[place] += times * run.times * kernel_flops(instruction)
+            self.kernels[place] += times * turn.times * kernel_flops(instruction)
             return
-        collectives = list(schedule.collectives(run))
+        collectives = list(schedule.collectives(turn))
         for collective, beside in collectives:
             kind = self.traffic[collective.opcode.removesuffix("-start")]
-            arriving = times * run.times * arriving_bytes(collective)
+            arriving = times * turn.times * arriving_bytes(collective)
             kind.bytes += arriving
             kind.hidden += arriving if beside else 0
         if instruction.cycles is None:
             if products:
                 raise unreadable(f"no estimate of the product {instruction.name}")
-            if not (collectives or _kind(schedule, run) in _FREE or _is_small(instruction)):
-                self.silent[_kind(schedule, run)] += times * run.times
+            if not (collectives or _kind(schedule, turn) in _FREE or _is_small(instruction)):
+                self.silent[_kind(schedule, turn)] += times * turn.times
             return
-        cycles = times * run.cycles
-        opcodes = {one.opcode for _, one in schedule.within(run) if not _is_index(one)}
+        cycles = times * turn.cycles
+        opcodes = {one.opcode for _, one in schedule.within(turn) if not _is_index(one)}
         moves, converts = opcodes <= _MOVES, opcodes <= _MOVES | {"convert"}
         self.rows[place] += Row(
             cycles=cycles,
@@ -234,9 +234,9 @@ class StepTime:
         ]
 
 
-def _place(hlo: Hlo, instruction: Instruction, run: Turn) -> tuple[str, str]:
+def _place(hlo: Hlo, instruction: Instruction, turn: Turn) -> tuple[str, str]:
     """Part and stage of an instruction or, where the compiler made it up, of the loop around it."""
-    scope, frame = run.scope, instruction.frame
+    scope, frame = turn.scope, instruction.frame
     while frame is None and scope is not None:
         if scope.loop is not None:
             instruction = scope.loop
@@ -265,12 +265,12 @@ def _is_index(instruction: Instruction) -> bool:
     return _is_small(instruction) and instruction.opcode != "reduce"
 
 
-def _kind(schedule: Schedule, run: Turn) -> str:
+def _kind(schedule: Schedule, turn: Turn) -> str:
     """What an instruction does, for a reader."""
-    inner = [one for _, one in schedule.within(run)]
+    inner = [one for _, one in schedule.within(turn)]
     targets = (one.attribute(r'custom_call_target="([^"]*)"') for one in inner)
     names = [*(one.opcode for one in inner if one.opcode in _TOLD), *filter(None, targets)]
-    return names[0] if names else run.instruction.opcode
+    return names[0] if names else turn.instruction.opcode
 
 
 def kernel_flops(kernel: Instruction) -> int:

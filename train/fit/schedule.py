@@ -57,32 +57,33 @@ class Schedule:
 
     hlo: Hlo
 
-    def runs(self) -> Iterator[Turn]:
+    def turns(self) -> Iterator[Turn]:
         """Every instruction that runs, of the dearest branch where there are several.
 
         Raises:
             ValueError: for a loop whose condition does not tell its trip count.
         """
-        return self._runs(Scope(self.hlo.entry, [], None, None, 1))
+        return self._turns(Scope(self.hlo.entry, [], None, None, 1))
 
-    def _runs(self, scope: Scope) -> Iterator[Turn]:
+    def _turns(self, scope: Scope) -> Iterator[Turn]:
         for instruction in self.hlo.computations[scope.computation].instructions.values():
             if instruction.opcode == "while":
                 times = scope.times * self.trips(instruction, scope)
                 body = instruction.required(r"body=%([\w.\-]+)")
-                yield from self._runs(Scope(body, instruction.operands, scope, instruction, times))
+                yield from self._turns(Scope(body, instruction.operands, scope, instruction, times))
             elif instruction.opcode == "conditional":
                 yield from max(self._branches(instruction, scope), key=_cycles)
             elif instruction.opcode == "call":
                 called = instruction.required(r"to_apply=%([\w.\-]+)")
-                yield from self._runs(Scope(called, instruction.operands, scope, None, scope.times))
+                inner = Scope(called, instruction.operands, scope, None, scope.times)
+                yield from self._turns(inner)
             else:
                 yield Turn(instruction, scope)
 
     def _branches(self, instruction: Instruction, scope: Scope) -> Iterator[list[Turn]]:
         names = instruction.required(r"branch_computations=\{([^}]*)\}")
         for name, argument in zip(names.split(", "), instruction.operands[1:], strict=True):
-            yield list(self._runs(Scope(name[1:], [argument], scope, None, scope.times)))
+            yield list(self._turns(Scope(name[1:], [argument], scope, None, scope.times)))
 
     def trips(self, loop: Instruction, scope: Scope) -> int:
         """How often the body of a `while` in `scope` runs, by its condition.
@@ -192,27 +193,27 @@ class Schedule:
             )
         return source.opcode == "parameter" and place == index
 
-    def products(self, run: Turn) -> Iterator[tuple[Instruction, int]]:
+    def products(self, turn: Turn) -> Iterator[tuple[Instruction, int]]:
         """The matrix products within an instruction that runs, each with its FLOPs in one run of
         the program."""
-        for computation, instruction in self.within(run):
+        for computation, instruction in self.within(turn):
             if instruction.opcode in ("convolution", "dot"):
                 shapes = [
                     dimensions(computation.instructions[name].shape)
                     for name in instruction.operands
                 ]
-                yield instruction, run.times * flops(instruction, *shapes)
+                yield instruction, turn.times * flops(instruction, *shapes)
 
-    def collectives(self, run: Turn) -> Iterator[tuple[Instruction, bool]]:
+    def collectives(self, turn: Turn) -> Iterator[tuple[Instruction, bool]]:
         """What begins within an instruction that runs to move data between chips, and whether other
         work goes on meanwhile."""
-        for computation, instruction in self.within(run):
+        for computation, instruction in self.within(turn):
             opcode = instruction.opcode.removesuffix("-start")
-            alone = computation is self.hlo.computations[run.scope.computation]
+            alone = computation is self.hlo.computations[turn.scope.computation]
             if opcode in COLLECTIVES and (alone or _begins(computation)):
                 yield instruction, not alone or opcode != instruction.opcode
 
-    def within(self, run: Turn) -> Iterator[tuple[Computation, Instruction]]:
+    def within(self, turn: Turn) -> Iterator[tuple[Computation, Instruction]]:
         """The instruction or, of a fusion, those that were fused."""
 
         def walk(computation: Computation, instruction: Instruction):
@@ -223,7 +224,7 @@ class Schedule:
             else:
                 yield computation, instruction
 
-        yield from walk(self.hlo.computations[run.scope.computation], run.instruction)
+        yield from walk(self.hlo.computations[turn.scope.computation], turn.instruction)
 
 
 def _whole(constant: Instruction | None) -> int | None:
@@ -232,8 +233,8 @@ def _whole(constant: Instruction | None) -> int | None:
     return int(constant.inside) if constant and whole else None
 
 
-def _cycles(runs: list[Turn]) -> int:
-    return sum(run.cycles for run in runs)
+def _cycles(turns: list[Turn]) -> int:
+    return sum(turn.cycles for turn in turns)
 
 
 def _begins(computation: Computation) -> bool:
