@@ -29,7 +29,6 @@ from pvm_jax.checkpoint.directory import (
     CheckpointError,
     compare_shapes,
     copy_assets,
-    read_config,
     refuse_peft,
     write_aside,
     write_config,
@@ -37,6 +36,7 @@ from pvm_jax.checkpoint.directory import (
 from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.paths import local_path
+from pvm_jax.hf_config import read_config
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
 from pvm_jax.options import command, parse
@@ -94,22 +94,13 @@ def main(argv: Sequence[str]) -> None:
         by_place=["src", "dst"],
     )
     jax.config.update("jax_platforms", "cpu")
-    convert(
-        options.src,
-        options.dst,
-        pvm_layers=tuple(options.pvm_layers) if options.pvm_layers else None,
-        pvm_hidden_size=options.pvm_hidden_size,
-        pvm_visibility=options.pvm_visibility,
-        plain=options.plain,
-        dtype=options.dtype,
-        seed=options.seed,
-    )
+    convert(**vars(options))
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
-    pvm_layers: tuple[int, ...] | None = None,
+    pvm_layers: Sequence[int] | None = None,
     pvm_hidden_size: int | None = None,
     pvm_visibility: str | None = None,
     *,
@@ -142,7 +133,7 @@ def convert(
     reader = SafetensorsReader(src)
     config, fresh = _config(
         original,
-        _Branch(pvm_layers, pvm_hidden_size, pvm_visibility),
+        _Branch(tuple(pvm_layers or ()) or None, pvm_hidden_size, pvm_visibility),
         plain=plain,
         stored=any(BRANCH in name for name in reader.tensors),
     )

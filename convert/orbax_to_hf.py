@@ -18,13 +18,13 @@ from convert.store import blocks, open_arrays
 from pvm_jax.checkpoint.directory import (
     compare_shapes,
     copy_assets,
-    read_config,
     write_aside,
     write_config,
 )
 from pvm_jax.checkpoint.store import explaining_damage, find
 from pvm_jax.config import ModelConfig
 from pvm_jax.files.paths import local_path
+from pvm_jax.hf_config import read_config
 from pvm_jax.options import command, parse
 
 _READ_AHEAD = 4

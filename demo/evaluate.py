@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from demo.task import VALUES, GridExample, Mixture, draw, make_example
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.example import Example as Encoded
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.measure.accuracy import teacher_forced
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.command import compared, report_on

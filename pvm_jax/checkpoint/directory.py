@@ -14,8 +14,6 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
-from pvm_jax.files.json_file import JsonObject, read_json
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import local_path
 
@@ -76,39 +74,6 @@ def _discard(directory: Path) -> None:
         time.sleep(0.05)
         if not directory.exists():
             return
-
-
-def read_stop_tokens(checkpoint: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids: of generation_config.json, else of config.json, else the
-    tokenizer's; none where a file says null, or weights stand without a tokenizer.
-
-    Raises:
-        FileNotFoundError, ValueError: naming file and key, if they cannot be read.
-    """
-    checkpoint = local_path(checkpoint)
-    file = checkpoint / "generation_config.json"
-    config = read_config(checkpoint)
-    text = config.object("text_config")
-    rows = text.integer("vocab_size")
-    for source in (*([read_json(file)] if file.exists() else []), text, config):
-        if "eos_token_id" in source:
-            return _ids(source, rows)
-    if not has_tokenizer(checkpoint):
-        return ()
-    tokenizer: Any = read_tokenizer(checkpoint)
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-
-
-def _ids(source: JsonObject, rows: int) -> tuple[int, ...]:
-    value = source["eos_token_id"]
-    if isinstance(value, list):
-        ids = source.integers("eos_token_id")
-    else:
-        ids = () if value is None else (source.integer("eos_token_id"),)
-    for token in ids:
-        if token >= rows:
-            source.refuse("eos_token_id", f"{token} is outside the vocabulary of {rows}")
-    return ids
 
 
 def copy_assets(source: str | Path, target: Path) -> None:
@@ -182,16 +147,6 @@ def compare_shapes(
             *rest,
         ]
         raise CheckpointError("\n".join(shown))
-
-
-def read_config(directory: str | Path) -> JsonObject:
-    """The directory's config.json as it is.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is no JSON object.
-    """
-    return read_json(local_path(directory) / "config.json")
 
 
 def refuse_peft(directory: Path) -> None:

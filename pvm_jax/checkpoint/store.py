@@ -26,8 +26,6 @@ from pvm_jax.checkpoint.directory import (
     aside_of,
     compare_shapes,
     copy_assets,
-    read_config,
-    read_stop_tokens,
     reason_of,
     refuse_peft,
     write_aside,
@@ -35,7 +33,9 @@ from pvm_jax.checkpoint.directory import (
 )
 from pvm_jax.checkpoint.identity import backbone_identity, branch_identity
 from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, dtype_name
+from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.files.paths import local_path
+from pvm_jax.hf_config import read_config
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model

@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 
 from pvm_jax.data.image_files import Source
+from pvm_jax.files.json_file import is_number
 
 DEFAULT_FPS = 24.0
 
@@ -303,7 +304,7 @@ def _parse_video(part: dict[str, Any]) -> Video:
                 stacklevel=2,
             )
             fps = DEFAULT_FPS
-        if not _is_number(fps) or not fps > 0:
+        if not is_number(fps) or not fps > 0:
             raise ValueError(f"fps must be a positive number, got {fps!r}")
         seconds = [number / float(fps) for number in range(len(frames))]
         if not math.isfinite(seconds[-1]):
@@ -311,7 +312,7 @@ def _parse_video(part: dict[str, Any]) -> Video:
         return Video(list(frames), seconds)
     if fps is not None:
         raise ValueError("give fps or timestamps, not both")
-    if not isinstance(seconds, list | tuple | np.ndarray) or not all(map(_is_number, seconds)):
+    if not isinstance(seconds, list | tuple | np.ndarray) or not all(map(is_number, seconds)):
         raise ValueError(f"timestamps must be seconds, one for each frame, got {seconds!r:.80}")
     seconds = [float(second) for second in seconds]
     if len(seconds) != len(frames) or seconds != sorted(seconds) or seconds[0] < 0:
@@ -320,15 +321,6 @@ def _parse_video(part: dict[str, Any]) -> Video:
             f" {seconds}"
         )
     return Video(list(frames), seconds)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no boolean."""
-    return (
-        isinstance(value, int | float | np.integer | np.floating)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    )
 
 
 def _present(value: Any) -> Any:

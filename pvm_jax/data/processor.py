@@ -23,7 +23,7 @@ from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
-from pvm_jax.data.side_files import check_fits, pixel_settings, stop_tokens, visual_tokens
+from pvm_jax.data.side_files import check_fits, pixel_settings, read_stop_tokens, visual_tokens
 from pvm_jax.data.tags import with_tags_as_text
 from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
 from pvm_jax.files.paths import local_path
@@ -106,7 +106,10 @@ class Processor:
         """
         folder = local_path(path)
         tokenizer = with_tags_as_text(read_tokenizer(folder), tags_as_text)
-        stops = [tokenizer.added_tokens_decoder.get(token) for token in stop_tokens(folder)]
+        stops = [
+            tokenizer.added_tokens_decoder.get(token)
+            for token in read_stop_tokens(folder, tokenizer)
+        ]
         processor = cls(
             tokenizer,
             read_chat_template(folder, tokenizer),

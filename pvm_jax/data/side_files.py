@@ -8,7 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.images import ImageSettings, PixelSettings, VideoSettings
-from pvm_jax.files.json_file import JsonObject, read_json
+from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
+from pvm_jax.files.json_file import JsonObject, read_json_if_any
+from pvm_jax.files.paths import local_path
 
 _VISUAL_TOKENS = {
     "image_token": "<|image_pad|>",
@@ -37,9 +39,9 @@ def pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
         FileNotFoundError: if there is none of them.
         ValueError: naming the file, for a setting that is malformed or not computed here.
     """
-    nested = _read(folder / "processor_config.json")
+    nested = read_json_if_any(folder / "processor_config.json")
     file = "processor_config.json" if "image_processor" in nested else "preprocessor_config.json"
-    image = nested.object("image_processor", None) or _read(folder / file)
+    image = nested.object("image_processor", None) or read_json_if_any(folder / file)
     if not image:
         raise FileNotFoundError(
             f"{folder}: no preprocessor_config.json (nor image_processor in processor_config.json)"
@@ -47,7 +49,7 @@ def pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
     image_settings = ImageSettings.from_config(image, str(folder / file))
     video = nested.object("video_processor", None)
     source = "processor_config.json" if video else "video_preprocessor_config.json"
-    video = video or _read(folder / source)
+    video = video or read_json_if_any(folder / source)
     if not video:
         # Hugging Face then reads the images' file, whose min_pixels and max_pixels mean nothing to
         # videos.
@@ -56,11 +58,42 @@ def pixel_settings(folder: Path) -> tuple[ImageSettings, VideoSettings]:
     return image_settings, VideoSettings.from_config(video, str(folder / source))
 
 
-def stop_tokens(folder: Path) -> list[Any]:
-    """The ids that end a generation, beside the tokenizer's own. Raises ValueError if the file is
-    malformed."""
-    ids = _read(folder / "generation_config.json").get("eos_token_id")
-    return ids if isinstance(ids, list) else [ids]
+def read_stop_tokens(
+    checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[int, ...]:
+    """The end-of-sequence ids: of generation_config.json, else of config.json, else the
+    tokenizer's; none where a file says null, or weights stand without a tokenizer.
+
+    Args:
+        tokenizer: the checkpoint's, where it has been read.
+
+    Raises:
+        ValueError: naming file and key, if they cannot be read.
+    """
+    folder = local_path(checkpoint)
+    config = read_json_if_any(folder / "config.json")
+    text = config.object("text_config", None) or JsonObject({}, config.file)
+    for source in (read_json_if_any(folder / "generation_config.json"), text, config):
+        if "eos_token_id" in source:
+            return _ids(source, text.integer("vocab_size", None))
+    if tokenizer is None:
+        if not has_tokenizer(folder):
+            return ()
+        tokenizer = read_tokenizer(folder)
+    stop: Any = tokenizer.eos_token_id
+    return () if stop is None else (stop,)
+
+
+def _ids(source: JsonObject, rows: int | None) -> tuple[int, ...]:
+    value = source["eos_token_id"]
+    if isinstance(value, list):
+        ids = source.integers("eos_token_id")
+    else:
+        ids = () if value is None else (source.integer("eos_token_id"),)
+    for token in ids:
+        if rows is not None and token >= rows:
+            source.refuse("eos_token_id", f"{token} is outside the vocabulary of {rows}")
+    return ids
 
 
 def check_fits(
@@ -84,7 +117,3 @@ def check_fits(
                 f"{folder}/config.json: {name}_id is {expected}, but the tokenizer's {token} is"
                 f" {found}: one of them is another checkpoint's"
             )
-
-
-def _read(file: Path) -> JsonObject:
-    return read_json(file) if file.exists() else JsonObject({}, str(file))

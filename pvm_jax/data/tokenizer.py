@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pvm_jax.files.json_file import JsonObject, read_json
+from pvm_jax.files.json_file import JsonObject, read_json, read_json_if_any
 from pvm_jax.hf_config import check_model_type, read_config
 
 _FILES = (
@@ -47,7 +47,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     config = read_config(folder) if (folder / "config.json").exists() else None
     if config is not None:
         check_model_type(config)
-    settings = _settings(folder)
+    settings = read_json_if_any(folder / "tokenizer_config.json")
     kind = settings.text("tokenizer_class", None)
     if kind is not None and kind not in _CLASSES:
         settings.refuse("tokenizer_class", f"must be {' or '.join(_CLASSES)}, got {kind!r}")
@@ -112,9 +112,9 @@ def read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: naming the file, if there is none.
     """
     for name in ("processor_config.json", "chat_template.json"):
-        file = folder / name
-        if file.exists() and (template := read_json(file).get("chat_template")):
-            return _one_template(template, str(file))
+        file = read_json_if_any(folder / name)
+        if template := file.get("chat_template"):
+            return _one_template(template, file.file)
     if template := tokenizer.chat_template:
         return _one_template(template, f"{folder}/tokenizer_config.json")
     raise ValueError(f"{folder}: no chat template (chat_template.jinja)")
@@ -131,8 +131,3 @@ def _one_template(template: Any, file: str) -> str:
     if not isinstance(template, str):
         raise ValueError(f"{file}: chat_template must be a text or texts by name")
     return template
-
-
-def _settings(folder: Path) -> JsonObject:
-    file = folder / "tokenizer_config.json"
-    return read_json(file) if file.exists() else JsonObject({}, str(file))

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -115,6 +116,12 @@ def read_json(file: Path) -> JsonObject:
     return JsonObject(values, str(file))
 
 
+def read_json_if_any(file: Path) -> JsonObject:
+    """The object in `file`; an empty one where there is no such file. Raises ValueError as
+    `read_json`."""
+    return read_json(file) if file.exists() else JsonObject({}, str(file))
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of `pairs`, for `json.loads(…, object_pairs_hook=once)`. Raises ValueError if a
     key stands twice, of which JSON's readers take the last."""
@@ -127,11 +134,9 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number, and not true or false."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
-
-
-def _is_finite(value: float) -> bool:
+    """Whether `value` is a finite number, NumPy's among them, and not true or false."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond float64

@@ -16,9 +16,10 @@ from orbax.checkpoint import v1 as ocp
 
 from convert import hf_to_orbax, orbax_to_hf, store
 from pvm_jax import load, save
-from pvm_jax.checkpoint.directory import CheckpointError, read_config
+from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.store import save_branch
 from pvm_jax.config import ModelConfig
+from pvm_jax.hf_config import read_config
 from pvm_jax.model.parameters import by_path
 from pvm_jax.sharding import make_mesh
 from tests.convert.directories import read_tensors

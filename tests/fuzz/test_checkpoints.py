@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from convert.safetensors_files import DTYPES, INDEX, SafetensorsReader
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.side_files import read_stop_tokens
 from tests.fuzz.mutations import VALUES, damaged, mutated, one_of, outcome, shuffled, with_nulls
 from tests.pvm_jax.processor_files import write_checkpoint, write_json
 from tests.pvm_jax.test_chat_template import TOOLS_TEMPLATE

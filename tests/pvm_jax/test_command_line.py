@@ -12,9 +12,9 @@ import pytest
 from convert.hf_to_orbax import convert
 from demo.task import Mixture, draw, make_example
 from pvm_jax.__main__ import main
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load, save
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.side_files import read_stop_tokens
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
 import convert.dataset
 import convert.hf_to_orbax
@@ -15,8 +16,8 @@ import convert.orbax_to_hf
 import pvm_jax.__main__
 import train.grpo.__main__
 import train.sft.__main__
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +192,18 @@ class TestStopTokens:
         assert read_stop_tokens(base) == (7,)
         change(base / "config.json", text_config=text | {"eos_token_id": [8, 9]})
         assert read_stop_tokens(base) == (8, 9)
+
+    def test_no_text_may_hold_one(self, base):
+        """Whichever file says that it is one."""
+        (base / "generation_config.json").unlink()
+        tag, tokenizer = "<think>", Tokenizer.from_file(str(base / "tokenizer.json"))
+        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False)])
+        tokenizer.save(str(base / "tokenizer.json"))
+        messages = [{"role": "user", "content": f"a {tag}"}, {"role": "assistant", "content": "b"}]
+        Processor.from_pretrained(base).encode(messages)
+        change(base / "config.json", eos_token_id=tokenizer.token_to_id(tag))
+        with pytest.raises(ValueError, match=f"holds {tag}, which only the chat template"):
+            Processor.from_pretrained(base).encode(messages)
 
     def test_of_weights_alone_none(self, base):
         for name in ("generation_config.json", "tokenizer.json"):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
+from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
 from tests.train import runs

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from pvm_jax.checkpoint.directory import read_stop_tokens
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.data.messages import naming
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.data.stored import Conversations
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import make_local
