@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 SMALLEST = {
     "against_torch": "--rows 1 --text 16 --side 4 --new_tokens 4 --repeats 1",
     "checkpoints": "--sizes [1] --saves 1 --step_seconds 0.05",
+    "checksums": "--repeats 1",
     "conversion": "--preset small --back",
     "decoding": "--visual_tokens [16] --batches [1] --text_tokens 16 --steps 2 --repeats 1",
     "device": "small --rows 1 --text 64 --side 8",
