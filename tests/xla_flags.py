@@ -10,6 +10,7 @@ DEVICES = "--xla_force_host_platform_device_count="
 _WANTED = {
     # Programs here compile far longer than they run.
     "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,  # 32 parts, each with a cost of its own
     "xla_cpu_use_fusion_emitters": False,  # gone in jaxlib 0.12
     # Or else simulated devices may run a program's independent loops in different orders, and wait
     # in them for each other for ever.
