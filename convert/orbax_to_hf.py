@@ -1,10 +1,12 @@
 """An Orbax checkpoint back to a Hugging Face directory: `python -m convert.orbax_to_hf`."""
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +30,14 @@ from pvm_jax.hf_config import read_config
 from pvm_jax.options import command, parse
 
 _READ_AHEAD = 4
+CODE = Path(__file__).with_name("modeling_pvm_qwen3_vl.py")
+"""The branch in PyTorch, for transformers: copied, never imported here."""
+AUTO_MAP = {
+    "AutoModel": f"{CODE.stem}.PVMQwen3VLModel",
+    "AutoModelForImageTextToText": f"{CODE.stem}.PVMQwen3VLForConditionalGeneration",
+    "AutoModelForMultimodalLM": f"{CODE.stem}.PVMQwen3VLForConditionalGeneration",
+}
+"""The key of config.json by which transformers finds the classes of that file."""
 EXAMPLES = """
 examples:
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-PVM
@@ -36,8 +46,8 @@ examples:
       --plain --max_shard_size 2GB
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-LoRA \\
       --plain --lora runs/sft_lora/lora
-The first two are for the authors' code, the others for transformers' own
-Qwen3VLForConditionalGeneration.
+The first two are for the authors' code, and for transformers with trust_remote_code=True; the
+others for transformers' own Qwen3VLForConditionalGeneration.
 """
 
 
@@ -126,10 +136,22 @@ def convert(
     total = sum(tensor.nbytes for tensor in tensors.values())
     with write_aside(dst) as aside, report(str(dst), len(tensors), total) as advance:
         copy_assets(root, aside)
-        write_config(aside, config, read_config(root))
+        _write_config_and_code(aside, config, read_config(root))
         write_safetensors(
             aside, tensors, _contents(root, arrays, slots, updates, advance), max_shard_size
         )
+
+
+def _write_config_and_code(
+    directory: Path, config: ModelConfig, original: Mapping[str, Any]
+) -> None:
+    """config.json, and where there is a branch the code that runs it. Other code that the
+    `original` names is not carried along: nor is its name."""
+    kept = {key: value for key, value in original.items() if key != "auto_map"}
+    if config.text.pvm_layers:
+        kept["auto_map"] = AUTO_MAP
+        shutil.copyfile(CODE, directory / CODE.name)
+    write_config(directory, config, kept)
 
 
 def _contents(

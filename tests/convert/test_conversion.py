@@ -1,5 +1,6 @@
 """Hugging Face -> Orbax -> Hugging Face: equal bytes, and errors that name what is wrong."""
 
+import ast
 import json
 import runpy
 import shutil
@@ -86,6 +87,39 @@ def test_with_the_branch_the_config_is_the_authors(plain, tmp_path):
     assert "model.language_model.layers.2.pvm_block.cross_attn.q_norm.weight" in read_tensors(
         tmp_path / "back"
     )
+
+
+@pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
+def test_with_the_branch_goes_the_code_that_runs_it(variant, tmp_path):
+    """And its name, in place of other code's; without a branch, neither. The export is read back as
+    it is, and nothing of it is run."""
+
+    def change(_: dict, config: dict) -> None:
+        config["auto_map"] = {"AutoConfig": "configuration_of_others.Config"}
+
+    hf_to_orbax.convert(variant(change), tmp_path / "orbax")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
+    code = tmp_path / "hf" / "modeling_pvm_qwen3_vl.py"
+    assert code.read_bytes() == orbax_to_hf.CODE.read_bytes()
+    classes = {
+        node.name for node in ast.parse(code.read_text()).body if isinstance(node, ast.ClassDef)
+    }
+    named = json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"]
+    assert {name.split(".")[0] for name in named.values()} == {code.stem}
+    assert {name.split(".")[1] for name in named.values()} <= classes
+    assert "AutoModelForImageTextToText" in named
+
+    code.write_text("raise SystemExit('this ran')")
+    hf_to_orbax.convert(tmp_path / "hf", tmp_path / "again")
+    orbax_to_hf.convert(tmp_path / "again", tmp_path / "back")
+    assert_equal_bytes(tmp_path / "back", tmp_path / "hf")
+    assert (tmp_path / "back" / code.name).read_bytes() == orbax_to_hf.CODE.read_bytes()
+    configs = [(tmp_path / name / "config.json").read_text() for name in ("hf", "back")]
+    assert configs[0] == configs[1]
+
+    orbax_to_hf.convert(tmp_path / "again", tmp_path / "plain", plain=True)
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
