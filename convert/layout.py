@@ -8,7 +8,7 @@ which moves no byte.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
@@ -60,6 +60,28 @@ def layout(config: ModelConfig) -> dict[str, Slot]:
     return dict(sorted(slots.items(), key=lambda item: _natural(item[0])))
 
 
+def adapter_layout(config: ModelConfig) -> dict[str, Slot]:
+    """Every tensor of this model's LoRA adapter by the name that the peft library gives it."""
+    slots = {}
+    for name, slot in layout(config).items():
+        module, _, matrix = name.partition(".lora.")
+        if matrix:
+            if slot.path.startswith(f"{PATCH_EMBEDDING.removesuffix('/weight')}/"):
+                slot = replace(slot, shape=_convolution(slot.shape, matrix, config))
+            slots[f"base_model.model.{module}.lora_{matrix.upper()}.weight"] = slot
+    return slots
+
+
+def _convolution(shape: tuple[int, ...], matrix: str, config: ModelConfig) -> tuple[int, ...]:
+    """The shape of the patch embedding's low-rank "a" or "b" where it is a convolution."""
+    return (shape[0], *_patch_shape(config)) if matrix == "a" else (*shape, 1, 1, 1)
+
+
+def _patch_shape(config: ModelConfig) -> tuple[int, ...]:
+    v = config.vision
+    return (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+
+
 @dataclass(frozen=True)
 class TensorSource:
     """What an array of the tree is made of: one tensor, or a stack of them in order."""
@@ -89,8 +111,7 @@ def _slots(path: str, shape: tuple[int, ...], config: ModelConfig) -> list[tuple
                     for i in range(shape[0])
                 ]
             if path == PATCH_EMBEDDING:
-                v = config.vision
-                shape = (shape[0], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+                shape = (shape[0], *_patch_shape(config))
             return [(template.format(**parts), Slot(path, None, shape))]
     raise ValueError(f"the model has a parameter that the table does not name: {path}")
 

@@ -47,7 +47,7 @@ def take_branch(root: Path, config: ModelConfig, arrays: Arrays) -> tuple[ModelC
     if made_for is not None:
         check_made_for(root, "backbone", made_for, stored_identity(backbone))
     config = config.with_branch_of(text)
-    return config, {**backbone, **_part(root, "branch", config)}
+    return config, {**backbone, **part_arrays(root, "branch", config)}
 
 
 def read_updates(root: Path, config: ModelConfig, arrays: Arrays) -> dict[str, Update]:
@@ -68,7 +68,7 @@ def read_updates(root: Path, config: ModelConfig, arrays: Arrays) -> dict[str, U
             if part_of(path) == "branch"
         }
         check_made_for(root, "branch", made_for["branch"], branch_identity(branch))
-    adapters = _part(root, "lora", replace(config, lora=lora))
+    adapters = part_arrays(root, "lora", replace(config, lora=lora))
     read = {path: array.read().result().astype(np.float32) for path, array in adapters.items()}
     linears = {path.removesuffix("/lora/a") for path in read if path.endswith("/a")}
     return {
@@ -77,8 +77,12 @@ def read_updates(root: Path, config: ModelConfig, arrays: Arrays) -> dict[str, U
     }
 
 
-def _part(root: Path, part: str, config: ModelConfig) -> Arrays:
-    """The arrays of one part of a model of `config`, stored at `root`."""
+def part_arrays(root: Path, part: str, config: ModelConfig) -> Arrays:
+    """The arrays of one part of a model of `config`, stored at `root`.
+
+    Raises:
+        CheckpointError: if they are not those of that config.
+    """
     arrays = {path: array for path, array in open_arrays(root).items() if part_of(path) == part}
     expected = {
         path: leaf.shape for path, leaf in parameter_tree(config).items() if part_of(path) == part

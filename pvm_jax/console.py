@@ -40,6 +40,7 @@ def train(argv: Sequence[str]) -> None:
 COMMANDS = {
     "convert": ("Hugging Face -> Orbax, with a fresh branch", _entry("convert.hf_to_orbax")),
     "export": ("Orbax -> Hugging Face", _entry("convert.orbax_to_hf")),
+    "adapter": ("a LoRA adapter to the peft library, or back", _entry("convert.adapter")),
     "dataset": ("conversations -> shards that are read at random", _entry("convert.dataset")),
     "train": ("sft or grpo: train by a recipe", train),
     "fit": ("does a run fit on chips that are not here?", _entry("train.fit.__main__")),

@@ -18,7 +18,8 @@ from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import local_path
 
 _MAX_LINES = 100
-_PEFT = "adapter_config.json"
+PEFT = "adapter_config.json"
+"""What makes a directory an adapter of the peft library."""
 _ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -151,11 +152,10 @@ def compare_shapes(
 
 def refuse_peft(directory: Path) -> None:
     """Raises a CheckpointError if `directory` holds an adapter of the peft library."""
-    if (directory / _PEFT).exists():
+    if (directory / PEFT).exists():
         raise CheckpointError(
-            f"{directory} holds a PEFT adapter ({_PEFT}): merge it into its base first, with peft's"
-            " merge_and_unload() and save_pretrained(DIR), then python -m convert.hf_to_orbax DIR"
-            " DST"
+            f"{directory} holds a PEFT adapter ({PEFT}): python -m convert.adapter {directory} DST"
+            " --checkpoint CHECKPOINT makes one of it that stands beside a checkpoint"
         )
 
 

@@ -180,14 +180,20 @@ def save_lora(path: str | Path, model: Qwen3VL) -> None:
         raise ValueError("this model has no LoRA adapter to save (config.lora is None)")
     params = nnx.state(model)
     made_for = {"backbone": backbone_identity(params), "branch": branch_identity(params)}
+    write_lora(path, model.config, nnx.to_pure_dict(nnx.state(model, is_adapter)), made_for)
+
+
+def write_lora(path: str | Path, config: ModelConfig, adapter: dict, made_for: Mapping) -> None:
+    """Writes the tree `adapter` of a model of `config`; `made_for` as `read_lora` gives it.
+
+    Raises:
+        FileExistsError: if `path` holds something.
+    """
     with write_aside(path) as aside:
         if jax.process_index() == 0:
-            write_config(
-                aside,
-                model.config,
-                {_LORA_KEY: {**asdict(model.config.lora), "made_for": made_for}},
-            )
-        _write(aside, nnx.to_pure_dict(nnx.state(model, is_adapter)))
+            lora = {} if config.lora is None else asdict(config.lora)
+            write_config(aside, config, {_LORA_KEY: {**lora, "made_for": dict(made_for)}})
+        _write(aside, adapter)
 
 
 def load_lora(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = None) -> Qwen3VL:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -52,3 +52,19 @@ def corrupt(golden, tmp_path) -> Path:
     last = sorted(copied.glob("model*.safetensors"))[-1]
     last.write_bytes(last.read_bytes()[:-100])
     return copied
+
+
+@pytest.fixture(scope="module")
+def run_by_transformers(tmp_path_factory) -> Iterator[None]:
+    """transformers copies code that it runs to a place of the tests'; PyTorch takes one thread,
+    beside other tests."""
+    torch = pytest.importorskip("torch")
+    from transformers import dynamic_module_utils
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
+        yield
+    torch.set_num_threads(threads)

@@ -154,7 +154,9 @@ def test_a_cast_makes_nothing_infinite():
 def test_an_adapter_of_peft_is_called_so(golden, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({"lora_A.weight": np.zeros(2, np.float32)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"holds a PEFT adapter .*: merge it"):
+    with pytest.raises(
+        CheckpointError, match=r"holds a PEFT adapter .*: python -m convert.adapter"
+    ):
         hf_to_orbax.convert(tmp_path, tmp_path / "orbax")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +15,21 @@ from pvm_jax import Batch, generate, load, save
 from pvm_jax.data.example import Example
 from tests.close import assert_close
 from tests.convert.directories import read_tensors
+from tests.convert.in_torch import read, tensors
 from tests.tiny import CONFIG, EXAMPLES, example, randomized
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("run_by_transformers")
 
 BAR = 3e-5
 LONG = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SHORT = LONG | {"max_new_tokens": 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory):
-    """Where transformers copies the code that it runs; one thread, beside other tests."""
-    from transformers import dynamic_module_utils
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        yield
-    torch.set_num_threads(threads)
-
-
-def read(directory: Path, **options: Any) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    options = {"trust_remote_code": True} | options
-    return AutoModelForImageTextToText.from_pretrained(directory, **options).eval()
-
-
 def export(model: Any, directory: Path) -> Path:
     save(directory / "orbax", model)
     orbax_to_hf.convert(directory / "orbax", directory / "hf")
     return directory / "hf"
-
-
-def tensors(arrays: Mapping[str, np.ndarray], config: Any) -> dict[str, Any]:
-    """What the processor gives, in PyTorch."""
-    given = {
-        name: torch.from_numpy(np.array(array, np.float32 if "pixel" in name else np.int64))
-        for name, array in arrays.items()
-    }
-    ids = given["input_ids"]
-    images, videos = ids == config.image_token_id, ids == config.video_token_id
-    return given | {"mm_token_type_ids": images.long() + 2 * videos.long()}
 
 
 def rows_of(examples: list[Example], *, left: bool) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from pvm_jax.console import COMMANDS, RECIPES, main
 CALLS = {
     ("convert",): ("convert.hf_to_orbax", "main"),
     ("export",): ("convert.orbax_to_hf", "main"),
+    ("adapter",): ("convert.adapter", "main"),
     ("dataset",): ("convert.dataset", "main"),
     ("train", "sft"): ("train.sft.__main__", "main"),
     ("train", "grpo"): ("train.grpo.__main__", "main"),
