@@ -81,6 +81,7 @@ class Recall:
     Attributes:
         embeds: [B, V, D], the visual tokens that this pass brings; None: none.
         visible: [B, 1, S, V], the visual tokens, earlier ones first, that each column may recall.
+            One column stands for all where they may recall the same.
         silent: [B, S, 1], True where a column recalls nothing.
         past: what was remembered before, by layer.
         present: `past` and what this pass brings, filled in by the layers.
@@ -154,13 +155,13 @@ class PVMBlock(nn.Module):
 
     def memory(self, recall: Recall, layer: int, device: torch.device) -> KeysValues:
         """What this branch, of decoder layer `layer`, remembers; an image is projected once."""
-        parts = [recall.past[layer]] if layer in recall.past else []
+        memory = recall.past.get(layer)
         if recall.embeds is not None:
-            compact = self.vision_reducer(recall.embeds.to(device))
-            parts.append(self.cross_attn.memorize(compact))
-        keys, values = (torch.cat(part, 2) for part in zip(*parts, strict=True))
-        recall.present[layer] = keys, values
-        return keys, values
+            new = self.cross_attn.memorize(self.vision_reducer(recall.embeds.to(device)))
+            both = () if memory is None else zip(memory, new, strict=True)
+            memory = tuple(torch.cat(pair, 2) for pair in both) or new
+        recall.present[layer] = memory
+        return memory
 
     def forward(self, stream: torch.Tensor, recall: Recall, layer: int) -> torch.Tensor:
         """The update [B, S, D] that joins the FFN's output: exactly 0 at visual tokens, and where
@@ -222,11 +223,10 @@ class PVMQwen3VLTextModel(Qwen3VLTextModel):
         `visual_pos_masks` [B, S]."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        cache = _cache_among(kwargs.values())
-        kept = _kept_memory(cache, len(inputs_embeds))
+        kept = _kept_memory(_cache_among(kwargs.values()), len(inputs_embeds))
         if visual_pos_masks is not None:
             visual_pos_masks = visual_pos_masks.to(inputs_embeds.device)
-            _refuse_packed_rows(attention_mask, position_ids, cache, kwargs)
+            _refuse_packed_rows(attention_mask, position_ids, kwargs)
         valid, recall = self._recall(inputs_embeds, visual_pos_masks, kept)
         outputs = super().forward(
             attention_mask=attention_mask,
@@ -236,36 +236,33 @@ class PVMQwen3VLTextModel(Qwen3VLTextModel):
             recall=recall,
             **kwargs,
         )
-        values = outputs if isinstance(outputs, tuple) else outputs.values()
-        cache = _cache_among(values)
-        if cache is not None and recall is not None and recall.embeds is not None:
-            columns = int(cache.get_seq_length())
+        cache = _cache_among(outputs if isinstance(outputs, tuple) else outputs.values())
+        if cache is not None and recall is not None:
+            columns = kept.columns if recall.embeds is None else int(cache.get_seq_length())
             setattr(cache, _KEPT, KeptMemory(valid, recall.present, columns))
         return outputs
 
     def _recall(
         self, embeds: torch.Tensor, is_visual: torch.Tensor | None, kept: KeptMemory | None
-    ) -> tuple[torch.Tensor, Recall | None]:
+    ) -> tuple[torch.Tensor | None, Recall | None]:
         """(valid [B, V], what a pass over `embeds` [B, S, D] recalls) of the visual tokens that are
-        `kept` and those of the pass; None: there are none."""
-        rows, length = embeds.shape[:2]
-        if is_visual is None:
-            is_visual = torch.zeros(rows, length, dtype=torch.bool, device=embeds.device)
-        valid, past = is_visual[:, :0], {}
+        `kept` and those of the pass, at `is_visual` [B, S]; None: there are none."""
+        new, valid, past = None, None, {}
         if kept is not None:
             valid, past = kept.valid.to(embeds.device), kept.layers
-        before = valid.shape[1]
-        new, here = _by_row(embeds, is_visual)
-        valid = torch.cat([valid, here], 1)
-        if not valid.shape[1]:
-            return valid, None
-        visible = valid[:, None].expand(-1, length, -1)
-        if getattr(self.config, "pvm_visibility", "all") == "preceding":
+        before = 0 if valid is None else valid.shape[1]
+        if is_visual is not None and is_visual.any():
+            new, here = _by_row(embeds, is_visual)
+            valid = here if valid is None else torch.cat([valid, here], 1)
+        if valid is None:
+            return None, None
+        visible = valid[:, None]
+        if new is not None and getattr(self.config, "pvm_visibility", "all") == "preceding":
             # A row's visual tokens stand in the order of their columns.
             limits = before + is_visual.cumsum(1)[..., None]
             visible = visible & (torch.arange(valid.shape[1], device=valid.device) < limits)
-        silent = is_visual | ~visible.any(-1)
-        new = new if new.shape[1] else None
+        silent = ~visible.any(-1)
+        silent = silent if is_visual is None else silent | is_visual
         return valid, Recall(new, visible[:, None], silent[..., None], past)
 
 
@@ -335,10 +332,11 @@ def _kept_memory(cache: Cache | None, rows: int) -> KeptMemory | None:
 
 
 def _refuse_packed_rows(
-    attention_mask: Any, position_ids: torch.Tensor | None, cache: Cache | None, kwargs: dict
+    attention_mask: Any, position_ids: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> None:
     """Raises ValueError where several conversations may stand in a row: each would recall the
     others' images."""
+    cache = _cache_among(kwargs.values())
     packed = any(kwargs.get(key) is not None for key in _OF_PACKED_ROWS)
     if cache is None and attention_mask is not None:
         packed |= getattr(attention_mask, "ndim", None) != 2

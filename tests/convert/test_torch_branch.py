@@ -58,6 +58,12 @@ def projections(model: Any) -> Counter:
     return counts
 
 
+def cache_of(output: Any) -> dict[str, Any]:
+    """The cache, by the name that this transformers has for it."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
+
+
 def written(model: Any, inputs: dict[str, Any], **options: Any) -> np.ndarray:
     tokens = model.generate(**inputs, **LONG | options)
     return tokens[:, inputs["input_ids"].shape[1] :].numpy()
@@ -194,11 +200,22 @@ def test_a_later_image_joins_those_before_it(tiny):
         )
         kept = model(**tensors(rows_of([first], left=True), model.config))
         later = tensors(rows_of([more], left=True), model.config)
-        later |= {"attention_mask": inputs["attention_mask"], "cache": kept.cache}
+        later |= {"attention_mask": inputs["attention_mask"]} | cache_of(kept)
         later |= {"position_ids": positions[..., read_before:]}
         got = model(**later)
     assert set(counts.values()) == {3}
     assert_close(got.logits.numpy(), want.logits[:, read_before:].numpy(), BAR)
+
+
+@pytest.mark.parametrize(
+    "options", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_other_ways_to_decode(tiny, options):
+    """With a cache of a fixed size; with tokens that are guessed, and cropped where guessed
+    wrong."""
+    _, model = tiny()
+    inputs = tensors(rows_of(EXAMPLES[2:3], left=True), model.config)
+    np.testing.assert_array_equal(written(model, inputs, **options), written(model, inputs))
 
 
 def test_beams_and_repeated_rows(tiny):
@@ -209,12 +226,12 @@ def test_beams_and_repeated_rows(tiny):
     np.testing.assert_array_equal(with_cache.numpy(), without.numpy())
     next_token = {"input_ids": torch.tensor([[1], [2]])}
     with torch.no_grad():
-        kept = model(**inputs).cache
-        want = model(**next_token, cache=kept).logits.numpy()
-        kept = model(**inputs).cache
-        kept.batch_repeat_interleave(2)
+        want = model(**next_token, **cache_of(model(**inputs))).logits.numpy()
+        kept = cache_of(model(**inputs))
+        for cache in kept.values():
+            cache.batch_repeat_interleave(2)
         next_token["input_ids"] = next_token["input_ids"].repeat_interleave(2, 0)
-        got = model(**next_token, cache=kept).logits.numpy()
+        got = model(**next_token, **kept).logits.numpy()
     assert_close(got, want.repeat(2, 0), BAR)
 
 
@@ -233,14 +250,15 @@ def test_what_it_does_not_understand_it_refuses(tiny):
             model(**inputs | own)
         with pytest.raises(ValueError, match="prefill_chunk_size 8"):
             model.generate(**inputs, **SHORT, prefill_chunk_size=8)
-        cache = model(**inputs).cache
-        kept = model(**tensors(rows_of(EXAMPLES[:2], left=True), model.config)).cache
+        kept = cache_of(model(**tensors(rows_of(EXAMPLES[:2], left=True), model.config)))
         ones = torch.ones(3, 3, 1, dtype=torch.long)
         with pytest.raises(ValueError, match="images of 2 rows, the input has 3"):
-            model(input_ids=ones[0], position_ids=ones, cache=kept)
-        cache.crop(5 - length)
+            model(input_ids=ones[0], position_ids=ones, **kept)
+        kept = cache_of(model(**inputs))
+        for cache in kept.values():
+            cache.crop(5 - length)
         with pytest.raises(ValueError, match="was cropped to 5 tokens"):
-            model(input_ids=ones[0, :1], cache=cache)
+            model(input_ids=ones[0, :1], **kept)
 
 
 @pytest.mark.parametrize(
