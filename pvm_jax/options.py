@@ -375,9 +375,10 @@ def _refuse_null(parser: Parser, namespace: Namespace) -> None:
 
 def _refuse_unbounded(key: str, value: Any) -> None:
     """ValueError for a number that is none (comparisons let NaN pass), infinite, or whole and of
-    more than the 32 bits that arrays hold."""
+    more than the 32 bits that arrays hold: of a larger seed JAX would take the last 32 bits, and
+    draw what another seed draws. No option counts bytes."""
     if isinstance(value, int) and not -(2**31) <= value < 2**31:
-        raise ValueError(f"{key} must be a whole number below 2^31, got {value}")
+        raise ValueError(f"{key} must be a whole number between -2^31 and 2^31, got {value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} must be finite, got {value}")
     if is_dataclass(value):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import jax
 import pytest
 
 from pvm_jax.options import arguments, command, dispatch, given_options, parse
@@ -154,7 +155,8 @@ def test_a_list_of_a_second_file_replaces_the_first_ones(file, tmp_path):
         (["a", "--max_new_tokens", "many"], "max_new_tokens:"),
         (["a", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["a", "--layers"], "--layers: expected one argument"),
-        (["a", "--max_new_tokens", str(2**31)], "max_new_tokens must be a whole number below 2^31"),
+        (["a", "--max_new_tokens", str(2**31)], "max_new_tokens must be a whole number between "),
+        (["a", "--max_new_tokens", str(-(2**31) - 1)], "between -2^31 and 2^31, got -2147483649"),
         (["a", "--inner.rate", ".nan"], "inner.rate must be finite, got nan"),
         (["a", "--parts=[{name: b, weight: .inf}]"], "parts.0.weight must be finite, got inf"),
         (["a", "--parts=[{name: b"], "parts:"),
@@ -165,6 +167,12 @@ def test_what_is_wrong_is_named(argv, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         read(*argv)
     assert message in str(raised.value)
+
+
+def test_a_seed_of_more_bits_would_draw_what_another_draws():
+    """Why whole numbers end at 2^31."""
+    keys = [jax.random.key_data(jax.random.key(seed)).tolist() for seed in (5, 2**32 + 5)]
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize(
