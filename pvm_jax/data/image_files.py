@@ -21,6 +21,9 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_FILE_BYTES = 2**30
 
+HOME = "~/"
+"""How a path of the home directory begins. `~` alone may begin a file's name."""
+
 Source = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any]
 
 
@@ -105,7 +108,8 @@ def _file(source: Any) -> tuple[Path | BytesIO, str]:
             f"{source}: images are not fetched over the network; download it and give the file's"
             " path"
         )
-    return _regular(Path(source), source), source
+    path = Path.home() / source.removeprefix(HOME) if source.startswith(HOME) else Path(source)
+    return _regular(path, source), source
 
 
 def _from_base64(url: str) -> tuple[BytesIO, str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pvm_jax.data.image_files import HOME
 from pvm_jax.data.messages import IMAGE_KEYS
 
 _SOURCES = {"image": IMAGE_KEYS, "video": ("video",)}
@@ -245,7 +246,8 @@ def _absolute(image: Any, root: Path) -> Any:
     if isinstance(image, str):
         if _BASE64.fullmatch(image):
             return f"data:image;base64,{image}"
-        return image if image.startswith("data:") or "://" in image else str(root / image)
+        absolute = image.startswith(("data:", HOME)) or "://" in image
+        return image if absolute else str(root / image)
     if isinstance(image, Mapping) and image.get("bytes") is None:
         named = [key for key in ("path", "url") if isinstance(image.get(key), str)]
         return dict(image) | {key: _absolute(image[key], root) for key in named}
