@@ -6,6 +6,7 @@ Hugging Face have them, and the pictures that their {"type": "image"} parts show
 docs/data.md has an example of each, and the other conventions.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -17,7 +18,12 @@ from pvm_jax.data.stored import Conversations, Joined
 from pvm_jax.data.tables import SAVED_INDEX, ParquetFiles, SavedDataset
 from pvm_jax.files.paths import local_path
 
-_IN_DIRECTORIES = ("*.jsonl", "*.jsonl.gz")
+_IN_DIRECTORIES = (".jsonl", ".jsonl.gz")
+_MAY_HOLD_DATA = re.compile(
+    r".*\.(?:jsonl?|ndjson|parquet|arrow|csv|tsv)(?:\.(?:gz|zst|bz2|xz|zip))?", re.IGNORECASE
+).fullmatch
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")
+"""What `datasets` and LLaMA-Factory write about data."""
 
 
 def open_conversations(
@@ -74,15 +80,24 @@ def _directory(path: Path, every_column: bool) -> Conversations:
         raise ValueError(f"{path} holds several splits: choose one, {which}")
     if (path / SAVED_INDEX).is_file():
         return SavedDataset(path, every_column)
-    files = sorted(path.glob("*.parquet"))
-    if lines := sorted(file for pattern in _IN_DIRECTORIES for file in path.glob(pattern)):
-        if files:
-            raise ValueError(f"{path} has *.parquet and *.jsonl files: choose one by a pattern")
-        files = lines
+    visible = sorted(path.glob("[!.]*"))
+    there = [file for file in visible if _MAY_HOLD_DATA(file.name) and file.is_file()]
+    files = [file for file in there if file.suffix == ".parquet"]
+    lines = [file for file in there if file.name.endswith(_IN_DIRECTORIES)]
+    if files and lines:
+        raise ValueError(f"{path} has *.parquet and *.jsonl files: choose one by a pattern")
+    files = files or lines
     if not files:
         raise ValueError(
             f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset),"
             f" no {SAVED_INDEX} (datasets.Dataset.save_to_disk) and no *.parquet or *.jsonl files"
+        )
+    unread = [file.name for file in there if file not in files and file.name not in _ABOUT_DATA]
+    if unread:
+        pattern = "*.jsonl" if lines else "*.parquet"
+        raise ValueError(
+            f"{path} has {unread[0]}, which may hold data too, beside its {pattern} files: give a"
+            f" pattern ('{path / pattern}'), or a list of files"
         )
     return _several(path, files, every_column)
 
