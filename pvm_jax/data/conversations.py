@@ -7,9 +7,10 @@ docs/data.md has an example of each, and the other conventions.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob, has_magic
 from pathlib import Path
+from typing import Any
 
 from pvm_jax.data.json_files import JsonFile
 from pvm_jax.data.messages import MARKS, Messages, is_learned
@@ -125,10 +126,25 @@ def size_of(messages: Messages, count: Callable[[Messages], tuple[int, int]]) ->
 
 def check_learnable(messages: Messages) -> None:
     """Raises ValueError unless there is an assistant turn, and one that is not marked as not to be
-    learned."""
+    learned; and for one that would teach to say nothing."""
     if not any(message.get("role") == "assistant" for message in messages):
         raise ValueError("there is no assistant turn to learn from")
-    if not any(map(is_learned, messages)):
+    learned = [number for number, message in enumerate(messages) if is_learned(message)]
+    if not learned:
         raise ValueError(
             f"every assistant turn is marked as not to be learned ({', '.join(MARKS)})"
         )
+    if empty := [number for number in learned if _says_nothing(messages[number])]:
+        raise ValueError(
+            f"messages[{empty[0]}]: the answer is empty: leave the turn out, or mark it as not to"
+            " be learned (weight: 0)"
+        )
+
+
+def _says_nothing(message: Mapping[str, Any]) -> bool:
+    """Whether a turn holds white space at most, and neither a call of a tool nor a thought."""
+    content = message.get("content") or ""
+    parts = [content] if isinstance(content, str) else content
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    besides = [message[key] for key in message if key not in ("role", "content", "name", *MARKS)]
+    return not any(besides) and all(isinstance(text, str) and not text.strip() for text in texts)

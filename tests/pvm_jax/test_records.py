@@ -274,6 +274,17 @@ def test_a_record_whose_turns_are_all_marked_teaches_nothing():
     check_learnable([USER, ANSWER | {"train": False}, USER, ANSWER])
 
 
+@pytest.mark.parametrize("content", ["", " \n", None, [], [text("")], [text(" "), text("\t")]])
+def test_an_empty_answer_is_not_learned_without_a_word(content):
+    empty = {"role": "assistant", "content": content, "tool_calls": [], "name": "Ann"}
+    with pytest.raises(ValueError, match=r"^messages\[3\]: the answer is empty: leave .*weight: 0"):
+        check_learnable([USER, ANSWER, USER, empty])
+    check_learnable([USER, empty | {"weight": 0}, USER, ANSWER])
+    for key, value in (("tool_calls", [{"name": "f"}]), ("reasoning_content", "So?")):
+        check_learnable([USER, empty | {key: value}])
+    check_learnable([USER, empty | {"content": [text(" "), text("a")]}])
+
+
 MIXED = [
     {"messages": asks("q", answer='say "a"'), "tools": None, "n": 1},
     {

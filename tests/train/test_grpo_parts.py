@@ -227,10 +227,10 @@ def test_the_solution_is_a_column_or_the_last_answer(tmp_path):
     assert (prompt.columns, prompt.example) == ({"solution": "navy"}, ["user"])
     prompt = read_prompt(record(tmp_path, more=[ANSWER], solution="blue"), 0, FakeProcessor())
     assert (prompt.columns, prompt.example) == ({"solution": "blue"}, ["user"])
-    with pytest.raises(ValueError, match=r"data.jsonl:1: the assistant turn .* has no text"):
-        read_prompt(
-            record(tmp_path, more=[{"role": "assistant", "tool_calls": []}]), 0, FakeProcessor()
-        )
+    for nothing in ({"tool_calls": []}, {"content": ""}, {"content": " "}):
+        answer = {"role": "assistant"} | nothing
+        with pytest.raises(ValueError, match=r"data.jsonl:1: the assistant turn .* has no text"):
+            read_prompt(record(tmp_path, more=[answer]), 0, FakeProcessor())
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no solution"):
         read_prompt(record(tmp_path), 0, FakeProcessor())
     for solution in ("", " ", [], {"a": 1}, float("nan")):

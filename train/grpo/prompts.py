@@ -146,7 +146,7 @@ def read_record(source: Conversations, index: int) -> tuple[Messages, dict[str, 
                     " which is then it"
                 )
             columns["solution"] = text_of(conversation[-1:])
-            if not columns["solution"]:
+            if not columns["solution"].strip():
                 raise ValueError(
                     "the assistant turn at the end, which is the solution, has no text"
                 )
