@@ -93,8 +93,9 @@ def parse(messages: Messages, reserved: Sequence[str]) -> Conversation:
     """Reads messages {"role": …, "content": text or parts}; other keys (tool_calls, …) go on to the
     template.
 
-    A key that holds None is as if it were not there, at any depth: tables of messages fill their
-    columns with it.
+    A key of a message, a part or a call that holds None is as if it were not there. What the
+    template writes as it stands, a call's arguments and the tools, keeps its own: where a table
+    has filled it in, `tables` has taken it out.
 
     Args:
         reserved: tokens that nothing of the user's may hold, since the chat template gives a
@@ -105,7 +106,8 @@ def parse(messages: Messages, reserved: Sequence[str]) -> Conversation:
     """
     if isinstance(messages, str | Mapping) or len(messages) == 0:
         raise ValueError("a conversation must be a list of at least one message")
-    conversation = Conversation(variables=_present(variables_of(messages)))
+    variables = variables_of(messages)
+    conversation = Conversation(variables={k: v for k, v in variables.items() if v is not None})
     for number, message in enumerate(messages):
         with naming(f"messages[{number}]"):
             message = _parse_message(message, f"messages[{number}]", conversation)
@@ -324,9 +326,13 @@ def _parse_video(part: dict[str, Any]) -> Video:
 
 
 def _present(value: Any) -> Any:
-    """Without the keys that hold None, at any depth."""
+    """Without the keys that hold None, at any depth but in a call's arguments."""
     if isinstance(value, Mapping):
-        return {key: _present(item) for key, item in value.items() if item is not None}
+        return {
+            key: item if key == "arguments" else _present(item)
+            for key, item in value.items()
+            if item is not None
+        }
     return [_present(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pvm_jax.data.records import TURNS, concerns
+from pvm_jax.data.records import COLUMNS, TURNS, concerns
 from pvm_jax.data.stored import Parts
 from pvm_jax.files.json_file import read_json
 
@@ -132,26 +132,35 @@ def _check_columns(file: Path, names: Sequence[str]) -> None:
         )
 
 
-def _decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """What turns values of an Arrow type into what was stored, where it holds columns of JSON
-    (`datasets` 5 stores so what differs from row to row); None: nothing is to be done."""
+def _decoder(kind: Any, *, filled: bool) -> Callable[[Any], Any] | None:
+    """What turns values of an Arrow type into what was stored; None: nothing is to be done.
+
+    Columns of JSON are parsed (`datasets` 5 stores so what differs from row to row), and keep their
+    nulls. Structs lose them where they are `filled`: every one has the keys of all others.
+    """
     types = _pyarrow("types")
     if getattr(kind, "extension_name", None) == "arrow.json":
         return lambda value: value if value is None else json.loads(value)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        inner = _decoder(kind.value_type)
+        inner = _decoder(kind.value_type, filled=filled)
         return inner and (lambda value: value if value is None else [inner(one) for one in value])
     if types.is_struct(kind):
-        inners = {field.name: d for field in kind if (d := _decoder(field.type))}
-        return (lambda value: _decoded(value, inners)) if inners else None
+        inners = {field.name: d for field in kind if (d := _decoder(field.type, filled=filled))}
+        return (lambda value: _decoded(value, inners, filled=filled)) if inners or filled else None
     return None
 
 
-def _decoded(row: dict[str, Any] | None, decoders: dict[str, Callable[[Any], Any]]) -> Any:
-    """A row (or a struct) with its columns of JSON decoded."""
+def _decoded(
+    row: dict[str, Any] | None, decoders: dict[str, Callable[[Any], Any]], *, filled: bool
+) -> Any:
+    """A row (or a struct) with its columns of JSON decoded, and without nulls if they are
+    `filled`."""
     if row is None:
         return None
-    return row | {name: decode(row[name]) for name, decode in decoders.items()}
+    decoded = row | {name: decode(row[name]) for name, decode in decoders.items()}
+    if not filled:
+        return decoded
+    return {name: value for name, value in decoded.items() if value is not None}
 
 
 def _row(table: Any, place: int) -> dict[str, Any]:
@@ -159,5 +168,9 @@ def _row(table: Any, place: int) -> dict[str, Any]:
     would be followed anywhere."""
     row = table.slice(place, 1)
     row.validate(full=True)
-    decoders = {field.name: d for field in table.schema if (d := _decoder(field.type))}
-    return _decoded(row.to_pylist()[0], decoders)
+    decoders = {
+        field.name: d
+        for field in table.schema
+        if (d := _decoder(field.type, filled=field.name in COLUMNS))
+    }
+    return _decoded(row.to_pylist()[0], decoders, filled=False)

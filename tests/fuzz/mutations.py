@@ -124,12 +124,20 @@ def shuffled(value: Any, rng: np.random.Generator, fixed: Collection[str] = ()) 
     return [shuffled(item, rng, fixed) for item in value] if isinstance(value, list) else value
 
 
-def with_nulls(value: Any, rng: np.random.Generator, keys: Sequence[str]) -> Any:
-    """The same, with keys that hold null in some of its objects."""
+def with_nulls(
+    value: Any, rng: np.random.Generator, keys: Sequence[str], *, but: Sequence[str] = ()
+) -> Any:
+    """The same, with keys that hold null in some of its objects, but for what stands under one of
+    `but`."""
     if isinstance(value, dict):
         more = {one_of(keys, rng): None} if rng.integers(2) else {}
-        return more | {key: with_nulls(item, rng, keys) for key, item in value.items()}
-    return [with_nulls(item, rng, keys) for item in value] if isinstance(value, list) else value
+        return more | {
+            key: item if key in but else with_nulls(item, rng, keys, but=but)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [with_nulls(item, rng, keys, but=but) for item in value]
+    return value
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:

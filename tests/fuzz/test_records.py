@@ -81,6 +81,8 @@ KEYS += ("timestamps", "url", "path", "base64", "bytes", "image_url", "tool_call
 KEYS += ("name", "arguments", "reasoning_content", "chosen", "solution")
 WRITTEN = ("tools", "tool_calls", "chat_template_kwargs")
 """What the template writes as it is, the order of its keys too."""
+OPAQUE = ("tools", "arguments", "chat_template_kwargs")
+"""Of these, the nulls too: but for those of a table's structs, which has filled them in."""
 CONTENTS = (
     *VALUES,
     *("<image>", "<video>", "<|im_end|>", "<|im_", "a.png", "/dev/zero", "data:,", "assistant"),
@@ -168,6 +170,8 @@ def check_kept(record, made, processor):
 def faithful_table(record):
     """`record` as a table that gives it back, as far as null is nothing; None where there is
     none."""
+    if _has_null(record, within=False):
+        return None
     try:
         table = pa.Table.from_pylist([record])
         back = table.to_pylist()[0]
@@ -175,6 +179,16 @@ def faithful_table(record):
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return None
     return table if json.dumps(_without_nulls(back)) == json.dumps(_without_nulls(record)) else None
+
+
+def _has_null(value, *, within):
+    """Whether a null stands where it is something: `within` what is OPAQUE."""
+    if isinstance(value, dict):
+        return any(
+            (within and item is None) or _has_null(item, within=within or key in OPAQUE)
+            for key, item in value.items()
+        )
+    return isinstance(value, list) and any(_has_null(item, within=within) for item in value)
 
 
 def _without_nulls(value):
@@ -243,7 +257,7 @@ def test_another_way_to_write_it_is_the_same_conversation(folder, processor, bas
     same = [
         base,
         shuffled(base, rng, WRITTEN),
-        with_nulls(base, rng, KEYS),
+        with_nulls(base, rng, KEYS, but=OPAQUE),
         as_parts(base),
         base | {column: json.dumps(base[column])},
         base | {column: list(map(json.dumps, base[column]))},

@@ -162,17 +162,22 @@ def test_marked_turns_are_not_learned(processor, mark):
 
 
 def test_tools_and_other_variables_go_to_the_template_and_stay_with_a_slice(processor):
-    messages = ChatMessages([Q, A], {"tools": [CALL | {"strict": None}], "note": "!"})
-    tool = '{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}'
+    messages = ChatMessages([Q, A], {"tools": [CALL | {"strict": None}], "note": "!", "x": None})
+    tool = '{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}, "strict": null}'
     head = f"<|im_start|>system\n[{tool}]!<|im_end|>\n" + written(processor, [Q, A])
     assert written(processor, messages) == head
     assert written(processor, messages[:1]) == head[: -len("<|im_start|>assistant\na<|im_end|>\n")]
     assert messages[0] is Q
 
 
-def test_nulls_of_tables_are_gone_from_tool_calls(processor):
-    filled = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
-    turns = [[Q, says("assistant", "", tool_calls=[call], name=None)] for call in (CALL, filled)]
+def test_a_null_is_nothing_but_in_the_arguments_of_a_call(processor):
+    function = {"name": "f", "arguments": {"x": 1, "y": [{"z": None}]}}
+    calls = [
+        {"type": "function", "function": function},
+        {"type": "function", "id": None, "function": function | {"parameters": None}},
+    ]
+    turns = [[Q, says("assistant", "", tool_calls=[call], name=None)] for call in calls]
+    assert '{"x": 1, "y": [{"z": null}]}' in written(processor, turns[0])
     assert written(processor, turns[0]) == written(processor, turns[1])
 
 

@@ -5,17 +5,14 @@ import base64
 import io
 import json
 
-import datasets
 import msgpack
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pvm_jax.data.conversations import check_learnable, open_conversations
+from pvm_jax.data.conversations import check_learnable
 from pvm_jax.data.images import read_image
-from pvm_jax.data.messages import ChatMessages, is_learned, parse
+from pvm_jax.data.messages import is_learned, parse
 from pvm_jax.data.records import record_messages
 from pvm_jax.data.shards import pack_record, unpack_record
 
@@ -285,70 +282,6 @@ def test_an_empty_answer_is_not_learned_without_a_word(content):
     check_learnable([USER, empty | {"content": [text(" "), text("a")]}])
 
 
-MIXED = [
-    {"messages": asks("q", answer='say "a"'), "tools": None, "n": 1},
-    {
-        "messages": [
-            *asks(text("q")),
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}],
-            },
-        ],
-        "tools": [{"function": {"name": "f", "parameters": {"x": {"type": "int"}}}}],
-        "n": 2,
-    },
-    {
-        "messages": [
-            *asks(text("q")),
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [{"function": {"name": "g", "arguments": {"y": ["z"]}}}],
-            },
-        ],
-        "tools": [{"function": {"name": "g", "parameters": {"y": {"items": "text"}}}}],
-        "n": 3,
-    },
-]
-
-
-def test_tables_whose_columns_are_json_give_the_same_as_the_file(tmp_path):
-    """What `datasets` 5 makes of a JSONL file whose contents are now texts, now parts."""
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, MIXED)))
-    table = datasets.load_dataset(
-        "json", data_files=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache")
-    )["train"]
-    table.to_parquet(tmp_path / "a.parquet")
-    table.save_to_disk(tmp_path / "saved")
-    nested = datasets.Features(
-        {
-            "messages": datasets.List(
-                {
-                    "role": datasets.Value("string"),
-                    "content": datasets.Json(),
-                    "tool_calls": datasets.Json(),
-                }
-            ),
-            "tools": datasets.Json(),
-            "n": datasets.Value("int64"),
-        }
-    )
-    filled = [
-        record | {"messages": [{"tool_calls": None} | turn for turn in record["messages"]]}
-        for record in MIXED
-    ]
-    datasets.Dataset.from_list(filled, features=nested).to_parquet(tmp_path / "nested.parquet")
-    expected = [parse(ChatMessages(r["messages"], {"tools": r["tools"]}), ()) for r in MIXED]
-    for name in ("a.jsonl", "a.parquet", "saved", "nested.parquet"):
-        stored = open_conversations(tmp_path / name, every_column=True)
-        assert [parse(messages, ()) for messages in stored] == expected, name
-        assert [stored.columns(index)["n"] for index in range(3)] == [1, 2, 3]
-        shards = [record_messages(unpack_record(pack_record(m)), tmp_path) for m in stored]
-        assert [parse(messages, ()) for messages in shards] == expected, name
-
-
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -373,15 +306,3 @@ def test_an_empty_path_is_no_image():
         read_image("")
     with pytest.raises(ValueError, match=r"URL cannot be read as an image: it is in no format"):
         read_image("data:image/png;base64,AAAA")
-
-
-def test_a_table_with_a_misspelt_column_is_refused(tmp_path):
-    rows = [{"messages": [USER, ANSWER], "imagess": ["a.png"]}]
-    pq.write_table(datasets.Dataset.from_list(rows).with_format("arrow")[:], tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a.parquet:0: nothing reads 'imagess'"):
-        open_conversations(tmp_path / "a.parquet")[0]
-    text = pa.array([json.dumps([USER, ANSWER])])
-    table = pa.Table.from_arrays([text, text], names=["messages", "messages"])
-    pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="has the column 'messages' twice"):
-        open_conversations(tmp_path / "a.parquet")
