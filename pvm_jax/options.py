@@ -15,6 +15,7 @@ import traceback
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -41,6 +42,8 @@ TRACEBACK = "--traceback"
 _TRACEBACK_FLAG = {"traceback": "of an error, show where it was raised"}
 _FAILED, _INTERRUPTED = 2, 130
 _NO_FLAGS: dict[str, str] = {}
+_STARTED_AS: ContextVar[str | None] = ContextVar("started_as", default=None)
+"""What `dispatch` calls the command that it has called."""
 
 
 def command(main: Callable[[Sequence[str]], None]) -> Main:
@@ -92,7 +95,11 @@ def dispatch(
         print(f"usage: {prog} COMMAND ...\n\n{description.strip()}\n\ncommands:", *lines, sep="\n")
         print(f"\n`{prog} COMMAND --help` shows what each of them takes.")
     elif name in commands:
-        commands[name][1](rest)
+        token = _STARTED_AS.set(f"{prog} {name}")
+        try:
+            commands[name][1](rest)
+        finally:
+            _STARTED_AS.reset(token)
     else:
         raise ValueError(
             f"there is no command {name!r}, but {', '.join(commands)}{_nearest(name, commands)}"
@@ -165,6 +172,7 @@ def arguments(
 
     Args:
         of: a dataclass or a function; its annotations are the types, its docstring is the help.
+        prog: the command's name in help, description and examples, unless `dispatch` has another.
         by_place: keys whose values may also be given without them, in this order.
         repeated: keys of lists that take one value, and may be given several times.
         flags: options that belong to no parameter, and their help.
@@ -176,11 +184,12 @@ def arguments(
         ValueError: for unknown, missing or ill-typed values, numbers that are not finite or have
             more than 32 bits, and what a dataclass refuses; it names the key.
     """
+    name = _STARTED_AS.get() or prog
     parser = Parser(
-        prog=prog,
-        usage=" ".join([prog, *(f"[{key.upper()}]" for key in by_place), "[--key value ...]"]),
-        description=description,
-        epilog=examples,
+        prog=name,
+        usage=" ".join([name, *(f"[{key.upper()}]" for key in by_place), "[--key value ...]"]),
+        description=description.replace(prog, name),
+        epilog=examples.replace(prog, name),
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -383,9 +392,7 @@ def _refuse_unbounded(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be finite, got {value}")
     if is_dataclass(value):
         parts = {field.name: getattr(value, field.name) for field in fields(value)}
-    elif isinstance(value, list | tuple):
-        parts = dict(enumerate(value))
     else:
-        parts = {}
+        parts = dict(enumerate(value)) if isinstance(value, list | tuple) else {}
     for name, part in parts.items():
         _refuse_unbounded(f"{key}.{name}", part)

@@ -1,6 +1,7 @@
 """The command `pvm`: which command it calls with which words, and what it says of others."""
 
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +45,14 @@ def test_a_command_is_there_and_takes_help(words, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--help"])
     assert stopped.value.code == 0
-    assert "usage: " in capsys.readouterr().out
+    said, (module, entry) = capsys.readouterr().out, CALLS[words]
+    assert said.startswith(f"usage: pvm {' '.join(words)} ")
+    assert f"\n  pvm {' '.join(words)} " in said[said.index("\nexamples:") :]
+    own = f"python -m {module.removesuffix('.__main__')}" + f" {entry}" * (entry != "main")
+    assert own not in said
+    with pytest.raises(SystemExit):
+        getattr(import_module(module), entry)(["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {own} ")
 
 
 @pytest.mark.parametrize(("words", "entry"), CALLS.items())
