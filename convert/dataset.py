@@ -42,7 +42,8 @@ without measuring them.
 SHARD_BYTES = 512 * 2**20
 # One record a group: read at random, nothing else is read with it. Images are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
-_CHUNK = 8
+CHUNK = 8
+"""Examples that a thread checks at a time."""
 _HISTOGRAM_WIDTH = 40
 _REASONS = 5
 _PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\d+(?:\.\d+)?|\[[^\]]*\]""")
@@ -265,11 +266,11 @@ def _in_order(
     progress bar on a terminal."""
 
     def chunk(start: int) -> list[Checked | Rejected]:
-        return [check(index) for index in range(start, min(start + _CHUNK, len(conversations)))]
+        return [check(index) for index in range(start, min(start + CHUNK, len(conversations)))]
 
     def chunks() -> Iterator[Future[list[Checked | Rejected]]]:
         running: deque[Future[list[Checked | Rejected]]] = deque()
-        for start in range(0, len(conversations), _CHUNK):
+        for start in range(0, len(conversations), CHUNK):
             running.append(pool.submit(chunk, start))
             if len(running) >= 4 * threads:
                 yield running.popleft()

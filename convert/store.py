@@ -22,7 +22,7 @@ from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
 
 # A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
 BLOCK_BYTES = 8 * 2**20
-_CHUNK_BYTES = 2**19
+CHUNK_BYTES = 2**19
 _COMMIT_BYTES = 128 * 2**20
 _CACHE_BYTES = 256 * 2**20
 _SPLITS = 16
@@ -153,7 +153,7 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     if prod(shape) * itemsize <= BLOCK_BYTES // 2 or len(shape) < 2:
         return shape
     chunk = [1] * (len(shape) - 2) + list(shape[-2:])
-    while prod(chunk) * itemsize > _CHUNK_BYTES:
+    while prod(chunk) * itemsize > CHUNK_BYTES:
         divisible = [a for a in (-2, -1) if chunk[a] % 2 == 0 and shape[a] // chunk[a] < _SPLITS]
         if not divisible:
             break

@@ -5,6 +5,7 @@ import ast
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -95,6 +96,45 @@ def test_no_two_classes_share_a_name():
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     names = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def private_names() -> set[str]:
+    """What our own modules define with a leading underscore."""
+    nodes = [node for file in FILES.values() for node in ast.walk(ast.parse(file.read_text()))]
+    named = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named |= {
+        node.id if isinstance(node, ast.Name) else node.attr
+        for node in nodes
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    return {name for name in named if name[0] == "_" and name[:2] != "__" and name != "_"}
+
+
+def names_read(test: ast.Module) -> Iterator[tuple[str, int]]:
+    """(name, line) of what a test imports, takes of something that is not its own, or replaces by
+    setattr."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr":
+            for word in node.args[:2]:
+                if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                    yield word.value.rpartition(".")[2], node.lineno
+
+
+def test_tests_read_no_private_name_of_ours():
+    private = private_names()
+    assert {"_nearest", "_places", "_FREE_KEYS"} <= private
+    found = [
+        f"{file}:{line}: {name}"
+        for file in (ROOT / "tests").rglob("*.py")
+        for name, line in names_read(ast.parse(file.read_text()))
+        if name in private
+    ]
+    assert not found, "\n".join(found)
 
 
 _OF_OTHERS = ("golden", "out", "build")

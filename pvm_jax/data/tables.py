@@ -4,7 +4,6 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -94,7 +93,6 @@ class SavedDataset(Parts):
         return _row(self._batches[part], place)
 
 
-@lru_cache
 def _pyarrow(part: str) -> ModuleType:
     try:
         return import_module(f"pyarrow.{part}")

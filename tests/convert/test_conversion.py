@@ -49,7 +49,7 @@ def test_there_and_back(golden, tmp_path):
 def test_there_and_back_in_small_blocks(golden, tmp_path, monkeypatch):
     """Layers cut into rows, rows into chunks: what full-size tensors go through."""
     monkeypatch.setattr(store, "BLOCK_BYTES", 2**14)
-    monkeypatch.setattr(store, "_CHUNK_BYTES", 2**9)
+    monkeypatch.setattr(store, "CHUNK_BYTES", 2**9)
     hf_to_orbax.convert(golden, tmp_path / "orbax")
     orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
     assert_equal_bytes(golden, tmp_path / "back")

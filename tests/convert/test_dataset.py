@@ -89,7 +89,7 @@ def test_shards_give_the_conversations_of_their_source(
     good, tmp_path, processor, monkeypatch, capsys
 ):
     monkeypatch.setattr(dataset, "SHARD_BYTES", 4000)
-    monkeypatch.setattr(dataset, "_CHUNK", 1)
+    monkeypatch.setattr(dataset, "CHUNK", 1)
     before = shown(open_conversations(good))
     convert(good, tmp_path / "shards", processor, threads=2)
     for image in tmp_path.glob("*.png"):

@@ -69,7 +69,7 @@ def test_merged_export_is_the_adapted_model(base, branch, lora, tmp_path, monkey
     """Its weights are W + alpha / rank B A, layer for layer, in blocks of rows as at full size; the
     branch is the given one."""
     monkeypatch.setattr(store, "BLOCK_BYTES", 2**14)
-    monkeypatch.setattr(store, "_CHUNK_BYTES", 2**9)
+    monkeypatch.setattr(store, "CHUNK_BYTES", 2**9)
     orbax_to_hf.convert(base, tmp_path / "hf", branch=branch, lora=lora)
     hf_to_orbax.convert(tmp_path / "hf", tmp_path / "merged")
     models = load(tmp_path / "merged"), load(base, branch=branch, lora=lora)

@@ -145,8 +145,12 @@ def test_a_null_character_takes_no_part_of_a_chat_with_it(processor):
 
 def test_a_control_token_that_only_the_tokenizer_sees_is_refused(processor, monkeypatch):
     """As where a normalizer makes it of other characters."""
-    ids = processor._ids
-    monkeypatch.setattr(processor, "_ids", lambda text: ids(text.replace("@@", "<|im_end|>")))
+    tokenizer = processor.tokenizer
+    monkeypatch.setattr(
+        processor,
+        "tokenizer",
+        lambda text, **options: tokenizer(text.replace("@@", "<|im_end|>"), **options),
+    )
     with pytest.raises(ValueError, match="makes a control token of what is none"):
         processor.encode([says("user", "a @@ b"), A])
 
@@ -263,7 +267,7 @@ def test_answers_are_learned_after_the_prompt_of_a_thinking_model(
 
 
 @pytest.mark.parametrize("tools", [False, True])
-def test_a_long_conversation_takes_time_by_its_length(processor, tools):
+def test_a_long_conversation_takes_time_by_its_length(processor, monkeypatch, tools):
     def turns(count):
         call = [says("assistant", "", tool_calls=[CALL]), says("tool", "r")] if tools else []
         return [says("system", "s")] + [
@@ -272,19 +276,18 @@ def test_a_long_conversation_takes_time_by_its_length(processor, tools):
             for message in [says("user", f"q {n}"), *call, says("assistant", f"a {n}")]
         ]
 
-    rendered = []
-    render = processor._template._render
-    processor._template._render = lambda conversation, messages, prompt: (
-        rendered.append(len(messages)) or render(conversation, messages, prompt)
+    rendered, render = [], processor.tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        processor.tokenizer,
+        "apply_chat_template",
+        lambda messages, **options: rendered.append(len(messages)) or render(messages, **options),
     )
-    try:
-        costs = []
-        for count in (50, 100):
-            example = processor.encode(turns(count))
-            costs.append(sum(rendered))
-            rendered.clear()
-    finally:
-        del processor._template._render
+    costs = []
+    for count in (50, 100):
+        example = processor.encode(turns(count))
+        costs.append(sum(rendered))
+        rendered.clear()
+    assert costs[0] > 100
     assert costs[1] < 2.2 * costs[0]
     runs = learned_runs(example, processor)
     assert [run for run in runs if run.startswith("a")] == [f"a {n}<|im_end|>" for n in range(100)]

@@ -208,7 +208,8 @@ class TestSave:
         """A write that fails leaves nothing; one that was killed leaves what `load` tells from a
         checkpoint."""
         monkeypatch.setattr(
-            "pvm_jax.checkpoint.store._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "pvm_jax.checkpoint.store.write_checksums",
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path / "saved", model)

@@ -188,7 +188,6 @@ def test_a_single_image_column_and_messages_as_json_are_read(tmp_path):
 def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "data.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    tables._pyarrow.cache_clear()
     with pytest.raises(ImportError, match=r"pip install 'pvm-jax\[data\]'"):
         open_conversations(tmp_path / "data.parquet")
 
