@@ -1,18 +1,21 @@
-"""A short name of a checkpoint's values: what a branch or an adapter that is stored alone was made
-for.
+"""A short name of values: what a branch or an adapter that is stored alone was made for, and what a
+run's step held.
 
-It is written beside such a part, and compared, in store.py.
+It is written beside these, and compared, in store.py and in train/run/checkpoints.py.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pvm_jax.model.parameters import by_path, part_of
+
+_LARGE = 2**24
+"""Numbers of an array whose terms are not to be in memory all at once."""
 
 
 def backbone_identity(params: Any) -> str:
@@ -36,6 +39,14 @@ def branch_identity(params: Any) -> str | None:
     return identity(branch, _checksums(branch))
 
 
+def exact_identity(tree: Any) -> str:
+    """The same of all bits of a pytree of arrays, in their own dtypes: one that is flipped is
+    always noticed."""
+    arrays = by_path(tree)
+    # Each is waited for: on a busy CPU, many programs that sum over devices block each other.
+    return identity(arrays, {path: int(_exact_checksum(array)) for path, array in arrays.items()})
+
+
 def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
     """The name of arrays of these paths and shapes; `checksums` has the `checksum_part` of each,
     from index 0."""
@@ -50,15 +61,20 @@ def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """One program sums one tensor after the other: on CPUs, where a sum needs its terms in memory,
     it takes the largest's."""
-    return {path: _checksum(array) for path, array in arrays.items()}
+    return {path: _checksum(array, checksum_part) for path, array in arrays.items()}
 
 
-def _checksum(x: jax.Array) -> jax.Array:
-    """`checksum_part` of the whole of x."""
-    if x.ndim < 3:
-        return checksum_part(x, jnp.uint32(0))
+@jax.jit
+def _exact_checksum(x: jax.Array) -> jax.Array:
+    return _checksum(x, lambda part, start: _weighted_sum(_bits(part), start))
+
+
+def _checksum(x: jax.Array, of_part: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """`of_part` of the whole of x; of a large stack, a layer at a time."""
+    if x.ndim < 3 or x.size < _LARGE:
+        return of_part(x, jnp.uint32(0))
     starts = jnp.arange(len(x), dtype=jnp.uint32) * jnp.uint32(math.prod(x.shape[1:]))
-    return jnp.sum(jax.lax.map(lambda args: checksum_part(*args), (x, starts)), dtype=jnp.uint32)
+    return jnp.sum(jax.lax.map(lambda args: of_part(*args), (x, starts)), dtype=jnp.uint32)
 
 
 @jax.jit
@@ -68,9 +84,20 @@ def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
 
     The checksums of an array's parts add up to the array's.
     """
-    bits = jax.lax.bitcast_convert_type(part.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    index = jnp.broadcast_to(start, part.shape)
-    for axis in range(part.ndim):
-        stride = jnp.uint32(math.prod(part.shape[axis + 1 :]))
-        index += jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis) * stride
+    return _weighted_sum(_bits(part.astype(jnp.bfloat16)), start)
+
+
+def _weighted_sum(bits: jax.Array, start: jax.Array) -> jax.Array:
+    """The weights are odd: no bit's change is a multiple of 2^32."""
+    index = jnp.broadcast_to(start, bits.shape)
+    for axis in range(bits.ndim):
+        stride = jnp.uint32(math.prod(bits.shape[axis + 1 :]))
+        index += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The bits of x, which has at most 32 of them a number, as uint32."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""Checkpoints: any mesh, the branch apart from its backbone, and the steps of a run."""
+"""Checkpoints: any mesh, and the branch apart from its backbone."""
 
 import json
 import re
@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -20,7 +19,6 @@ from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.model.parameters import by_path
 from pvm_jax.sharding import make_mesh, param_shardings
-from train.run.checkpoints import TrainCheckpoints
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -292,86 +290,3 @@ class TestIdentity:
         up = params["language_model"]["layers"]["mlp"]["up_proj"]
         up["weight"] = change(up["weight"])
         assert backbone_identity(params) != identity
-
-
-class TestTrainCheckpoints:
-    """A run of the branch with AdamW ."""
-
-    transformation = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10))
-    )
-
-    def state(self, model, mesh):
-        trained = nnx.State({"pvm": {"1": nnx.state(model)["pvm"]["1"]}})
-        params = jax.tree.map(jax.device_put, nnx.as_pure(trained), param_shardings(trained, mesh))
-        return {
-            "params": params,
-            "optimizer": jax.tree.map(lambda x: x + 1, self.transformation.init(params)),
-        }
-
-    def abstract(self, state):
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
-
-    def steps(self, path, model, backbone="abc", **options):
-        return TrainCheckpoints(path, model.config, backbone, **options)
-
-    def test_restores_on_another_mesh(self, model, tmp_path):
-        state = self.state(model, make_mesh(1, 8, 1))
-        with self.steps(tmp_path, model) as steps:
-            steps.save(1, state)
-        target = self.abstract(self.state(model, make_mesh(2, 2, 2)))
-        with self.steps(tmp_path, model) as steps:
-            restored = steps.restore(target)
-        assert jax.tree.structure(restored) == jax.tree.structure(state)
-        for saved, loaded, wanted in zip(
-            *map(jax.tree.leaves, (state, restored, target)), strict=True
-        ):
-            np.testing.assert_array_equal(saved, loaded)
-            assert loaded.sharding == wanted.sharding
-
-    def test_retention(self, model, tmp_path):
-        state = self.state(model, make_mesh())
-        with self.steps(tmp_path, model, keep=1, best="accuracy", maximize=True) as steps:
-            for step, accuracy in enumerate((0.1, 0.9, 0.3, 0.2)):
-                steps.save(step, state, {"accuracy": accuracy})
-            with pytest.raises(ValueError, match="accuracy"):
-                steps.save(9, state, {"loss": 1.0})
-        with self.steps(tmp_path, model, keep=1) as steps:
-            assert (steps.steps, steps.latest) == ([1, 3], 3)
-
-    def test_interrupted_save_does_not_exist(self, model, tmp_path):
-        state = self.state(model, make_mesh())
-        with self.steps(tmp_path, model) as steps:
-            steps.save(1, state)
-            steps.save(2, state)
-        (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
-        with self.steps(tmp_path, model) as steps:
-            assert steps.steps == [1]
-            steps.restore(self.abstract(state))
-            with pytest.raises(FileNotFoundError, match=r"no step 2; there are \[1\]"):
-                steps.restore(self.abstract(state), step=2)
-            steps.save(2, state)
-
-    def test_other_runs_steps(self, model, tmp_path):
-        state = self.state(model, make_mesh())
-        with self.steps(tmp_path, model) as steps:
-            steps.save(1, state)
-        with (
-            self.steps(tmp_path, model, "def") as steps,
-            pytest.raises(CheckpointError, match="another backbone: abc"),
-        ):
-            steps.restore(self.abstract(state))
-        other = ModelConfig.from_hf(GOLDEN / "shape_4b")
-        with (
-            TrainCheckpoints(tmp_path, other, "abc") as steps,
-            pytest.raises(CheckpointError, match="another model"),
-        ):
-            steps.restore(self.abstract(state))
-
-    def test_nothing_saved(self, model, tmp_path):
-        with self.steps(tmp_path, model) as steps:
-            assert steps.latest is None
-            with pytest.raises(FileNotFoundError, match="no step None"):
-                steps.restore({})

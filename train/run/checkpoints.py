@@ -12,8 +12,12 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from pvm_jax.checkpoint.directory import CheckpointError, reason_of
+from pvm_jax.checkpoint.identity import exact_identity
 from pvm_jax.checkpoint.store import orbax_context
 from pvm_jax.config import ModelConfig
+
+_STATE = "state"
+"""The step's own identity, in what it carries; steps that were written before lack it."""
 
 
 class TrainCheckpoints:
@@ -22,7 +26,8 @@ class TrainCheckpoints:
 
     Writing goes on in the background; a step that was not finished does not exist. Every step
     carries the model's config and the identity of the backbone that the run started from, and is
-    restored into no other.
+    restored into no other; and its own identity, by which a bit that flips on disk, or on the way
+    there and back, is noticed.
     """
 
     def __init__(
@@ -122,7 +127,7 @@ class TrainCheckpoints:
                     if metrics is None
                     else {name: float(value) for name, value in metrics.items()}
                 ),
-                custom_metadata=self._run,
+                custom_metadata=self._run | {_STATE: exact_identity(state)},
             )
 
     def restore(self, abstract: Any, step: int | None = None) -> Any:
@@ -136,7 +141,7 @@ class TrainCheckpoints:
         Raises:
             FileNotFoundError: if there is no such step.
             CheckpointError: if the step is another model's or another backbone's, or cannot be
-                read.
+                read, or is not what was saved.
         """
         step = self.latest if step is None else step
         if step is None or step not in self.steps:
@@ -153,7 +158,10 @@ class TrainCheckpoints:
                     " with, or give another --run_dir"
                 )
         with self._explaining_unreadable(step):
-            return self._steps.load_checkpointables(step, {"state": abstract})["state"]
+            state = self._steps.load_checkpointables(step, {"state": abstract})["state"]
+            if saved.get(_STATE, found := exact_identity(state)) != found:
+                raise ValueError(f"it was saved as {saved[_STATE]} and is read as {found}")
+        return state
 
     def close(self) -> None:
         """Waits for the last save.
