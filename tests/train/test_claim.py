@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pvm_jax.data.conversations import open_conversations
 from train.config import Bucket, DataConfig
 from train.data.contents import contents_of
 from train.run.claim import SIZES, claimed
@@ -118,7 +119,8 @@ def test_contents_do_not_depend_on_the_place_or_the_time(data, tmp_path):
     copy.mkdir()
     for file in data.parent.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert contents_of(str(copy / "data.jsonl"), 1) == contents_of(str(data), 4)
+    one, other = (open_conversations(file) for file in (copy / "data.jsonl", data))
+    assert contents_of(one, 1) == contents_of(other, 4)
 
 
 def test_of_much_data_a_sample_is_read(tmp_path, monkeypatch):
@@ -130,5 +132,5 @@ def test_of_much_data_a_sample_is_read(tmp_path, monkeypatch):
     for lines in ([line] * 90, [line.replace("q", "r"), *[line] * 89], [line] * 91):
         for ordered in (lines, lines[::-1]):
             file.write_text("\n".join(ordered) + "\n")
-            found.add(contents_of(str(file), 2))
+            found.add(contents_of(open_conversations(file), 2))
     assert len(found) == 4

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from pvm_jax.checkpoint.store import load
+from pvm_jax.data.json_files import JsonFile
 from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.model.vision import VisionTower
 from tests.close import assert_close
@@ -191,9 +192,15 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, grpo_run, whole
         )
 
 
-def test_what_would_end_the_run_late_is_refused_at_its_start(workplace, grpo_run, tmp_path):
+def test_what_would_end_the_run_late_is_refused_at_its_start(
+    workplace, grpo_run, tmp_path, monkeypatch
+):
     """A solution that the last step would miss, and a checkpoint whose completions could not
-    end."""
+    end. The data are opened once."""
+    opened, begin = [], JsonFile.__init__
+    monkeypatch.setattr(
+        JsonFile, "__init__", lambda self, path: opened.append(path) or begin(self, path)
+    )
     *records, last = (workplace / "data.jsonl").read_text().splitlines()
     data = workplace / "no_solution.jsonl"
     data.write_text("\n".join([*records, json.dumps(json.loads(last) | {"solution": ""})]))
@@ -201,6 +208,7 @@ def test_what_would_end_the_run_late_is_refused_at_its_start(workplace, grpo_run
         ValueError, match=rf"no_solution.jsonl:{len(records) + 1}: the solution must be"
     ):
         grpo_run("unsolved", f"--data.sources={data}")
+    assert opened == [data]
     shutil.copytree(workplace / "base", tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": null}')
     with pytest.raises(ValueError, match="names no eos_token_id"):

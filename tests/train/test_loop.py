@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from pvm_jax.checkpoint.store import load, save
+from pvm_jax.data.json_files import JsonFile
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
@@ -213,6 +214,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(workplace, sft_run):
     ):
         sft_run("nan", f"--checkpoint={workplace / 'broken'}")
     assert not [path for path in (workplace / "nan" / "steps").iterdir() if path.name.isdigit()]
+
+
+def test_data_are_opened_once(workplace, sft_run, monkeypatch):
+    """Opening scans all of a file."""
+    opened, begin = [], JsonFile.__init__
+    monkeypatch.setattr(
+        JsonFile, "__init__", lambda self, path: opened.append(path) or begin(self, path)
+    )
+    sft_run("once", "--max_steps=1")
+    assert opened == [workplace / "data.jsonl"]
 
 
 def test_batch_must_divide_over_the_mesh(sft_run):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pvm_jax.data.conversations import open_conversations, stored_files
+from pvm_jax.data.conversations import stored_files
 from pvm_jax.data.image_files import encoded_bytes
 from pvm_jax.data.messages import parse
 from pvm_jax.data.shards import Shards
@@ -20,22 +20,18 @@ MOST_BLOCKS = 2048
 STRETCHES, STRETCH = 16, 256
 
 
-def contents_of(path: str, threads: int) -> str:
-    """A hash (SHA-256, hexadecimal) of what `path` holds, in seconds whatever its size.
+def contents_of(conversations: Conversations, threads: int) -> str:
+    """A hash (SHA-256, hexadecimal) of what was opened, in seconds whatever its size.
 
     It reads the names and sizes of the source's files and all their bytes, of more than 2 GiB as
     many blocks spread evenly over them; and the pictures, in files of their own, of 4,096 records:
     all of them where there are no more, else 16 stretches of 256 spread evenly. What it may miss in
     larger data, a picture that now has another size, is noticed when the example is read
     (`train.data.loading`).
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `open_conversations`.
     """
-    conversations = open_conversations(path)
     found = hashlib.sha256()
     with ThreadPoolExecutor(threads) as pool:
-        files = stored_files(path)
+        files = stored_files(conversations.path)
         for file in files:
             found.update(f"{file.name} {file.stat().st_size}\n".encode())
         for digest in pool.map(_block, _spread(list(_blocks(files)), MOST_BLOCKS)):

@@ -101,6 +101,7 @@ def load_training_data(
     max_steps: int | None = None,
     seed: int = 0,
     rows: Sequence[int] | None = None,
+    sources: Sequence[Conversations] | None = None,
     sizes_file: Path | None = None,
     fill_last: bool = False,
 ) -> TrainingData:
@@ -115,6 +116,7 @@ def load_training_data(
         max_steps: how many steps are kept.
         seed: of the order.
         rows: those of a batch that this host reads (None: all).
+        sources: those of `data`, where they are open.
         sizes_file: keeps the measured sizes for the next start on the same data (an .npy file).
         fill_last: the last batch of each bucket is filled with rows that are all padding, so that
             no example is left over.
@@ -124,7 +126,7 @@ def load_training_data(
             bucket holds with `too_long` "error", or if no bucket can fill a batch.
         OSError: if `sizes_file` cannot be written.
     """
-    sources = [open_conversations(source.path) for source in data.mixture]
+    sources = open_sources(data) if sources is None else sources
     planned = plan_examples(
         data,
         sources,
@@ -141,14 +143,14 @@ def load_training_data(
     read = partial(
         _read, planned, processor, model_config, rows=mine, hidden_share=data.hide_images
     )
-    return TrainingData(
-        plan=planned.plan,
-        sizes=planned.sizes,
-        buckets=planned.buckets,
-        sources=sources,
-        report=planned.report + measured_here(sources, processor),
-        batches=grain.MapDataset.range(len(planned.plan)).map(read),
-    )
+    report = planned.report + measured_here(sources, processor)
+    batches = grain.MapDataset.range(len(planned.plan)).map(read)
+    return TrainingData(**vars(planned) | {"report": report, "batches": batches})
+
+
+def open_sources(data: ExamplesConfig, *, every_column: bool = False) -> list[Conversations]:
+    """The sources of `data`, opened as `open_conversations` does and raises."""
+    return [open_conversations(one.path, every_column=every_column) for one in data.mixture]
 
 
 def _read(

@@ -1,6 +1,7 @@
 """GRPO: what a run of it is made of, and its steps: prompts, a rollout, rewards, updates."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.stored import Conversations
 from train.config import Bucket
 from train.grpo.config import EvaluationConfig, GRPOConfig
 from train.grpo.grading import RolloutGrader, completion_values, grading, reward_values, sample_of
@@ -43,9 +45,15 @@ class PreparedGRPO(Prepared):
     reference: Any = None
 
 
-def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -> PreparedGRPO:
+def prepare(
+    config: GRPOConfig,
+    mesh: Mesh,
+    *,
+    sources: Sequence[Conversations] | None = None,
+    sizes_file: Path | None = None,
+) -> PreparedGRPO:
     """Loads the model onto `mesh`, measures the prompts and builds the program; writes nothing but
-    `sizes_file`.
+    `sizes_file`. The `sources` of the data, where they are open, are not opened again.
 
     Raises:
         ValueError: if prompts or rows do not divide over their meshes, the data gives no batch, or
@@ -68,6 +76,7 @@ def prepare(config: GRPOConfig, mesh: Mesh, *, sizes_file: Path | None = None) -
         epochs=config.epochs,
         max_steps=config.max_steps,
         seed=config.seed,
+        sources=sources,
         sizes_file=sizes_file,
     )
     program = GRPOProgram.of(config, model.config, len(data.plan) * config.num_iterations, mesh)
@@ -243,6 +252,7 @@ RECIPE = Recipe(
     train,
     dry_steps,
     {"headline": _HEADLINE | HEADLINE, "apart": ("data", "rollout", "rewards")},
+    every_column=True,
 )
 
 

@@ -2,7 +2,7 @@
 run asks."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -12,13 +12,18 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.data.messages import Messages, asked
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
 from train.config import Bucket, ExamplesConfig
-from train.data.loading import PlannedExamples, place_of, plan_examples, read_ahead
+from train.data.loading import (
+    PlannedExamples,
+    open_sources,
+    place_of,
+    plan_examples,
+    read_ahead,
+)
 from train.data.sizes import measure
 from train.run.samples import text_of
 
@@ -63,6 +68,7 @@ def load_prompts(
     epochs: int = 1,
     max_steps: int | None = None,
     seed: int = 0,
+    sources: Sequence[Conversations] | None = None,
     sizes_file: Path | None = None,
     all_of_them: bool = False,
 ) -> PromptData:
@@ -70,13 +76,14 @@ def load_prompts(
     each.
 
     Args:
+        sources: those of `data`, where they are open, with every column.
         all_of_them: the last step of each bucket may have fewer prompts, so that none is left over.
 
     Raises:
         FileNotFoundError, ValueError: as `load_training_data`, and for a record that is no prompt
             with a solution.
     """
-    sources = [open_conversations(source.path, every_column=True) for source in data.mixture]
+    opened = open_sources(data, every_column=True) if sources is None else sources
 
     def asks(source: Conversations, index: int) -> Messages:
         return read_record(source, index)[0]
@@ -84,12 +91,12 @@ def load_prompts(
     def measure_all() -> np.ndarray:
         count = partial(processor.count, add_generation_prompt=True)
         return np.concatenate(
-            [measure(source, count, data.threads, read=asks) for source in sources]
+            [measure(source, count, data.threads, read=asks) for source in opened]
         )
 
     planned = plan_examples(
         data,
-        sources,
+        opened,
         measure_all,
         batch_size=batch_size,
         packing=False,
@@ -102,19 +109,12 @@ def load_prompts(
 
     def read(step: int) -> PromptBatch:
         examples = [example for row in planned.plan.rows(step) for example in row]
-        prompts = [read_prompt(*place_of(sources, example), processor) for example in examples]
+        prompts = [read_prompt(*place_of(opened, example), processor) for example in examples]
         for example, prompt in zip(examples, prompts, strict=True):
             planned.check(example, prompt.example)
         return PromptBatch(planned.buckets[planned.plan.bucket(step)], prompts)
 
-    return PromptData(
-        plan=planned.plan,
-        sizes=planned.sizes,
-        buckets=planned.buckets,
-        sources=sources,
-        report=planned.report,
-        steps=grain.MapDataset.range(len(planned.plan)).map(read),
-    )
+    return PromptData(**vars(planned), steps=grain.MapDataset.range(len(planned.plan)).map(read))
 
 
 def read_prompt(source: Conversations, index: int, processor: Processor) -> Prompt:

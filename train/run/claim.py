@@ -3,7 +3,7 @@ there."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
+from pvm_jax.data.stored import Conversations
 from pvm_jax.files.lock import sole_writer
 from train.data.contents import contents_of
+from train.data.loading import open_sources
 
 NOTE = "run.json"
 SIZES = "sizes.npy"
@@ -43,22 +45,26 @@ _FREE_DATA_KEYS = {"threads", "prefetch", "measure_anew"}
 
 
 @contextmanager
-def claimed(config: Any, run_dir: Path, steps: Path) -> Iterator[None]:
+def claimed(
+    config: Any, run_dir: Path, steps: Path, *, every_column: bool = False
+) -> Iterator[list[Conversations]]:
     """Keeps other processes out of `run_dir` for the block, and other runs for good: a note says
     what is computed there, from which data. A run without a step in `steps` owns nothing; the next
-    one takes its place.
+    one takes its place. Gives the sources of the data, opened.
 
     Args:
         config: a recipe's, with its `data`.
+        every_column: as `open_conversations` takes it.
 
     Raises:
         OSError: if a run is going on there, `run_dir` cannot be written, or it is not the same
             directory for all processes.
         ValueError: if it holds another run, or its data have changed and `data.measure_anew` does
-            not say to go on.
+            not say to go on; else as `open_conversations`.
     """
     with sole_writer(run_dir, lock=run_dir / ".lock", otherwise="give another --run_dir"):
-        mine = _computed(config)
+        sources = open_sources(config.data, every_column=every_column)
+        mine = _computed(config, sources)
         if jax.process_index() == 0:
             _take(config, mine, run_dir, steps)
         sync_global_devices(f"claimed {run_dir}")
@@ -69,15 +75,14 @@ def claimed(config: Any, run_dir: Path, steps: Path) -> Iterator[None]:
                 " run_dir must be on a file system that all hosts share"
             )
         _compare(config, mine, note)
-        yield
+        yield sources
 
 
-def _computed(config: Any) -> dict[str, Any]:
+def _computed(config: Any, sources: Sequence[Conversations]) -> dict[str, Any]:
     """What a run with other values is another run than `config`'s by."""
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
     data = {key: value for key, value in mine["data"].items() if key not in _FREE_DATA_KEYS}
-    threads = config.data.threads
-    contents = [contents_of(source.path, threads) for source in config.data.mixture]
+    contents = [contents_of(source, config.data.threads) for source in sources]
     return mine | {"data": data, "contents": contents}
 
 

@@ -2,7 +2,7 @@
 on after an interruption, train, write the result."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.checkpoint.store import load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.stored import Conversations
 from pvm_jax.model.qwen3_vl import Qwen3VL, add_lora
 from pvm_jax.sharding import make_mesh
 from train.config import RunConfig, Trainable
@@ -113,17 +114,20 @@ class Recipe:
     """What sets one kind of run apart from the others.
 
     Attributes:
-        prepare: (config, mesh, sizes_file=a path in `run_dir`) -> Prepared; runs before any step.
+        prepare: (config, mesh, sources=the data's, opened, sizes_file=a path in `run_dir`) ->
+            Prepared; runs before any step.
         train: (prepared, log, step_done) -> the state after the last step, or where the run was
             stopped.
         dry_steps: (prepared, console): a few steps, and prints what they took and gave.
         log_options: further arguments of `RunLog`.
+        every_column: whether the data are opened with it (`open_conversations`).
     """
 
     prepare: Callable[..., Prepared]
     train: Callable[[Any, RunLog, StepDone], TrainState]
     dry_steps: Callable[[Any, Console], None]
     log_options: Mapping[str, Any] = field(default_factory=dict)
+    every_column: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,20 +162,22 @@ def run(config: RunConfig, recipe: Recipe) -> RunResult:
     """
     mesh = make_mesh(**asdict(config.mesh))
     run_dir = Path(config.run_dir).absolute()
-    with claimed(config, run_dir, run_dir / STEPS):
+    with claimed(config, run_dir, run_dir / STEPS, every_column=recipe.every_column) as sources:
         result = run_dir / RESULTS[config.trainable]
         if result.exists():
             raise FileExistsError(
                 f"{result} exists: this run is finished; give another --run_dir to train again"
             )
         with jax.set_mesh(mesh):
-            return _train(config, recipe, mesh, result)
+            return _train(config, recipe, mesh, result, sources)
 
 
-def _train(config: RunConfig, recipe: Recipe, mesh: Mesh, result: Path) -> RunResult:
+def _train(
+    config: RunConfig, recipe: Recipe, mesh: Mesh, result: Path, sources: Sequence[Conversations]
+) -> RunResult:
     """The run in the directory of `result`, which this process has claimed."""
     run_dir, log_dir = result.parent, result.parent / "log"
-    work = recipe.prepare(config, mesh, sizes_file=run_dir / SIZES)
+    work = recipe.prepare(config, mesh, sources=sources, sizes_file=run_dir / SIZES)
     with (
         stop_requests(mesh) as stop_requested,  # until the last checkpoint is written
         TrainCheckpoints(

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: what a run of it is made of, and its steps."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.stored import Conversations
 from pvm_jax.sharding import batch_sharding, local_rows, place_rows
 from train.data.loading import TrainingData, load_training_data
 from train.run import lifecycle
@@ -32,9 +34,15 @@ class PreparedSFT(Prepared):
     program: SFTProgram
 
 
-def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) -> PreparedSFT:
+def prepare(
+    config: SFTConfig,
+    mesh: Mesh,
+    *,
+    sources: Sequence[Conversations] | None = None,
+    sizes_file: Path | None = None,
+) -> PreparedSFT:
     """Loads the model onto `mesh`, measures the data and builds the program; writes nothing but
-    `sizes_file`.
+    `sizes_file`. The `sources` of the data, where they are open, are not opened again.
 
     Raises:
         ValueError: if the batch does not divide over the mesh, or the data gives no batch.
@@ -54,6 +62,7 @@ def prepare(config: SFTConfig, mesh: Mesh, *, sizes_file: Path | None = None) ->
         max_steps=config.max_steps,
         seed=config.seed,
         rows=local_rows(batch_sharding(mesh), config.batch_size),
+        sources=sources,
         sizes_file=sizes_file,
     )
     program = SFTProgram.of(config, model.config, len(data.plan), mesh)
