@@ -84,7 +84,10 @@ def load_prompts(
     def measure_all() -> np.ndarray:
         count = partial(processor.count, add_generation_prompt=True)
         return np.concatenate(
-            [measure(source, count, data.threads, read=asks) for source in sources]
+            [
+                measure(source, count, data.threads, read=asks, videos=data.videos)
+                for source in sources
+            ]
         )
 
     planned = plan_examples(
@@ -107,14 +110,7 @@ def load_prompts(
             planned.check(example, prompt.example)
         return PromptBatch(planned.buckets[planned.plan.bucket(step)], prompts)
 
-    return PromptData(
-        plan=planned.plan,
-        sizes=planned.sizes,
-        buckets=planned.buckets,
-        sources=sources,
-        report=planned.report,
-        steps=grain.MapDataset.range(len(planned.plan)).map(read),
-    )
+    return PromptData(**vars(planned), steps=grain.MapDataset.range(len(planned.plan)).map(read))
 
 
 def read_prompt(source: Conversations, index: int, processor: Processor) -> Prompt:
