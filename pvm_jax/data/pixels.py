@@ -40,7 +40,7 @@ def as_floats(pixels: Any, scale: Any, patch_dim: int) -> Any:
 
     Args:
         pixels: [..., P, patch_dim], or of uint8 with one frame in place of all.
-        scale: [..., 4, channels], or with it of each patch [..., P, 4, channels].
+        scale: of all patches [4, channels], or of each [..., P, 4, channels].
 
     Returns:
         [..., P, patch_dim]; float32 of bytes.
