@@ -79,11 +79,12 @@ def main(
         chips.add_row(chip, f"{1e3 * seconds:.0f}", f"{1 / seconds:.2f}", f"{cpu / seconds:.2f}")
     console = Console(width=130)
     console.print(data.report, rows, chips)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(data.batches[0]))
+    row = Batch.empty(config, rows=1, length=tokens, patches=patches)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(row))
     floats = patches * config.vision.patch_dim * np.dtype(np.float32).itemsize
     print(
-        f"a row is {held / 1e6:.1f} MB, of which {data.batches[0].patches.nbytes / 1e6:.1f} MB are"
-        f" its patches: with both frames as float32 these would be {floats / 1e6:.1f} MB"
+        f"a row is {held / 1e6:.1f} MB, of which {row.patches.nbytes / 1e6:.1f} MB are its patches:"
+        f" with both frames as float32 these would be {floats / 1e6:.1f} MB"
     )
     print(
         f"{threads} threads read {wall[1] / wall[threads]:.1f} times as many rows a second as one,"

@@ -192,7 +192,7 @@ class ImageSettings(PixelSettings):
 
     @property
     def scale(self) -> np.ndarray:
-        return scale_of(self.rescale_factor, np.float32(self.mean), np.float32(self.std))
+        return scale_of(self.rescale_factor, _channels(self.mean), _channels(self.std))
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class VideoSettings(PixelSettings):
         # torchvision folds the rescaling into mean and std, which rounds differently from the image
         # processor.
         unscale = np.float32(1 / self.rescale_factor)
-        return scale_of(1.0, np.float32(self.mean) * unscale, np.float32(self.std) * unscale)
+        return scale_of(1.0, _channels(self.mean) * unscale, _channels(self.std) * unscale)
 
 
 def image_size(source: Source) -> tuple[int, int]:
@@ -347,3 +347,7 @@ def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:
     if len(values) != CHANNELS:
         raise ValueError(f"image_mean and image_std need three numbers, got {value}")
     return values
+
+
+def _channels(values: tuple[float, ...]) -> np.ndarray:
+    return np.array(values, np.float32)

@@ -41,7 +41,7 @@ def picture(
     frame = _unfold(pixels, rows, columns, config)[0]
     if frame.dtype == np.uint8:
         return frame / np.float32(255)
-    ends = np.repeat(np.uint8([[0], [255]]), len(settings.mean), axis=1)
+    ends = np.repeat(np.array([[0], [255]], np.uint8), len(settings.mean), axis=1)
     lowest, highest = as_floats(ends, settings.scale, len(settings.mean))
     return np.clip((frame - lowest) / (highest - lowest), 0, 1)
 
