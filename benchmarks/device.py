@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks.sizes import config_of
 from pvm_jax import Batch, Example, ModelConfig, Qwen3VL, abstract_model
+from pvm_jax.data.pixels import scale_of
 from pvm_jax.options import run_as_command
 from train.config import OptimizerConfig
 from train.step.flops import count_flops, peak_flops
@@ -80,9 +81,14 @@ def batch_of(config: ModelConfig, rows: int, text: int, side: int) -> Batch:
     ids = np.concatenate([image, rng.integers(0, config.image_token_id // 2, text)]).astype(
         np.int32
     )
-    pixels = rng.normal(size=(side * side, config.vision.patch_dim)).astype(np.float32)
+    pixels = rng.integers(0, 256, (side * side, config.vision.frame_dim), np.uint8)
+    half = np.full(config.vision.in_channels, 0.5)
     example = Example(
-        ids, pixels, np.array([[1, side, side]]), loss_mask=np.arange(len(ids)) >= len(image)
+        ids,
+        pixels,
+        np.array([[1, side, side]]),
+        loss_mask=np.arange(len(ids)) >= len(image),
+        image_scale=scale_of(1 / 255, half, half),
     )
     length = -(-len(ids) // 128) * 128
     return jax.device_put(

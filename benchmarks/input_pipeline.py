@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -78,6 +79,13 @@ def main(
         chips.add_row(chip, f"{1e3 * seconds:.0f}", f"{1 / seconds:.2f}", f"{cpu / seconds:.2f}")
     console = Console(width=130)
     console.print(data.report, rows, chips)
+    row = Batch.empty(config, rows=1, length=tokens, patches=patches)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(row))
+    floats = patches * config.vision.patch_dim * np.dtype(np.float32).itemsize
+    print(
+        f"a row is {held / 1e6:.1f} MB, of which {row.patches.nbytes / 1e6:.1f} MB are its patches:"
+        f" with both frames as float32 these would be {floats / 1e6:.1f} MB"
+    )
     print(
         f"{threads} threads read {wall[1] / wall[threads]:.1f} times as many rows a second as one,"
         " on this machine"

@@ -83,7 +83,10 @@ def _measured(
             data = DataConfig(str(write_mix(Path(scratch) / "data", count)), BUCKETS)
         sources = [open_conversations(source.path) for source in data.mixture]
         return data, np.concatenate(
-            [measure(source, processor.count, data.threads) for source in sources]
+            [
+                measure(source, processor.count, data.threads, videos=data.videos)
+                for source in sources
+            ]
         )
 
 

@@ -152,6 +152,7 @@ def convert(
             "source": str(conversations.path),
             "examples": len(summary.sizes),
             "measured_by": None if processor is None else processor.fingerprint,
+            "videos": summary.videos,
             "shards": shards,
         }
         (aside / SHARDS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -181,11 +182,12 @@ def _report(file: Path) -> Iterator[TextIO]:
 
 class Checked(NamedTuple):
     """An example that can be trained on: its record for the shards, (tokens, patches) where
-    measured, and its images."""
+    measured, its images, and whether it shows a video."""
 
     record: bytes
     size: tuple[int, int]
     images: int
+    video: bool
 
 
 class Rejected(NamedTuple):
@@ -218,17 +220,21 @@ class _Check:
         conversation = parse(messages, reserved=())
         sources = [source for _, source in conversation.images]
         sources += [frame for _, video in conversation.videos for frame in video.frames]
+        video = bool(conversation.videos)
         if self.processor is None:
             for source in sources:
                 read_image(source)
-            return Checked(pack_record(messages), (0, 0), len(sources))
+            return Checked(pack_record(messages), (0, 0), len(sources), video)
         example = self.processor.encode(messages)
         if self.max_tokens is not None and len(example.input_ids) > self.max_tokens:
             raise ValueError(
                 f"too long: {len(example.input_ids)} tokens, --max_tokens is {self.max_tokens}"
             )
         return Checked(
-            pack_record(messages), (len(example.input_ids), example.num_patches), len(sources)
+            pack_record(messages),
+            (len(example.input_ids), example.num_patches),
+            len(sources),
+            video,
         )
 
 
@@ -328,6 +334,7 @@ class _Summary:
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     images: int = 0
+    videos: bool = False
     bytes: int = 0
     rejected: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -336,6 +343,7 @@ class _Summary:
     def add(self, checked: Checked) -> None:
         self.sizes.append(checked.size)
         self.images += checked.images
+        self.videos |= checked.video
         self.bytes += len(checked.record)
 
     def reject(self, reason: str) -> None:

@@ -69,7 +69,12 @@ class VisionConfig:
     @property
     def patch_dim(self) -> int:
         """Numbers in one flattened patch [channels, time, row, column]."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+        return self.frame_dim * self.temporal_patch_size
+
+    @property
+    def frame_dim(self) -> int:
+        """Numbers in one frame of a patch."""
+        return self.in_channels * self.patch_size**2
 
     @property
     def merge_factor(self) -> int:

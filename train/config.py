@@ -68,6 +68,8 @@ class ExamplesConfig:
             less often than once.
         buckets: shapes that rows are padded to; an example goes to the smallest that holds it. One
             compilation each.
+        videos: whether examples may show videos. A patch of theirs has two frames, and then every
+            patch of a batch has room for two: images take twice the memory.
         too_long: an example that no bucket holds is left out ("drop": the count is logged) or stops
             the run ("error").
         threads: batches read at the same time.
@@ -79,6 +81,7 @@ class ExamplesConfig:
     sources: str | list[str | Source]
     buckets: list[Bucket]
     _: KW_ONLY
+    videos: bool = False
     too_long: Literal["drop", "error"] = "drop"
     threads: int = 4
     prefetch: int = 8
@@ -235,6 +238,7 @@ class RunConfig:
         checkpoint: Orbax directory written by convert.hf_to_orbax.
         run_dir: receives step checkpoints, TensorBoard events and the result; a run found there is
             continued.
+        data: what it learns from.
         branch: checkpoint to take the PVM branch from (None: the one in `checkpoint`).
         trainable: "pvm" (the branch alone), "lora" (fresh adapters alone), "decoder" (decoder, head
             and branch) or "all" (the vision tower too).
@@ -263,6 +267,7 @@ class RunConfig:
 
     checkpoint: str
     run_dir: str
+    data: ExamplesConfig
     _: KW_ONLY
     branch: str | None = None
     trainable: Trainable = "pvm"

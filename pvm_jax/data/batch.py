@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.example import Example, runs_of, visual_runs
+from pvm_jax.data.example import Example, Frame, runs_of, visual_runs
+from pvm_jax.data.pixels import as_floats, no_scale, repeat_frame
 from pvm_jax.data.positions import frame_geometry, mrope_positions
 
 Array = Any  # NumPy's where the batch is made, JAX's where the model reads it
@@ -31,6 +32,7 @@ Array = Any  # NumPy's where the batch is made, JAX's where the model reads it
         "visual_index",
         "visual_segment_ids",
         "patches",
+        "patch_scale",
         "patch_positions",
         "patch_interp_indices",
         "patch_interp_weights",
@@ -52,7 +54,11 @@ class Batch:
         visual_index: [B, S] int32: the visual token of the row that stands at this column, -1 for
             text; -2 - i for visual token i where the decoder does not see it (`hide_images`).
         visual_segment_ids: [B, V] int32: the packed example of each visual token; 0 is padding.
-        patches: [B, P, patch_dim] float32.
+        patches: what the tower reads, by their type: bytes (uint8), of images the one frame, [B, P,
+            frame_dim], and of every patch both where a row shows a video, [B, P, patch_dim]; or
+            float32 [B, P, patch_dim], as Hugging Face's processors give them.
+        patch_scale: [B, P, 4, channels] float32: what the bytes of each patch mean
+            (`pvm_jax.data.pixels`).
         patch_positions: [B, P, 2] int32 (row, column) in its frame.
         patch_interp_indices, patch_interp_weights: [B, P, 4]: the four learned positions around a
             patch and their shares.
@@ -66,18 +72,35 @@ class Batch:
     visual_index: Array
     visual_segment_ids: Array
     patches: Array
+    patch_scale: Array
     patch_positions: Array
     patch_interp_indices: Array
     patch_interp_weights: Array
     patch_segment_ids: Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, *, rows: int, length: int, patches: int) -> Self:
-        """All padding, in NumPy. `patches` must be a multiple of the merge factor (4)."""
-        merge = config.vision.merge_factor
+    def empty(
+        cls,
+        config: ModelConfig,
+        *,
+        rows: int,
+        length: int,
+        patches: int,
+        videos: bool = False,
+        floats: bool = False,
+    ) -> Self:
+        """All padding, in NumPy. `patches` must be a multiple of the merge factor (4).
+
+        Args:
+            videos: whether a patch has room for all frames of a video's.
+            floats: whether patches are numbers, and no bytes.
+        """
+        vision = config.vision
+        merge = vision.merge_factor
         if patches % merge:
             raise ValueError(f"a row's patches must be a multiple of {merge}, got {patches}")
         token, patch = (rows, length), (rows, patches)
+        width = vision.patch_dim if videos or floats else vision.frame_dim
         return cls(
             tokens=np.zeros(token, np.int32),
             positions=np.zeros((rows, 3, length), np.int32),
@@ -85,7 +108,8 @@ class Batch:
             loss_weights=np.zeros(token, np.float32),
             visual_index=np.full(token, -1, np.int32),
             visual_segment_ids=np.zeros((rows, patches // merge), np.int32),
-            patches=np.zeros((*patch, config.vision.patch_dim), np.float32),
+            patches=np.zeros((*patch, width), np.float32 if floats else np.uint8),
+            patch_scale=np.tile(no_scale(vision.in_channels), (*patch, 1, 1)),
             patch_positions=np.zeros((*patch, 2), np.int32),
             patch_interp_indices=np.zeros((*patch, 4), np.int32),
             patch_interp_weights=np.zeros((*patch, 4), np.float32),
@@ -94,15 +118,27 @@ class Batch:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[Sequence[Example]], config: ModelConfig, *, length: int, patches: int
+        cls,
+        rows: Sequence[Sequence[Example]],
+        config: ModelConfig,
+        *,
+        length: int,
+        patches: int,
+        videos: bool | None = None,
+        among: Sequence[Example] = (),
     ) -> Self:
         """Packs each row's examples, in order, into `length` token and `patches` patch columns.
+
+        Args:
+            videos: as of `empty`; None: where an example shows one.
+            among: further examples, for whose patches there would be room too.
 
         Raises:
             ValueError: if a row does not fit (nothing is ever cut), or an example is malformed; it
                 names the row.
         """
-        batch = cls.empty(config, rows=len(rows), length=length, patches=patches)
+        form = _form([*among, *(example for row in rows for example in row)], videos)
+        batch = cls.empty(config, rows=len(rows), length=length, patches=patches, **form)
         for number, row in enumerate(rows):
             used = (
                 sum(len(example.input_ids) for example in row),
@@ -136,9 +172,8 @@ class Batch:
         among = examples if among is None else among
         length = bucket_size(max(len(example.input_ids) for example in among))
         patches = bucket_size(max(example.num_patches for example in among))
-        return cls.from_rows(
-            [[example] for example in examples], config, length=length, patches=patches
-        )
+        rows = [[example] for example in examples]
+        return cls.from_rows(rows, config, length=length, patches=patches, among=among)
 
     @classmethod
     def from_hf(cls, arrays: Mapping[str, Any], config: ModelConfig) -> Self:
@@ -163,6 +198,7 @@ class Batch:
             rows=len(examples),
             length=bucket_size(np.shape(arrays["input_ids"])[1]),
             patches=bucket_size(max(example.num_patches for example in examples)),
+            **_form(examples),
         )
         for number, (example, where) in enumerate(zip(examples, columns, strict=True)):
             _RowWriter(batch, number, config).add(example, where)
@@ -190,6 +226,15 @@ def bucket_size(count: int) -> int:
     while octave * 2 <= count:
         octave *= 2
     return max(64, -(-count // (octave // 4)) * (octave // 4))
+
+
+def _form(examples: Sequence[Example], videos: bool | None = None) -> dict[str, bool]:
+    """How `Batch.empty` holds the patches of these examples: bytes, unless one of them has other
+    numbers."""
+    if videos is None:
+        videos = any(example.pixel_values_videos is not None for example in examples)
+    floats = any(pixels.dtype != np.uint8 for example in examples for pixels in example.pixels)
+    return {"videos": videos, "floats": floats}
 
 
 class _RowWriter:
@@ -221,7 +266,9 @@ class _RowWriter:
             where = slice(self.patch, self.patch + len(image.pixels))
             tokens = np.arange(self.patch // merge, where.stop // merge)
             self.frame += 1
-            batch.patches[row, where] = image.pixels
+            batch.patches[row, where] = self._as_held(image)
+            if image.scale is not None:
+                batch.patch_scale[row, where] = image.scale
             batch.patch_positions[row, where] = geometry.positions
             batch.patch_interp_indices[row, where] = geometry.interp_indices
             batch.patch_interp_weights[row, where] = geometry.interp_weights
@@ -230,6 +277,18 @@ class _RowWriter:
             batch.visual_segment_ids[row, tokens] = self.segment
             self.patch = where.stop
         self.column += len(columns)
+
+    def _as_held(self, image: Frame) -> np.ndarray:
+        """The image's patches as the batch holds its own, [P, frame_dim or patch_dim]."""
+        patches, vision = self.batch.patches, self.config.vision
+        if patches.dtype != np.uint8:
+            return as_floats(image.pixels, image.scale, vision.patch_dim)
+        if image.pixels.shape[1] > patches.shape[2]:
+            raise ValueError(
+                f"row {self.row} shows a video, and the batch has room for one frame a patch:"
+                " it was made with videos=False"
+            )
+        return repeat_frame(image.pixels, vision.in_channels, patches.shape[2])
 
 
 def split_rows(

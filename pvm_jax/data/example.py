@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pvm_jax.config import ModelConfig, VisionConfig
+from pvm_jax.data.pixels import SCALE_TERMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,11 +15,14 @@ class Example:
 
     Attributes:
         input_ids: [S] with one placeholder per visual token.
-        pixel_values: [P, patch_dim], the images' patches in prompt order, each image in 2x2-block
-            order; None without images.
+        pixel_values: the images' patches in prompt order, each image in 2x2-block order; None
+            without images. Bytes (uint8) hold the one frame of an image, [P, frame_dim]; other
+            numbers are read as they stand, [P, patch_dim], as Hugging Face gives them.
         image_grid_thw: [images, 3], patches of each image (1, rows, columns).
-        pixel_values_videos, video_grid_thw: the same for videos (frame pairs, rows, columns).
+        pixel_values_videos, video_grid_thw: the same for videos (frame pairs, rows, columns); a
+            patch holds all its frames, [P, patch_dim].
         loss_mask: [S] bool, True on the tokens that are learned; None: none are.
+        image_scale, video_scale: [4, channels] float32, what bytes mean (`pvm_jax.data.pixels`).
     """
 
     input_ids: np.ndarray
@@ -27,23 +31,28 @@ class Example:
     pixel_values_videos: np.ndarray | None = None
     video_grid_thw: np.ndarray | None = None
     loss_mask: np.ndarray | None = None
+    image_scale: np.ndarray | None = None
+    video_scale: np.ndarray | None = None
 
     @property
     def num_patches(self) -> int:
-        return sum(
-            len(pixels)
-            for pixels in (self.pixel_values, self.pixel_values_videos)
-            if pixels is not None
-        )
+        return sum(map(len, self.pixels))
+
+    @property
+    def pixels(self) -> list[np.ndarray]:
+        """The patches of its images, and those of its videos, where there are any."""
+        return [x for x in (self.pixel_values, self.pixel_values_videos) if x is not None]
 
 
 class Frame(NamedTuple):
-    """One image, or one frame pair of a video, and the token that its placeholders start at."""
+    """One image, or one frame pair of a video, and the token that its placeholders start at; its
+    patches, and the scale of their bytes, as an `Example` has them."""
 
     start: int
     rows: int
     columns: int
     pixels: np.ndarray
+    scale: np.ndarray | None
 
 
 def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
@@ -57,11 +66,24 @@ def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
             f"token id {outside[0]} is outside the vocabulary of {config.text.vocab_size}"
         )
     frames = []
-    for kind, token, pixels, grids in (
-        ("image", config.image_token_id, example.pixel_values, example.image_grid_thw),
-        ("video", config.video_token_id, example.pixel_values_videos, example.video_grid_thw),
+    for kind, token, pixels, grids, scale in (
+        (
+            "image",
+            config.image_token_id,
+            example.pixel_values,
+            example.image_grid_thw,
+            example.image_scale,
+        ),
+        (
+            "video",
+            config.video_token_id,
+            example.pixel_values_videos,
+            example.video_grid_thw,
+            example.video_scale,
+        ),
     ):
         sizes = _frame_sizes(kind, pixels, grids, vision)
+        _check_scale(kind, pixels, scale, vision)
         starts, lengths = runs_of(ids, token)
         if len(starts) != len(sizes):
             raise ValueError(
@@ -79,7 +101,7 @@ def visual_runs(example: Example, config: ModelConfig) -> list[Frame]:
                     " inside the image?)"
                 )
             frames.append(
-                Frame(int(start), rows, columns, pixels[offset : offset + rows * columns])
+                Frame(int(start), rows, columns, pixels[offset : offset + rows * columns], scale)
             )
             offset += rows * columns
     return sorted(frames, key=lambda frame: frame.start)
@@ -101,12 +123,28 @@ def _frame_sizes(
             f"{kind}_grid_thw needs positive sizes, rows and columns multiples of {merge}; got"
             f" {grids.tolist()}"
         )
-    expected = (int(grids.prod(1).sum()), vision.patch_dim)
+    one_frame = kind == "image" and pixels.dtype == np.uint8
+    width = vision.frame_dim if one_frame else vision.patch_dim
+    expected = (int(grids.prod(1).sum()), width)
     if pixels.shape != expected:
         raise ValueError(
             f"{kind} pixels must be {expected} for grids {grids.tolist()}, got {pixels.shape}"
         )
     return [(int(rows), int(columns)) for time, rows, columns in grids for _ in range(time)]
+
+
+def _check_scale(
+    kind: str, pixels: np.ndarray | None, scale: np.ndarray | None, vision: VisionConfig
+) -> None:
+    """Raises ValueError for bytes that nothing says the meaning of."""
+    if pixels is None or pixels.dtype != np.uint8:
+        return
+    expected, got = (SCALE_TERMS, vision.in_channels), None if scale is None else scale.shape
+    if got != expected:
+        raise ValueError(
+            f"{kind} pixels are bytes: {kind}_scale must be {expected}, got {got}; Processor.encode"
+            " gives both"
+        )
 
 
 def runs_of(ids: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:

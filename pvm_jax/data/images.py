@@ -1,13 +1,13 @@
-"""Pixels: pictures and frames -> flattened patches, in NumPy and PIL.
+"""Pixels: pictures and frames -> flattened patches of bytes, in NumPy and PIL.
 
-Bit-equal to transformers' `Qwen2VLImageProcessorPil` (which needs neither torch nor torchvision);
-videos follow its `Qwen3VLVideoProcessor`, with PIL's bicubic filter in place of torchvision's.
+With their scale (`pvm_jax.data.pixels`) they are bit-equal to those of transformers'
+`Qwen2VLImageProcessorPil` (which needs neither torch nor torchvision); videos follow its
+`Qwen3VLVideoProcessor`, with PIL's bicubic filter in place of torchvision's.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -17,12 +17,11 @@ from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from pvm_jax.data.image_files import Source, opened
+from pvm_jax.data.pixels import scale_of
 from pvm_jax.files.json_file import is_number
 
 MAX_ASPECT_RATIO = 200
-CACHED_PATCHES = 256
-"""Patches normalized at a time: what they need fits a processor core's cache (half the time of all
-at once)."""
+CHANNELS = 3
 
 _IN_32_BITS = (("I", "PNG"), ("I", "PPM"))
 """Modes and formats in which PIL has 16-bit gray as 32-bit numbers."""
@@ -105,6 +104,11 @@ class PixelSettings:
         """Resized sides are multiples of this many pixels."""
         return self.patch_size * self.merge_size
 
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch with all its frames."""
+        return CHANNELS * self.temporal_patch_size * self.patch_size**2
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], file: str) -> Self:
         """Reads Hugging Face's preprocessor config; `file` is its name in errors.
@@ -162,8 +166,9 @@ class PixelSettings:
         """Height and width after resizing."""
         raise NotImplementedError
 
-    def normalized(self) -> np.ndarray:
-        """[channels, 256] float32: what each byte becomes."""
+    @property
+    def scale(self) -> np.ndarray:
+        """[4, channels] float32: what becomes of a byte (`pvm_jax.data.pixels`)."""
         raise NotImplementedError
 
 
@@ -185,9 +190,9 @@ class ImageSettings(PixelSettings):
     def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
 
-    def normalized(self) -> np.ndarray:
-        rescaled = (np.arange(256) * self.rescale_factor).astype(np.float32)
-        return (rescaled - _column(self.mean)) / _column(self.std)
+    @property
+    def scale(self) -> np.ndarray:
+        return scale_of(self.rescale_factor, _channels(self.mean), _channels(self.std))
 
 
 @dataclass(frozen=True)
@@ -247,13 +252,12 @@ class VideoSettings(PixelSettings):
         share = min(self.max_video_tokens * self.factor**2, self.max_pixels // frames)
         return max(share, int(self.min_pixels * 1.05)) * frames
 
-    def normalized(self) -> np.ndarray:
+    @property
+    def scale(self) -> np.ndarray:
         # torchvision folds the rescaling into mean and std, which rounds differently from the image
         # processor.
         unscale = np.float32(1 / self.rescale_factor)
-        return (np.arange(256, dtype=np.float32) - _column(self.mean) * unscale) / (
-            _column(self.std) * unscale
-        )
+        return scale_of(1.0, _channels(self.mean) * unscale, _channels(self.std) * unscale)
 
 
 def image_size(source: Source) -> tuple[int, int]:
@@ -313,9 +317,9 @@ def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.
     their grid.
 
     Returns:
-        [groups * rows * columns, 3 * temporal_patch_size * patch_size**2] float32, the patches of a
-        visual token together; and (groups, rows, columns). The last frame is repeated where a group
-        is not full.
+        [groups * rows * columns, 3 * frames * patch_size**2] uint8, the patches of a visual token
+        together; and (groups, rows, columns). An image's patch holds one frame, a video's
+        `temporal_patch_size`: the last one is repeated where a group is not full.
 
     Raises:
         ValueError: if Hugging Face refuses the size, or the frames differ in size.
@@ -332,41 +336,18 @@ def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.
         resized += resized[-1:] * (groups * settings.temporal_patch_size - len(frames))
     square, side = settings.merge_size, settings.patch_size
     pixels = np.stack(resized).reshape(
-        groups, -1, rows // square, square, side, columns // square, square, side, 3
+        groups, -1, rows // square, square, side, columns // square, square, side, CHANNELS
     )
     pixels = np.ascontiguousarray(pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
-    return _normalize(pixels.reshape(math.prod(grid), 3, -1, side * side), settings), grid
-
-
-def _normalize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
-    """[patches, 3, frames, numbers] uint8 -> [patches, 3 * temporal_patch_size * numbers] float32;
-    one frame serves for all."""
-    pairs = pixels.view(np.uint16)
-    values = np.empty(
-        (*pairs.shape[:2], settings.temporal_patch_size, pairs.shape[3]), np.complex64
-    )
-    tables = _pair_tables(settings)
-    for start in range(0, len(pairs), CACHED_PATCHES):
-        block = slice(start, start + CACHED_PATCHES)
-        for channel, table in enumerate(tables):
-            values[block, channel] = table.take(pairs[block, channel], mode="clip")
-    return values.view(np.float32).reshape(len(pixels), -1)
-
-
-@lru_cache(maxsize=8)
-def _pair_tables(settings: PixelSettings) -> np.ndarray:
-    """[3, 65536]: two float32 (as one complex64) for each pair of bytes, which halves the look-ups
-    of `_normalize`."""
-    pairs = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
-    return np.ascontiguousarray(settings.normalized()[:, pairs]).view(np.complex64)[..., 0]
+    return pixels.reshape(math.prod(grid), -1), grid
 
 
 def _per_channel(value: float | Sequence[float]) -> tuple[float, ...]:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
-    if len(values) != 3:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * CHANNELS
+    if len(values) != CHANNELS:
         raise ValueError(f"image_mean and image_std need three numbers, got {value}")
     return values
 
 
-def _column(values: tuple[float, ...]) -> np.ndarray:
-    return np.array(values, np.float32)[:, None]
+def _channels(values: tuple[float, ...]) -> np.ndarray:
+    return np.array(values, np.float32)

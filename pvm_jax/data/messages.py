@@ -123,6 +123,16 @@ def parse(messages: Messages, reserved: Sequence[str]) -> Conversation:
     return conversation
 
 
+def shows_video(messages: Messages) -> bool:
+    """Whether a part of one of the turns is a video."""
+    return any(
+        isinstance(part, Mapping) and part.get("type") == "video"
+        for message in messages
+        if isinstance(content := message.get("content"), list | tuple)
+        for part in content
+    )
+
+
 def is_learned(message: Mapping[str, Any]) -> bool:
     """Whether the loss falls on this turn: on the assistant's, unless one of MARKS says no.
 

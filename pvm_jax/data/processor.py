@@ -23,6 +23,7 @@ from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
+from pvm_jax.data.pixels import as_floats
 from pvm_jax.data.side_files import check_fits, pixel_settings, read_stop_tokens, visual_tokens
 from pvm_jax.data.tags import with_tags_as_text
 from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
@@ -199,6 +200,12 @@ class Processor:
             found = [value for example in examples if (value := getattr(example, key)) is not None]
             if found:
                 arrays[key] = np.concatenate(found)
+        for key, settings in (
+            ("pixel_values", self.image_settings),
+            ("pixel_values_videos", self.video_settings),
+        ):
+            if key in arrays:
+                arrays[key] = as_floats(arrays[key], settings.scale, settings.patch_dim)
         return arrays
 
     def count(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[int, int]:
@@ -275,6 +282,8 @@ class Processor:
             pixel_values_videos=np.concatenate(video_pixels) if video_pixels else None,
             video_grid_thw=np.array(video_grids, np.int64) if video_grids else None,
             loss_mask=mask,
+            image_scale=self.image_settings.scale if image_pixels else None,
+            video_scale=self.video_settings.scale if video_pixels else None,
         )
 
     def _tokens(

@@ -38,6 +38,7 @@ class Shards(Parts):
                 f"{path}: the shards hold {len(self._source)} records, {SHARDS_INDEX} says"
                 f" {len(self)}"
             )
+        self.videos = index.flag("videos", False)
         self.measured_by = index.text("measured_by", None)
         if self.measured_by is not None:
             self.sizes = _sizes(path / SHARDS_SIZES, len(self))

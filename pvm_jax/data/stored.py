@@ -22,11 +22,13 @@ class Conversations(Sequence[ChatMessages]):
         sizes: (tokens, patches) of every conversation, [N, 2] int32, where the data bring them
             (None: to be measured).
         measured_by: `Processor.fingerprint` of what measured them.
+        videos: whether the data say that one of them shows a video.
     """
 
     path: Path
     sizes: np.ndarray | None = None
     measured_by: str | None = None
+    videos: bool = False
 
     @abstractmethod
     def where(self, index: int) -> str:
@@ -90,6 +92,7 @@ class Joined(Conversations):
         """`path` is what they are called together."""
         self.path, self._members = path, members
         self._ends = np.cumsum([len(member) for member in members])
+        self.videos = any(member.videos for member in members)
         measured = {member.measured_by for member in members}
         sizes = [member.sizes for member in members if member.sizes is not None]
         if len(measured) == 1 and len(sizes) == len(members):

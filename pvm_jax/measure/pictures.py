@@ -2,7 +2,7 @@
 into them.
 
 A frame is an image, or a pair of frames of a video: [frames, height, width, channels] in the
-patches' own (normalized) units.
+patches' own numbers: bytes, or as Hugging Face normalizes them. Of bytes an image has one frame.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import numpy as np
 from pvm_jax.config import VisionConfig
 from pvm_jax.data.example import Example
 from pvm_jax.data.images import PixelSettings
+from pvm_jax.data.pixels import as_floats, no_scale
 
 
 def frames(example: Example, config: VisionConfig) -> list[np.ndarray]:
@@ -36,21 +37,23 @@ def picture(
     pixels: np.ndarray, rows: int, columns: int, settings: PixelSettings, config: VisionConfig
 ) -> np.ndarray:
     """[height, width, 3] in [0, 1], for a person: the first frame of `pixels`, patches [rows *
-    columns, patch_dim]."""
+    columns, numbers]."""
     frame = _unfold(pixels, rows, columns, config)[0]
-    lowest, highest = settings.normalized()[:, 0], settings.normalized()[:, -1]
+    if frame.dtype == np.uint8:
+        return frame / np.float32(255)
+    ends = np.repeat(np.array([[0], [255]], np.uint8), len(settings.mean), axis=1)
+    lowest, highest = as_floats(ends, settings.scale, len(settings.mean))
     return np.clip((frame - lowest) / (highest - lowest), 0, 1)
 
 
 def with_frames(example: Example, new: Sequence[np.ndarray], config: VisionConfig) -> Example:
     """`example` showing other frames, shaped as its own (`frames`)."""
-    patches = np.concatenate([_fold(frame, config) for frame in new]).astype(np.float32)
-    images = 0 if example.pixel_values is None else len(example.pixel_values)
-    return replace(
-        example,
-        pixel_values=patches[:images] if example.pixel_values is not None else None,
-        pixel_values_videos=patches[images:] if example.pixel_values_videos is not None else None,
+    patches = [_fold(frame, config) for frame in new]
+    images = 0 if example.image_grid_thw is None else int(example.image_grid_thw[:, 0].sum())
+    shown, played = (
+        np.concatenate(part) if part else None for part in (patches[:images], patches[images:])
     )
+    return replace(example, pixel_values=shown, pixel_values_videos=played)
 
 
 def exchanged(examples: Sequence[Example], config: VisionConfig) -> list[Example]:
@@ -58,13 +61,15 @@ def exchanged(examples: Sequence[Example], config: VisionConfig) -> list[Example
     its own: chance, as far as sight goes.
 
     Raises:
-        ValueError: as `partners`.
+        ValueError: as `partners`, and where some have bytes and others do not.
     """
+    if len({pixels.dtype == np.uint8 for example in examples for pixels in example.pixels}) > 1:
+        raise ValueError("exchanging pictures takes bytes in all conversations, or in none")
     shown = [frames(example, config) for example in examples]
     return [
         with_frames(
             example,
-            [_resized(other[i % len(other)], mine.shape) for i, mine in enumerate(own)],
+            [_like(mine, other[i % len(other)]) for i, mine in enumerate(own)],
             config,
         )
         for example, own, other in zip(
@@ -96,14 +101,21 @@ def partners(examples: Sequence[Example]) -> list[int]:
 
 def blanked(examples: Sequence[Example]) -> list[Example]:
     """The same conversations, every picture of one colour: the one that normalization turns to 0 (a
-    middle grey)."""
+    middle grey, which may lie between two bytes)."""
 
     def blank(pixels: np.ndarray | None) -> np.ndarray | None:
         return None if pixels is None else np.zeros_like(pixels)
 
+    def of_nothing(scale: np.ndarray | None) -> np.ndarray | None:
+        return None if scale is None else no_scale(scale.shape[1])
+
     return [
         replace(
-            e, pixel_values=blank(e.pixel_values), pixel_values_videos=blank(e.pixel_values_videos)
+            e,
+            pixel_values=blank(e.pixel_values),
+            pixel_values_videos=blank(e.pixel_values_videos),
+            image_scale=of_nothing(e.image_scale),
+            video_scale=of_nothing(e.video_scale),
         )
         for e in examples
     ]
@@ -122,27 +134,31 @@ def _fingerprints(example: Example) -> set[bytes]:
     return found
 
 
-def _resized(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return frame if frame.shape == shape else np.asarray(jax.image.resize(frame, shape, "cubic"))
+def _like(mine: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The picture `other` with as many frames as `mine`, of its size and type."""
+    other = other[np.arange(len(mine)) % len(other)]
+    if other.shape == mine.shape:
+        return other
+    resized = np.asarray(jax.image.resize(other.astype(np.float32), mine.shape, "cubic"))
+    return resized if mine.dtype != np.uint8 else np.clip(resized.round(), 0, 255).astype(np.uint8)
 
 
 def _unfold(patches: np.ndarray, rows: int, columns: int, config: VisionConfig) -> np.ndarray:
-    """[rows * columns, patch_dim], a visual token's patches together -> a frame."""
+    """[rows * columns, numbers], a visual token's patches together -> a frame."""
     merge, side = config.spatial_merge_size, config.patch_size
+    times = patches.shape[1] // config.frame_dim
     shape = (
         rows // merge,
         columns // merge,
         merge,
         merge,
         config.in_channels,
-        config.temporal_patch_size,
+        times,
         side,
         side,
     )
     frame = patches.reshape(shape).transpose(5, 0, 2, 6, 1, 3, 7, 4)
-    return frame.reshape(
-        config.temporal_patch_size, rows * side, columns * side, config.in_channels
-    )
+    return frame.reshape(times, rows * side, columns * side, config.in_channels)
 
 
 def _fold(frame: np.ndarray, config: VisionConfig) -> np.ndarray:
@@ -152,4 +168,4 @@ def _fold(frame: np.ndarray, config: VisionConfig) -> np.ndarray:
     blocks = frame.reshape(
         time, height // (merge * side), merge, side, width // (merge * side), merge, side, channels
     )
-    return blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, config.patch_dim)
+    return blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6).reshape(-1, time * config.frame_dim)

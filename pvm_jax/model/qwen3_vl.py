@@ -127,6 +127,7 @@ class Qwen3VL(nnx.Module):
             return None
         return self.visual(
             batch.patches,
+            batch.patch_scale,
             batch.patch_positions,
             batch.patch_interp_indices,
             batch.patch_interp_weights,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import ModelConfig, VisionConfig
+from pvm_jax.data.pixels import as_floats
 from pvm_jax.model.attention import attention
 from pvm_jax.model.layers import (
     Embedding,
@@ -164,18 +165,21 @@ class VisionTower(nnx.Module):
     def __call__(
         self,
         patches: jax.Array,
+        scale: jax.Array,
         positions: jax.Array,
         interp_indices: jax.Array,
         interp_weights: jax.Array,
         segment_ids: jax.Array,
     ) -> Visual:
-        """Encodes patches [B, P, patch_dim] at grid `positions` [B, P, 2].
+        """Encodes patches at grid `positions` [B, P, 2]: [B, P, patch_dim], or bytes with one frame
+        or all of them, which `scale` [B, P, 4, channels] gives their meaning (`Batch`).
 
         `interp_indices`, `interp_weights` [B, P, 4]: the four learned positions around each patch
         and their bilinear shares. `segment_ids` [B, P]: one per frame, 0 for padding.
         """
         c = self.config.vision
-        x = self.patch_embed(patches.astype(self.config.compute_dtype))
+        pixels = as_floats(patches, scale, c.patch_dim)
+        x = self.patch_embed(pixels.astype(self.config.compute_dtype))
         for corner in range(4):
             x += self.pos_embed(interp_indices[..., corner], x.dtype) * interp_weights[
                 ..., corner, None

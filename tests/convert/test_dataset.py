@@ -121,12 +121,12 @@ def test_training_measures_shards_only_if_another_processor_did(
     config = None
 
     def report(path, processor):
-        data = DataConfig(str(path), [Bucket(4096, 8192)])
+        data = DataConfig(str(path), [Bucket(4096, 8192)], videos=True)
         return load_training_data(data, processor, config, batch_size=1).report
 
     measured = []
     monkeypatch.setattr(
-        sizes, "measure", lambda source, *_: measured.append(source.path.name) or source.sizes
+        sizes, "measure", lambda source, *_, **__: measured.append(source.path.name) or source.sizes
     )
     assert "Measured here" not in report(tmp_path / "shards", processor)
     assert measured == []
@@ -220,7 +220,7 @@ def test_training_that_reads_a_bad_record_names_it(tmp_path, processor):
     for reason, record in bad.items():
         conversations = open_conversations(write(tmp_path, [record]))
         with pytest.raises(ValueError, match=f"data.jsonl:1: .*{re.escape(reason)}"):
-            measure(conversations, partial(size_of, count=processor.count), 1)
+            measure(conversations, partial(size_of, count=processor.count), 1, videos=False)
 
 
 def test_more_rejects_than_allowed_are_an_error_and_leave_the_report_alone(tmp_path, processor):

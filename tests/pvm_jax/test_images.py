@@ -15,7 +15,15 @@ from sklearn.datasets import load_sample_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pvm_jax.data import image_files
-from pvm_jax.data.images import ImageSettings, VideoSettings, image_size, patches, read_image
+from pvm_jax.data.images import (
+    ImageSettings,
+    PixelSettings,
+    VideoSettings,
+    image_size,
+    patches,
+    read_image,
+)
+from pvm_jax.data.pixels import as_floats
 
 QWEN3_VL = {
     "size": {"shortest_edge": 65536, "longest_edge": 16777216},
@@ -70,10 +78,17 @@ def photographs() -> dict[str, Image.Image]:
 def test_bit_equal_to_transformers(name, config):
     image = photographs()[name]
     expected = Qwen2VLImageProcessorPil(**config)(images=[image], return_tensors="np")
-    pixels, grid = patches([read_image(image)], ImageSettings.from_config(config, "test"))
-    assert pixels.dtype == np.float32
-    assert np.array_equal(pixels, expected["pixel_values"])
+    settings = ImageSettings.from_config(config, "test")
+    pixels, grid = patches([read_image(image)], settings)
+    assert pixels.dtype == np.uint8
+    assert 2 * pixels.shape[1] == settings.patch_dim  # one frame
+    assert np.array_equal(floats(pixels, settings), expected["pixel_values"])
     assert np.array_equal([grid], expected["image_grid_thw"])
+
+
+def floats(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
+    """What the model reads of the bytes of `patches`."""
+    return as_floats(pixels, settings.scale, settings.patch_dim)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -140,7 +155,7 @@ def test_files_equal_transformers_and_every_way_to_name_them(name, tmp_path):
     ]
     for source in sources:
         pixels, grid = patches([read_image(source)], settings)
-        assert np.array_equal(pixels, expected["pixel_values"])
+        assert np.array_equal(floats(pixels, settings), expected["pixel_values"])
         assert sum(image_size(source)) == sum(read_image(source).size)
         assert np.prod(settings.grid(1, *image_size(source))) == np.prod(grid)
 
@@ -320,7 +335,7 @@ def test_video_patches_are_pairs_of_frames():
     pixels, grid = patches([Image.fromarray(frame) for frame in video], settings)
     assert grid == (2, 4, 6)
     # By hand: patch 5 of a frame is the second of the second 2x2 block: row 0, column 3.
-    patch = pixels.reshape(2, 24, 3, 2, 16, 16)[:, 5]
+    patch = floats(pixels, settings).reshape(2, 24, 3, 2, 16, 16)[:, 5]
     expected = (video[[[0, 1], [2, 2]], :16, 48:64].astype(np.float32) - 127.5) / 127.5
     assert np.array_equal(patch, expected.transpose(0, 4, 1, 2, 3))
 

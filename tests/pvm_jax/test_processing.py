@@ -16,6 +16,7 @@ from transformers.video_utils import VideoMetadata
 
 from pvm_jax.config import ModelConfig, TextConfig, VisionConfig
 from pvm_jax.data.batch import Batch
+from pvm_jax.data.pixels import as_floats
 from pvm_jax.data.processor import Processor
 from tests.pvm_jax.processor_files import (
     IMAGES,
@@ -104,7 +105,9 @@ def test_encode_equals_a_batch_of_one(processor):
     example = processor.encode(LONG)
     arrays = processor([LONG], add_generation_prompt=False)
     assert np.array_equal(example.input_ids, arrays["input_ids"][0])
-    assert np.array_equal(example.pixel_values, arrays["pixel_values"])
+    assert example.pixel_values.dtype == np.uint8
+    pixels = as_floats(example.pixel_values, example.image_scale, 1536)
+    assert np.array_equal(pixels, arrays["pixel_values"])
     assert np.array_equal(example.image_grid_thw, arrays["image_grid_thw"])
     assert example.pixel_values_videos is None
     assert example.video_grid_thw is None
@@ -204,6 +207,7 @@ def test_video_layout(processor):
     assert np.array_equal(example.video_grid_thw, [[3, 4, 6]])
     assert example.pixel_values_videos.shape == (72, 1536)
     assert example.pixel_values is None
+    assert example.pixel_values_videos.dtype == np.uint8
     assert learned_runs(example, processor) == ["A face.<|im_end|>"]
     same = processor.encode(film(timestamps=np.arange(5) / 2))
     assert np.array_equal(same.input_ids, example.input_ids)

@@ -32,7 +32,7 @@ class FakeBatch:
         return np.array([example for row in self.rows for example in row])
 
     @staticmethod
-    def from_rows(rows, config, *, length, patches):
+    def from_rows(rows, config, *, length, patches, videos):
         return FakeBatch(rows, (length, patches))
 
 
@@ -42,6 +42,7 @@ class FakeExample(int):
     def __new__(cls, number, tokens, patches):
         example = super().__new__(cls, number)
         example.input_ids, example.num_patches = [0] * tokens, patches
+        example.pixel_values_videos = None
         return example
 
 
@@ -304,7 +305,9 @@ def test_an_example_without_an_assistant_turn_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "0 1 4"}]}')
     with pytest.raises(ValueError, match=r"data.jsonl:1: there is no assistant turn"):
-        measure(open_conversations(path), partial(size_of, count=FakeProcessor().count), 1)
+        measure(
+            open_conversations(path), partial(size_of, count=FakeProcessor().count), 1, videos=False
+        )
 
 
 def test_samples_are_the_first_conversations_that_fit(open_data, write):

@@ -154,7 +154,7 @@ def test_short_completions_do_not_pay_for_long_ones(graded):
 
 
 def test_rows_hold_each_completion_behind_its_prompt(graded, golden_config):
-    rows = rows_of(graded, np.array([0, 3]), Bucket(24, 16), golden_config)
+    rows = rows_of(graded, np.array([0, 3]), Bucket(24, 16), golden_config, videos=False)
     for row, (number, start) in enumerate([(0, 5), (3, 3)]):
         length = graded.completions.lengths[number]
         columns = slice(start, start + length)

@@ -8,7 +8,7 @@ it, or nowhere.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from train.data.packing import (
     padding,
     padding_of_single_examples,
 )
-from train.data.sizes import cached, measured_here, sizes_of
+from train.data.sizes import NO_VIDEOS, cached, measured_here, sizes_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class PlannedExamples:
         sizes: (tokens, patches) of all examples, [N, 2] int32, by which the plan was made.
         buckets: the plan's, smallest first.
         sources: the opened sources.
+        videos: whether examples may show videos.
         report: what became of the examples, for the log.
     """
 
@@ -49,6 +50,7 @@ class PlannedExamples:
     sizes: np.ndarray
     buckets: Sequence[Bucket]
     sources: Sequence[Conversations]
+    videos: bool
     report: str
 
     def examples(self, step: int) -> list[list[str]]:
@@ -57,7 +59,8 @@ class PlannedExamples:
         return [[_where(self.sources, example) for example in row] for row in self.plan.rows(step)]
 
     def check(self, number: int, example: Example) -> Example:
-        """Example `number` as it was read; ValueError if that is not what was measured."""
+        """Example `number` as it was read; ValueError if that is not what was measured, or shows a
+        video that no batch has room for."""
         found, measured = (len(example.input_ids), example.num_patches), self.sizes[number].tolist()
         if list(found) != measured:
             raise ValueError(
@@ -65,6 +68,8 @@ class PlannedExamples:
                 f" had {measured[0]} and {measured[1]} when it was measured: its record or its"
                 " images have changed. Put back what was there, or set data.measure_anew to true"
             )
+        if example.pixel_values_videos is not None and not self.videos:
+            raise ValueError(f"{_where(self.sources, number)}: {NO_VIDEOS}")
         return example
 
 
@@ -130,7 +135,9 @@ def load_training_data(
     planned = plan_examples(
         data,
         sources,
-        lambda: np.concatenate([sizes_of(source, processor, data.threads) for source in sources]),
+        lambda: np.concatenate(
+            [sizes_of(source, processor, data.threads, videos=data.videos) for source in sources]
+        ),
         batch_size=batch_size,
         packing=data.packing,
         epochs=epochs,
@@ -145,7 +152,7 @@ def load_training_data(
     )
     report = planned.report + measured_here(sources, processor)
     batches = grain.MapDataset.range(len(planned.plan)).map(read)
-    return TrainingData(**vars(planned) | {"report": report, "batches": batches})
+    return TrainingData(**vars(replace(planned, report=report)), batches=batches)
 
 
 def open_sources(data: ExamplesConfig, *, every_column: bool = False) -> list[Conversations]:
@@ -173,7 +180,13 @@ def _read(
         ]
         for row in rows
     ]
-    batch = Batch.from_rows(examples, model_config, length=bucket.tokens, patches=bucket.patches)
+    batch = Batch.from_rows(
+        examples,
+        model_config,
+        length=bucket.tokens,
+        patches=bucket.patches,
+        videos=planned.videos,
+    )
     return hide_images(batch, [_is_hidden(row, hidden_share) for row in rows])
 
 
@@ -224,7 +237,7 @@ def plan_examples(
             f" batch smaller, or change data.buckets{' or data.packing' if packing else ''}"
         )
     report = _report(plan, sizes, buckets, epochs, too_long)
-    return PlannedExamples(plan, sizes, buckets, sources, report)
+    return PlannedExamples(plan, sizes, buckets, sources, data.videos, report)
 
 
 def _plan_of_steps(

@@ -12,9 +12,12 @@ from rich.console import Console
 from rich.progress import track
 
 from pvm_jax.data.conversations import size_of
-from pvm_jax.data.messages import Messages
+from pvm_jax.data.messages import Messages, shows_video
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
+
+NO_VIDEOS = "shows a video: set data.videos to true"
+"""Said of an example whose batch has room for images alone."""
 
 _CHUNK = 64
 """Examples that a thread measures at a time."""
@@ -25,10 +28,11 @@ def measure(
     count: Callable[[Messages], tuple[int, int]],
     threads: int,
     *,
+    videos: bool,
     read: Callable[[Conversations, int], Messages] = Conversations.__getitem__,
 ) -> np.ndarray:
     """(tokens, patches) of every conversation, [N, 2] int32, with a progress bar on a terminal.
-    `read` refuses what it must."""
+    `read` refuses what it must; without `videos`, these are refused too."""
 
     def sizes(start: int) -> list[tuple[int, int]]:
         return [size(index) for index in range(start, min(start + _CHUNK, len(conversations)))]
@@ -36,7 +40,10 @@ def measure(
     def size(index: int) -> tuple[int, int]:
         messages = read(conversations, index)
         with conversations.naming(index):
-            return count(messages)
+            size = count(messages)
+            if not videos and shows_video(messages):
+                raise ValueError(NO_VIDEOS)
+            return size
 
     starts = range(0, len(conversations), _CHUNK)
     with ThreadPoolExecutor(threads) as pool:
@@ -51,12 +58,17 @@ def measure(
         return np.array([size for chunk in chunks for size in chunk], np.int32)
 
 
-def sizes_of(conversations: Conversations, processor: Processor, threads: int) -> np.ndarray:
+def sizes_of(
+    conversations: Conversations, processor: Processor, threads: int, *, videos: bool
+) -> np.ndarray:
     """[N, 2] int32: those that the data bring, if this very processor measured them, else measured
-    now."""
+    now (`measure`)."""
+    if conversations.videos and not videos:
+        raise ValueError(f"{conversations.path}: {NO_VIDEOS}")
     if conversations.sizes is not None and not _measured_by_another(conversations, processor):
         return conversations.sizes
-    return measure(conversations, partial(size_of, count=processor.count), threads)
+    count = partial(size_of, count=processor.count)
+    return measure(conversations, count, threads, videos=videos)
 
 
 def measured_here(sources: Sequence[Conversations], processor: Processor) -> str:

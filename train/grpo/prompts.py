@@ -91,7 +91,10 @@ def load_prompts(
     def measure_all() -> np.ndarray:
         count = partial(processor.count, add_generation_prompt=True)
         return np.concatenate(
-            [measure(source, count, data.threads, read=asks) for source in opened]
+            [
+                measure(source, count, data.threads, read=asks, videos=data.videos)
+                for source in opened
+            ]
         )
 
     planned = plan_examples(

@@ -88,7 +88,13 @@ class Sampler:
 
     def abstract_batch(self, bucket: Bucket) -> Batch:
         """ShapeDtypeStructs of the prompts of a part, with their shardings."""
-        return abstract_batch(self.model_config, bucket, self._at_once, self.sharding)
+        return abstract_batch(
+            self.model_config,
+            bucket,
+            self._at_once,
+            self.sharding,
+            videos=self.config.data.videos,
+        )
 
     def model(self, state: TrainState, frozen: Any) -> Qwen3VL:
         """The model as it stands; valid until the next step donates the state."""
@@ -153,7 +159,11 @@ class Sampler:
         config = self.config
         rows = [[prompts[row].example] for row in local_rows(self.sharding, len(prompts))]
         mine = Batch.from_rows(
-            rows, self.model_config, length=bucket.tokens, patches=bucket.patches
+            rows,
+            self.model_config,
+            length=bucket.tokens,
+            patches=bucket.patches,
+            videos=config.data.videos,
         )
         with jax.set_mesh(self.mesh):
             rng = reduce(jax.random.fold_in, draw[1:], jax.random.key(draw[0]))

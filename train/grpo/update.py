@@ -74,10 +74,15 @@ def parts_of(config: GRPOConfig, graded: Graded) -> list[Part]:
 
 
 def rows_of(
-    graded: Graded, completions: np.ndarray, shape: Bucket, model_config: ModelConfig
+    graded: Graded,
+    completions: np.ndarray,
+    shape: Bucket,
+    model_config: ModelConfig,
+    *,
+    videos: bool,
 ) -> PolicyRows:
     """A row for each of `completions` [rows], numbers of completions, behind its prompt; NumPy
-    leaves."""
+    leaves. `videos`: as of `Batch.from_rows`."""
     group = len(graded.completions.tokens) // len(graded.batch.prompts)
     prompts = [graded.batch.prompts[number // group].example for number in completions]
     examples = []
@@ -86,7 +91,9 @@ def rows_of(
         examples.append(
             [replace(prompt, input_ids=np.append(prompt.input_ids, written), loss_mask=None)]
         )
-    batch = Batch.from_rows(examples, model_config, length=shape.tokens, patches=shape.patches)
+    batch = Batch.from_rows(
+        examples, model_config, length=shape.tokens, patches=shape.patches, videos=videos
+    )
     old_logprobs, advantages = (np.zeros(batch.tokens.shape, np.float32) for _ in range(2))
     for row, (number, prompt) in enumerate(zip(completions, prompts, strict=True)):
         start, length = len(prompt.input_ids), graded.completions.lengths[number]
@@ -112,7 +119,7 @@ def train_on(
         totals = program.zeros()
         for completions, shape in parts_of(config, graded):
             mine = completions[local_rows(program.batch_sharding, len(completions))]
-            rows = rows_of(graded, mine, shape, program.model_config)
+            rows = rows_of(graded, mine, shape, program.model_config, videos=config.data.videos)
             placed = place_rows(rows, program.batch_sharding, len(completions))
             jax.block_until_ready(
                 totals.loss

@@ -41,7 +41,7 @@ _FREE_KEYS = {
     "rollout_parts",
     "run_dir",
 }
-_FREE_DATA_KEYS = {"threads", "prefetch", "measure_anew"}
+_FREE_DATA_KEYS = {"threads", "prefetch", "measure_anew", "videos"}
 
 
 @contextmanager

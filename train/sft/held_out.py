@@ -87,9 +87,11 @@ class HeldOut:
         sharding = self._program.batch_sharding
         devices = len(sharding.device_set) // sharding.mesh.shape["tensor"]
         rows = -(-len(prompts) // devices) * devices
-        arrays = self._processor([prompts[row % len(prompts)] for row in range(rows)])
-        whole, mine = Batch.from_hf(arrays, self._model_config), local_rows(sharding, rows)
-        batch = place_rows(jax.tree.map(lambda x: x[mine], whole), sharding, rows)
+        examples = [self._processor.encode(p, add_generation_prompt=True) for p in prompts]
+        mine = [examples[row % len(prompts)] for row in local_rows(sharding, rows)]
+        batch = place_rows(
+            Batch.from_examples(mine, self._model_config, among=examples), sharding, rows
+        )
         generation = generate(
             model,
             batch,

@@ -99,14 +99,19 @@ class Program:
 
     def abstract_batch(self, bucket: Bucket, rows: int) -> Batch:
         """ShapeDtypeStructs of a batch of `rows` rows of `bucket`, with their shardings."""
-        return abstract_batch(self.model_config, bucket, rows, self.batch_sharding)
+        return abstract_batch(
+            self.model_config, bucket, rows, self.batch_sharding, videos=self.config.data.videos
+        )
 
 
 def abstract_batch(
-    model_config: ModelConfig, bucket: Bucket, rows: int, sharding: NamedSharding
+    model_config: ModelConfig, bucket: Bucket, rows: int, sharding: NamedSharding, *, videos: bool
 ) -> Batch:
-    """ShapeDtypeStructs of `rows` rows of `bucket`, each leaf with this sharding."""
-    row = Batch.empty(model_config, rows=1, length=bucket.tokens, patches=bucket.patches)
+    """ShapeDtypeStructs of `rows` rows of `bucket`, each leaf with this sharding; `videos`: as of
+    `Batch.empty`."""
+    row = Batch.empty(
+        model_config, rows=1, length=bucket.tokens, patches=bucket.patches, videos=videos
+    )
 
     def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding)

@@ -11,6 +11,7 @@ from PIL import Image
 from demo.checkpoint import write_assets
 from pvm_jax import Batch, Example, Processor, without_pvm
 from pvm_jax.data.images import ImageSettings, patches
+from pvm_jax.data.pixels import as_floats
 from pvm_jax.measure.ablations import (
     AS_IT_IS,
     BRANCH_ALONE,
@@ -111,6 +112,31 @@ def test_exchanged_conversations_differ_in_what_is_shown_alone():
         assert not blank.pixel_values.any()
 
 
+def test_bytes_are_exchanged_as_bytes_and_blanked_as_floats_are():
+    """A picture of another size is scaled and rounded; one that is not shown is 0 to the tower,
+    which no byte would be."""
+    scale = ImageSettings(1024, 10**6, 4, (0.5,) * 3, (0.5,) * 3).scale
+    rng, vision = np.random.default_rng(0), CONFIG.vision
+    examples = [
+        replace(
+            e,
+            pixel_values=rng.integers(0, 256, (e.num_patches, vision.frame_dim), np.uint8),
+            image_scale=scale,
+        )
+        for e in EXAMPLES
+    ]
+    both = zip(examples, exchanged(examples, vision), strict=True)
+    for mine, other in both:
+        assert other.pixel_values.shape == mine.pixel_values.shape
+        assert other.pixel_values.dtype == np.uint8
+        assert (other.pixel_values != mine.pixel_values).mean() > 0.9
+    with pytest.raises(ValueError, match="bytes in all conversations, or in none"):
+        exchanged([examples[0], *EXAMPLES[1:]], vision)
+    blank = Batch.from_examples(blanked(examples), CONFIG)
+    assert blank.patches.dtype == np.uint8
+    assert not as_floats(blank.patches, blank.patch_scale, vision.patch_dim).any()
+
+
 def asked_again(example: Example, seed: int) -> Example:
     """The same pictures, and other words at the end."""
     ids = example.input_ids.copy()
@@ -170,20 +196,24 @@ def test_a_misled_branch_reads_the_row_before_and_nothing_else_does(model):
         assert ((np.nanmax(np.abs(own - other), axis=1) > 1e-3) == differs).all()
 
 
-def test_pictures_come_out_of_their_patches_and_go_back():
-    """A picture that is not square, whose size needs no scaling: every pixel is where it was."""
+@pytest.mark.parametrize("frames_held", [1, 2])
+def test_pictures_come_out_of_their_patches_and_go_back(frames_held):
+    """A picture that is not square, whose size needs no scaling: every pixel is where it was; of
+    bytes with one frame, and of floats with two."""
     settings = ImageSettings(
         min_pixels=32**2, max_pixels=10**6, patch_size=16, mean=(0.5,) * 3, std=(0.25,) * 3
     )
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     flat, (_, rows, columns) = patches([Image.fromarray(pixels)], settings)
     config = replace(CONFIG.vision, patch_size=16)
+    if frames_held == 2:
+        flat = as_floats(flat, settings.scale, config.patch_dim)
     np.testing.assert_allclose(
         picture(flat, rows, columns, settings, config), pixels / 255, atol=1e-6
     )
     example = replace(EXAMPLES[0], pixel_values=flat, image_grid_thw=np.array([[1, rows, columns]]))
     (frame,) = frames(example, config)
-    assert frame.shape == (2, 64, 96, 3)
+    assert frame.shape == (frames_held, 64, 96, 3)
     np.testing.assert_array_equal(with_frames(example, [frame], config).pixel_values, flat)
 
 
