@@ -1,19 +1,15 @@
 """The examples, and the README's ten lines, on the demo's checkpoint, as small as they can be."""
 
 import re
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from convert.hf_to_orbax import convert
 from demo.task import Mixture, draw, make_example
 from examples import fine_tune, generate, lora, measurement, reward
-from pvm_jax.sharding import make_mesh
-from tests.train.runs import write_workplace
-from train.run import lifecycle
+from tests.train import runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,15 +26,8 @@ def tiny(tmp_path_factory) -> Path:
     """Of one layer and untrained: where steps are to be taken, and no one looks what comes of
     them."""
     root = tmp_path_factory.mktemp("tiny")
-    write_workplace(root, examples=0)
+    runs.write_workplace(root, examples=0)
     return root / "base"
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs take the first device alone: programs for eight take longer to compile."""
-    alone = partial(make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(lifecycle, "make_mesh", alone)
 
 
 def numbers(text: str) -> list[float]:
@@ -75,25 +64,25 @@ def test_generate(checkpoint, capsys):
     assert said.count("log-probability") == 4
 
 
-@pytest.mark.usefixtures("one_device")
 def test_fine_tune(tiny, tmp_path, capsys):
-    fine_tune.main(tiny, tmp_path, steps=2, batch_size=2)
+    with runs.one_device():
+        fine_tune.main(tiny, tmp_path, steps=2, batch_size=2)
     assert (tmp_path / "run" / "branch").is_dir()
     before, after = numbers(capsys.readouterr().out)[-2:]
     assert before != after
 
 
-@pytest.mark.usefixtures("one_device")
 def test_lora(tiny, tmp_path, capsys):
     """Merged and converted back it is what it was beside the weights."""
-    lora.main(tiny, tmp_path, steps=2, batch_size=2)
+    with runs.one_device():
+        lora.main(tiny, tmp_path, steps=2, batch_size=2)
     changed, lost = numbers(capsys.readouterr().out)[-2:]
     assert changed > 100 * lost
 
 
-@pytest.mark.usefixtures("one_device")
 def test_reward(tiny, tmp_path, capsys):
-    reward.main(tiny, tmp_path, steps=1, prompts=2, completions=2)
+    with runs.one_device():
+        reward.main(tiny, tmp_path, steps=1, prompts=2, completions=2)
     said = re.findall(r"step 0: reward ([-+]\d\.\d+)", capsys.readouterr().out)
     assert -4 <= float(said[-1]) <= 1
 

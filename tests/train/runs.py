@@ -8,17 +8,21 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from demo.checkpoint import write_assets
 from pvm_jax.checkpoint.store import save
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.sharding import make_mesh
 from tests import tiny
 from tests.xla_flags import DEVICES
+from train.run import lifecycle
 from train.run.events import read_values
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +65,14 @@ def programs_kept(root: Path) -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@contextmanager
+def one_device() -> Iterator[None]:
+    """Runs of this process take its first device alone: programs for eight compile longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lifecycle, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        yield
 
 
 def arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:

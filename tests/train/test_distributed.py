@@ -34,7 +34,7 @@ def test_two_processes_stop_together_and_one_goes_on(root):
     mesh = [f"--mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     started = runs.start(root, "two", runs.LONG, *mesh, processes=2, devices=4)
     try:
-        while started[1].poll() is None and len(runs.losses(root, "two")) < 6:
+        while started[1].poll() is None and len(runs.losses(root, "two")) < 2:
             time.sleep(0.2)
         started[1].send_signal(signal.SIGTERM)
         first, second = runs.finish(root, "two", started)
@@ -44,7 +44,7 @@ def test_two_processes_stop_together_and_one_goes_on(root):
     alone, two = runs.losses(root, "whole"), runs.losses(root, "two")
     assert sorted(alone) == list(range(runs.STEPS))
     stopped = len(two)
-    assert 6 <= stopped < runs.STEPS
+    assert 2 <= stopped < runs.STEPS
     assert_close(*shared(two, alone), 1e-5)
     assert f"stopped after step {stopped}; the same command continues" in first
     assert "8 devices in 2 processes" in first

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 
 import chex
 import numpy as np
@@ -39,10 +40,10 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grpo_run(workplace):
-    """(run_dir, *arguments, stop_at) -> ({step: metrics}, [completions of each rollout]) of what
-    the command did."""
+    """(run_dir, *arguments, stop_at, spread) -> ({step: metrics}, [completions of each rollout]) of
+    what the command did, on all devices if `spread`, else on one."""
 
-    def run(run_dir, *more, stop_at=None):
+    def run(run_dir, *more, stop_at=None, spread=False):
         metrics, rollouts, add, sample = {}, [], RunLog.add, Sampler.__call__
         watched, watch = [], RewardWatch.__call__
 
@@ -68,7 +69,7 @@ def grpo_run(workplace):
             patch.setattr(RewardWatch, "__call__", look)
             patch.setattr(RunLog, "add", record)
             patch.setattr(Sampler, "__call__", keep)
-            with runs.raising():
+            with runs.raising(), nullcontext() if spread else runs.one_device():
                 grpo.main(
                     runs.grpo_arguments(workplace, run_dir, "--distributed.num_processes=1", *more)
                 )
@@ -158,7 +159,13 @@ def test_an_interrupted_run_continues_bit_for_bit(workplace, grpo_run, whole, pa
 def test_meshes_and_parts_change_nothing_but_the_last_bits(grpo_run, whole):
     elsewhere = ("--mesh.fsdp=2", "--mesh.tensor=4", "--rollout_mesh={data: 4, fsdp: 1, tensor: 2}")
     metrics, (rollout,) = grpo_run(
-        "spread", *UPDATES, *elsewhere, "--rollout_parts=2", "--accumulation=4", "--max_steps=1"
+        "spread",
+        *UPDATES,
+        *elsewhere,
+        "--rollout_parts=2",
+        "--accumulation=4",
+        "--max_steps=1",
+        spread=True,
     )
     np.testing.assert_array_equal(rollout.tokens, whole[1][0].tokens)
     same = (

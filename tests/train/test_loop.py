@@ -45,6 +45,12 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture
+def one_device():
+    with runs.one_device():
+        yield
+
+
+@pytest.fixture
 def sft_run(workplace, monkeypatch):
     """(run_dir, *arguments, stop_at, by) -> {step: loss} of the steps that the command did; stopped
     by this signal."""
@@ -112,6 +118,7 @@ def step_checkpoints(run_dir):
     return sorted(path.name for path in (run_dir / "steps").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.usefixtures("one_device")
 def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace, sft_run):
     lora = ("--trainable=lora", "--lora.rank=2", "--lora.targets=.*q_proj", "--max_steps=4")
     whole = sft_run("lora", *lora)
@@ -153,6 +160,7 @@ def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
     assert (workplace / "model" / "tokenizer.json").exists()
 
 
+@pytest.mark.usefixtures("one_device")
 def test_held_out_conversations_are_measured_and_answered(workplace, sft_run):
     sft_run(
         "watched",
@@ -186,7 +194,7 @@ def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
             batch_size=batch_size,
             held_out=held_out,
         )
-        mesh = make_mesh()
+        mesh = make_mesh(devices=jax.devices()[:1])
         with jax.set_mesh(mesh):
             work = prepare(config, mesh)
             measured = HeldOut(config, held_out, work.processor, work.model_config, work.program)
