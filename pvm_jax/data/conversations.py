@@ -143,8 +143,8 @@ def check_learnable(messages: Messages) -> None:
 
 def _says_nothing(message: Mapping[str, Any]) -> bool:
     """Whether a turn holds white space at most, and neither a call of a tool nor a thought."""
-    content = message.get("content") or ""
-    parts = [content] if isinstance(content, str) else content
+    content = message.get("content", "")
+    parts = content if isinstance(content, list | tuple) else ["" if content is None else content]
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     besides = [message[key] for key in message if key not in ("role", "content", "name", *MARKS)]
     return not any(besides) and all(isinstance(text, str) and not text.strip() for text in texts)

@@ -282,6 +282,12 @@ def test_an_empty_answer_is_not_learned_without_a_word(content):
     check_learnable([USER, empty | {"content": [text(" "), text("a")]}])
 
 
+@pytest.mark.parametrize("content", [1, 0, False, {}])
+def test_an_answer_of_no_kind_is_not_called_empty(content):
+    """Who parses it says what it should be."""
+    check_learnable([USER, {"role": "assistant", "content": content}])
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
