@@ -1,19 +1,12 @@
 """One door to attention. Which kernel stands behind it depends on the platform; all compute the
 same numbers."""
 
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec
 
-from pvm_jax.sharding import partition_spec
+from pvm_jax.model.splash import LANES, splash_attention
 
 KERNELS = ("xla", "splash", "cudnn")
-
-_LANES = 128  # splash wants heads and sequences in multiples of a TPU register's lanes
 
 
 def attention(
@@ -34,22 +27,22 @@ def attention(
         q: [B, S, N, H].
         k, v: [B, T, K, H] with N a multiple of K (grouped queries).
         q_segment_ids, kv_segment_ids: [B, S] and [B, T]; a query sees the keys that carry its own
-            id.
+            id. 0 is padding.
         causal: a query at column s sees keys at columns <= s only.
         limits: [B, S]: a query sees keys at columns below its limit only.
-        kernel: "splash" (TPU, no limits), "cudnn" (GPU, H <= 128), "xla" (everywhere: the
-            reference) or None: by platform.
+        kernel: "splash" (TPU; its work follows the segments), "cudnn" (GPU, H <= 128), "xla"
+            (everywhere: the reference) or None: by platform.
         interpret: runs the TPU kernel in its interpreter, for tests.
 
     Returns:
-        [B, S, N, H]. For a query that sees no key at all the result is finite and means nothing:
-        mask it.
+        [B, S, N, H]. For padding, and for a query that sees no key at all, the result is finite and
+        means nothing: mask it.
 
     Raises:
-        ValueError: for an unknown kernel, and for limits with "splash".
+        ValueError: for an unknown kernel.
     """
     if kernel is None:
-        kernel = _platform_kernel(q, limits is not None)
+        kernel = _platform_kernel(q)
     if kernel == "xla":
         return _xla(
             q, k, v, attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)
@@ -58,13 +51,8 @@ def attention(
         mask = attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if kernel == "splash":
-        if limits is not None:
-            raise ValueError(
-                "the splash kernel cannot end each query's keys at a limit of its own, which"
-                " chunked prefill and pvm_visibility 'preceding' ask for: leave attention at None"
-                " (by platform), or set it to 'xla'"
-            )
-        return _splash(q, k, v, q_segment_ids, kv_segment_ids, causal, interpret)
+        last = _last_column(q, causal, limits)
+        return splash_attention(q, k, v, q_segment_ids, kv_segment_ids, last, interpret=interpret)
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
 
 
@@ -153,20 +141,28 @@ def attention_mask(
     return mask
 
 
-def _platform_kernel(q: jax.Array, limited: bool) -> str:
+def _platform_kernel(q: jax.Array) -> str:
     device = (
         jax.sharding.get_abstract_mesh().abstract_device
     )  # a program may be compiled for devices that are not here
     backend = device.platform if device else jax.default_backend()
     if (
-        q.shape[1] < _LANES
+        q.shape[1] < LANES
     ):  # a decoding step's queries: a product with few rows, which no tiled kernel speeds up
         return "xla"
-    if backend == "tpu" and not limited:
+    if backend == "tpu":
         return "splash"
     if backend == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
         return "cudnn"
     return "xla"
+
+
+def _last_column(q: jax.Array, causal: bool, limits: jax.Array | None) -> jax.Array | None:
+    """[B, S], the last column whose key each query may see; None: there is no such end."""
+    last = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2]) if causal else None
+    if limits is None:
+        return last
+    return limits - 1 if last is None else jnp.minimum(last, limits - 1)
 
 
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -182,63 +178,3 @@ def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _masked(scores: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-
-
-def _splash(q, k, v, q_segment_ids, kv_segment_ids, causal: bool, interpret: bool) -> jax.Array:
-    """The Pallas kernel, which works on one row of one device: vmapped over rows, shard_mapped over
-    the mesh."""
-    length, head_dim = q.shape[1], q.shape[-1]
-    q, q_segment_ids = _pad(q * head_dim**-0.5), _pad_to_lanes(q_segment_ids, 1)
-    k, v, kv_segment_ids = _pad(k), _pad(v), _pad_to_lanes(kv_segment_ids, 1)
-    shape = (q.shape[1], k.shape[1])
-    mask = splash.CausalMask(shape) if causal else splash.FullMask(shape)
-
-    def local(q, k, v, q_segment_ids, kv_segment_ids):
-        attend = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * q.shape[2]),
-            head_shards=1,
-            q_seq_shards=1,
-            block_sizes=_block_sizes(*shape),
-            interpret=interpret,
-        )
-        by_head = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
-        out: Any = jax.vmap(attend)(*by_head, splash.SegmentIds(q_segment_ids, kv_segment_ids))
-        return jnp.swapaxes(out, 1, 2)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        q_spec = partition_spec(("batch", "length", "heads", "head_dim"), q.shape, mesh)
-        kv_spec = partition_spec(("batch", "length", "kv_heads", "head_dim"), k.shape, mesh)
-        if (
-            kv_spec[2] is None
-        ):  # the table could not split the key heads: whole on every device, and so are the queries
-            q_spec = PartitionSpec(q_spec[0])
-        rows = PartitionSpec(q_spec[0])
-        specs = (q_spec, kv_spec, kv_spec, rows, rows)
-        local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)
-    return local(q, k, v, q_segment_ids, kv_segment_ids)[:, :length, :, :head_dim]
-
-
-def _pad(x: jax.Array) -> jax.Array:
-    return _pad_to_lanes(_pad_to_lanes(x, 1), 3)
-
-
-def _pad_to_lanes(x: jax.Array, axis: int) -> jax.Array:
-    """Zeros to the next multiple of 128: zero head dimensions change no product, segment 0 is
-    padding."""
-    missing = -x.shape[axis] % _LANES
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
-
-
-def _block_sizes(q_length: int, kv_length: int) -> splash.BlockSizes:
-    q, kv = math.gcd(q_length, 512), math.gcd(kv_length, 512)
-    return splash.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=kv,
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=kv,
-        block_q_dq=q,
-        block_kv_dq=kv,
-    )

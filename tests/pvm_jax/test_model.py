@@ -215,15 +215,6 @@ def test_visibility_is_the_same_where_the_images_come_first(shallow, preceding):
     assert_close(preceding(batch)[valid], shallow(batch)[valid], 1e-5)
 
 
-def test_a_kernel_that_cannot_limit_visibility_refuses(preceding):
-    asked = nnx.merge(
-        nnx.graphdef(abstract_model(dataclasses.replace(preceding.config, attention="splash"))),
-        nnx.state(preceding),
-    )
-    with pytest.raises(ValueError, match="pvm_visibility 'preceding'"):
-        asked(Batch.from_rows([[EXAMPLES[0]]], CONFIG, length=32, patches=32))
-
-
 def test_compilations_are_bounded_by_the_buckets(model):
     """Fifty batches of varied images: as many traces as there are shapes."""
     chex.clear_trace_counter()

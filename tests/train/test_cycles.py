@@ -101,29 +101,35 @@ def test_a_product_with_a_batch_counts_no_empty_places_of_its_window():
     assert flops(product, [8, 32], [32, 16]) == 2 * 8 * 16 * 32
 
 
-def kernel(name: str, *more: str) -> Instruction:
+def kernel(name: str, listed: str, *more: str) -> Instruction:
+    """Of two rows of 8,192 columns."""
     arrays = [
-        *["s8[1,16,16]{2,1,0}"] * 2,
-        "bf16[32,8192,128]{2,1,0}",
-        *["bf16[8,8192,128]{2,1,0}"] * 2,
-        "s32[8192,128]{1,0}",
-        "s32[8,8192]{1,0}",
+        *(kind + listed for kind in ("s16", "s8")),
+        "bf16[32,16384,128]{2,1,0}",
+        *["bf16[8,16384,128]{2,1,0}"] * 2,
+        "s32[16384,128]{1,0}",
+        "s32[8,16384]{1,0}",
         *more,
     ]
+    sides = '{\\"block_q_dq\\": 512, \\"block_kv_dq\\": 256}'
     return instruction(
-        f'%{name} = bf16[32,8192,128] custom-call(%q), custom_call_target="tpu_custom_call",'
-        f" operand_layout_constraints={{{', '.join(arrays)}}}"
+        f'%{name} = bf16[32,16384,128] custom-call(%q), custom_call_target="tpu_custom_call",'
+        f" operand_layout_constraints={{{', '.join(arrays)}}},"
+        f' frontend_attributes={{kernel_metadata={{"xprof_metadata":"{sides}"}}}}'
     )
 
 
 def test_kernels_compute_blocks():
-    product = 2 * 32 * 8192 * 8192 * 128
-    assert kernel_flops(kernel("splash_mha_fwd_segmented.2")) == 2 * product
-    assert kernel_flops(kernel("splash_mha_dq_segmented.2")) == 3 * product
-    causal = kernel("splash_mha_dkv_segmented.2", "f32[32,8,8192]{2,1,0}", "s32[8,8192]{1,0}")
-    assert kernel_flops(causal) == 4 * product * 17 / 32  # 136 of 256 blocks
+    product = 2 * 2 * 32 * 8192 * 8192 * 128
+    of_queries, of_keys = "[1,32,32]{2,1,0}", "[1,16,64]{2,1,0}"
+    assert kernel_flops(kernel("splash_mha_fwd_segmented.2", of_queries)) == 2 * product
+    assert kernel_flops(kernel("splash_mha_dq_segmented.2", of_queries)) == 3 * product
+    causal = kernel(
+        "splash_mha_dkv_segmented.2", of_keys, "f32[32,8,16384]{2,1,0}", "s32[8,16384]{1,0}"
+    )
+    assert kernel_flops(causal) == 4 * product * 17 / 32  # 272 of 512 blocks
     with pytest.raises(ValueError, match=r"kernel other\.1 is not known"):
-        kernel_flops(kernel("other.1"))
+        kernel_flops(kernel("other.1", of_queries))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def test_a_footprint_tells_the_time_where_a_tpu_compiler_counted():
     footprint = Footprint(**given | {"mesh": mesh, "program": TEXT, "runs": 4})
     table, *lines = map(str, footprint.time())
     assert "Table" in table
-    assert lines[-1].startswith("a step would take 0.0 s or more: the compiler's estimate")
+    assert lines[-1].startswith("a step would take 0.0 s or more with such rows: the")
     assert "all-gather 0.1 GiB" in lines[1]
     assert replace(footprint, program=None).time() == []
     device.platform = "gpu"

@@ -118,8 +118,8 @@ class StepTime:
     Attributes:
         peak: FLOP/s of a chip.
         rows: by part and stage, without kernels.
-        kernels: FLOPs of the blocks that they compute, by part and stage. The compiler says nothing
-            of their time.
+        kernels: FLOPs of the blocks that they compute in rows of one segment, by part and stage.
+            The compiler says nothing of their time.
         traffic: by kind.
         silent: how often other instructions run of whose time the compiler says nothing, by opcode.
     """
@@ -225,12 +225,13 @@ class StepTime:
         )
         silent = ", ".join(f"{count:,} x {name}" for name, count in self.silent.most_common())
         return [
-            f"attention kernels: {sum(self.kernels.values()) / 1e12:,.0f} TFLOP in the blocks that"
-            f" they compute, {self.kernels_at_peak:.2f} s at peak: they take more",
+            f"attention kernels: {sum(self.kernels.values()) / 1e12:,.0f} TFLOP in the blocks of"
+            f" rows of one example, {self.kernels_at_peak:.2f} s at peak: they take more,"
+            " packed rows less",
             f"links: {links or 'nothing'}",
             *([f"not counted: {silent}"] if silent else []),
-            f"a step would take {self.outside + self.kernels_at_peak:.1f} s or more: the compiler's"
-            " estimate, nothing ran",
+            f"a step would take {self.outside + self.kernels_at_peak:.1f} s or more with such rows:"
+            " the compiler's estimate, nothing ran",
         ]
 
 
@@ -274,26 +275,35 @@ def _kind(schedule: Schedule, turn: Turn) -> str:
 
 
 def kernel_flops(kernel: Instruction) -> int:
-    """Of the blocks that one run of an attention kernel computes.
+    """Of the blocks that one run of an attention kernel computes in rows of one segment without
+    padding: more than in others.
 
     Raises:
         ValueError: for a kernel that is not known.
     """
     products = next((n for name, n in _PRODUCTS.items() if kernel.name.startswith(name)), None)
     given = kernel.attribute(r"operand_layout_constraints=\{(.*?\})\}")
-    if products is None or given is None:
+    # "block_q" and "block_kv", or "block_q_dq" and so on: one size in all kernels.
+    sides = [kernel.attribute(rf'block_{of}\w*\\*": (\d+)') for of in ("q", "kv")]
+    if products is None or given is None or None in sides:
         raise unreadable(f"kernel {kernel.name} is not known")
+    side, kv_side = (int(length or 0) for length in sides)
     operands: dict[str, list[list[int]]] = defaultdict(list)
     for dtype, sizes in re.findall(r"(\w+)(\[[\d,]*\])", given):
         kind = "float" if dtype in ("bf16", "f32") else dtype
         operands[kind].append(dimensions(dtype + sizes))
     (heads, queries, size), (_, keys, _) = operands["float"][:2]
-    (_, rows, columns), computed = operands["s8"][0], 1.0
-    # Beside two arrays of segments it gets the queries' columns where later keys are masked.
-    if len(operands["s32"]) == 3:
-        blocks = [j * rows < (i + 1) * columns for i in range(rows) for j in range(columns)]
-        computed = sum(blocks) / len(blocks)
-    return round(2 * products * heads * queries * keys * size * computed)
+    # Rows stand one after another in one sequence; the list of blocks has all of a row's on one
+    # axis and all rows' on the other.
+    listed = side * kv_side * prod(operands["s8"][0])
+    sequences = queries * keys // listed
+    rows, columns = queries // sequences // side, keys // sequences // kv_side
+    blocks = rows * columns
+    # A third array of columns says where the keys of each query end: at its own column, where there
+    # are as many.
+    if queries == keys and len([one for one in operands["s32"] if len(one) == 2]) == 3:
+        blocks = sum(j * kv_side < (i + 1) * side for i in range(rows) for j in range(columns))
+    return 2 * products * heads * size * sequences * blocks * side * kv_side
 
 
 def arriving_bytes(collective: Instruction) -> float:

@@ -1,0 +1,102 @@
+"""The TPU's kernel, in its interpreter: equal to the reference on any segments, without the blocks
+in which no one sees anything. If this fails with a new JAX, read the head of model/splash.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pvm_jax.model.attention import attention, attention_mask
+from pvm_jax.model.splash import fetched_blocks, meeting_blocks
+from tests.close import assert_close
+
+BLOCK, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 1, 16
+
+
+def _segments(rng, rows, length):
+    """Some segments a row, with padding before and behind them; in the first row nothing else."""
+    ids = np.zeros((rows, length), np.int32)
+    for row in range(1, rows):
+        edges = np.sort(rng.choice(np.arange(1, length), 6, replace=False))
+        for number in range(5):
+            ids[row, edges[number] : edges[number + 1]] = number + 1
+    return ids
+
+
+def _inputs(rng, rows, length, kv_length):
+    shapes = [(length, HEADS), (kv_length, KV_HEADS), (kv_length, KV_HEADS)]
+    return [jnp.asarray(rng.normal(size=(rows, *shape, HEAD_DIM)), jnp.float32) for shape in shapes]
+
+
+def _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts):
+    """Values where `counts`, and gradients."""
+
+    def loss(*arrays):
+        out = attention(
+            *arrays,
+            q_segment_ids=q_ids,
+            kv_segment_ids=kv_ids,
+            causal=causal,
+            limits=limits,
+            kernel=kernel,
+            interpret=True,
+        )
+        kept = jnp.where(counts[..., None, None], out, 0)
+        return jnp.sin(kept).sum(), (kept, jnp.isfinite(out).all())
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("causal", "limited", "length", "kv_length"),
+    [(True, False, 384, 384), (False, False, 384, 384), (False, True, 384, 640)],
+)
+def test_splash_equals_xla_on_random_segments(causal, limited, length, kv_length):
+    """Of the packed text, of the tower and of a piece of a prompt or "preceding"."""
+    rng = np.random.default_rng(length + causal)
+    q_ids = _segments(rng, 3, length)
+    kv_ids = q_ids if kv_length == length else _segments(rng, 3, kv_length)
+    limits = rng.integers(0, kv_length + 1, q_ids.shape) if limited else None
+    seen = attention_mask(q_ids, kv_ids, causal=causal, limits=limits)
+    counts = (q_ids > 0) & np.asarray(seen.any(-1))
+    assert 0.3 < counts[1:].mean() < 1
+    arrays = _inputs(rng, 3, length, kv_length)
+    want = _run("xla", arrays, q_ids, kv_ids, causal, limits, counts)
+    got = _run("splash", arrays, q_ids, kv_ids, causal, limits, counts)
+    assert bool(got[1][1])  # of padding and of those who see nothing, too
+    assert_close((got[0], got[1][0]), (want[0], want[1][0]), 1e-5)
+
+
+def test_what_no_one_sees_is_not_computed():
+    """NaN in the other segment's block would reach whatever is multiplied with it, if by 0."""
+    ids = np.repeat([[1, 2, 0]], BLOCK, axis=1).astype(np.int32)
+    q, k, v = _inputs(np.random.default_rng(0), 1, 3 * BLOCK, 3 * BLOCK)
+    for unseen in (slice(BLOCK, 2 * BLOCK), slice(2 * BLOCK, None)):
+        spoilt = [x.at[:, unseen].set(jnp.nan) for x in (q, k, v)]
+        counts = (ids > 0) & ~np.isnan(spoilt[0][:, :, 0, 0])
+        gradients, (kept, _) = _run("splash", spoilt, ids, ids, False, None, counts)
+        for array in (kept, *gradients):
+            assert np.isfinite(np.asarray(array)[counts]).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_all_blocks_meet_in_which_one_is_seen_and_no_others(causal):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        ids = _segments(rng, 3, 5 * BLOCK)
+        last = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if causal else None
+        meet = np.asarray(meeting_blocks(ids, ids, last))
+        seen = np.asarray(attention_mask(ids, ids, causal=causal)) & (ids > 0)[:, :, None]
+        np.testing.assert_array_equal(meet, seen.reshape(3, 5, BLOCK, 5, BLOCK).any((2, 4)))
+
+
+def test_nothing_but_what_is_computed_is_fetched():
+    meet = np.random.default_rng(0).random((4, 6, 5)) < 0.4
+    for axis in (1, 2):
+        lines = np.moveaxis(meet, axis, -1).reshape(-1, meet.shape[axis])
+        fetched = np.moveaxis(np.asarray(fetched_blocks(meet, axis)), axis, -1)
+        for line, named in zip(lines, fetched.reshape(lines.shape), strict=True):
+            np.testing.assert_array_equal(named[line], np.flatnonzero(line))
+            if line.any():
+                assert line[named].all()
+                assert (np.diff(named) >= 0).all()
