@@ -21,8 +21,8 @@ from convert.store import open_arrays, stored_identity
 from pvm_jax.checkpoint.directory import PEFT, CheckpointError, compare_shapes, write_aside
 from pvm_jax.checkpoint.store import explaining_damage, find, read_lora, write_lora
 from pvm_jax.config import LoRAConfig, ModelConfig
+from pvm_jax.files.hub import model_directory
 from pvm_jax.files.json_file import JsonObject, read_json
-from pvm_jax.files.paths import local_path
 from pvm_jax.model.parameters import part_of
 from pvm_jax.options import command, parse
 
@@ -61,7 +61,8 @@ class AdapterOptions:
     """What to convert; what `src` holds says which way.
 
     Attributes:
-        src: an adapter that a run or pvm_jax.save_lora wrote, or one of the peft library.
+        src: an adapter that a run or pvm_jax.save_lora wrote, or one of the peft library, by its
+            directory or by its name on the Hub (OWNER/NAME, OWNER/NAME@REVISION).
         dst: directory to write; absent or empty.
         checkpoint: of an adapter of peft, the checkpoint (convert.hf_to_orbax) of its base model.
         base_model: of ours, the base model's name in peft's config: a directory or a Hub id.
@@ -85,8 +86,9 @@ def main(argv: Sequence[str]) -> None:
         by_place=["src", "dst"],
     )
     jax.config.update("jax_platforms", "cpu")
-    src, checkpoint, base_model = options.src, options.checkpoint, options.base_model
-    if (local_path(src) / PEFT).exists():
+    checkpoint, base_model = options.checkpoint, options.base_model
+    src = model_directory(options.src, (PEFT, _TENSORS))
+    if (src / PEFT).exists():
         if checkpoint is None or base_model is not None:
             raise ValueError(
                 f"{src} is an adapter of peft: name the checkpoint of its base with --checkpoint,"
@@ -148,9 +150,10 @@ def from_peft(src: str | Path, dst: str | Path, checkpoint: str | Path) -> None:
         FileNotFoundError, CheckpointError: if files or tensors are missing, unexpected or
             misshapen, or `checkpoint` is none.
         FileExistsError: if `dst` holds something.
+        OSError: if `src` names an adapter of the Hub (`pvm_jax.files.hub`) that it does not give.
         ValueError: naming file and key, for what is more than LoRA.
     """
-    src, root = local_path(src), find(checkpoint)
+    src, root = model_directory(src, (PEFT, _TENSORS)), find(checkpoint)
     rank, alpha = _settings(read_json(src / PEFT))
     found = _tensors(src)
     config = ModelConfig.from_hf(root)

@@ -3,12 +3,11 @@ convert.dataset`."""
 
 import json
 import os
-import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -18,6 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import track
 
+from convert.summary import Checked, Summary
 from pvm_jax import options
 from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.data.conversations import check_learnable, open_conversations
@@ -27,6 +27,7 @@ from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, v
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.hub import SETTINGS, model_directory
 from pvm_jax.files.paths import local_path
 
 EXAMPLES = """
@@ -44,10 +45,6 @@ SHARD_BYTES = 512 * 2**20
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 CHUNK = 8
 """Examples that a thread checks at a time."""
-_HISTOGRAM_WIDTH = 40
-_REASONS = 5
-_PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\d+(?:\.\d+)?|\[[^\]]*\]""")
-"""What differs from one reject to the next of the same kind: names, paths, numbers."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,8 @@ class DatasetOptions:
     Attributes:
         src: JSON or Parquet file, several by a pattern, or a directory (docs/data.md).
         dst: directory to write; absent or empty.
-        checkpoint: whose tokenizer and image settings measure the examples.
+        checkpoint: whose tokenizer and image settings measure the examples; a directory, or a model
+            of the Hub (OWNER/NAME).
         max_tokens: longer examples are rejected (needs --checkpoint).
         max_rejected: more than this share of rejects is an error.
         threads: examples read at the same time; by default one for each core.
@@ -87,10 +85,11 @@ def main(argv: Sequence[str]) -> None:
         by_place=["src", "dst"],
     )
     jax.config.update("jax_platforms", "cpu")
+    checkpoint = given.checkpoint and model_directory(given.checkpoint, SETTINGS)
     convert(
         given.src,
         given.dst,
-        Processor.from_pretrained(given.checkpoint) if given.checkpoint else None,
+        Processor.from_pretrained(checkpoint) if checkpoint else None,
         max_tokens=given.max_tokens,
         max_rejected=given.max_rejected,
         threads=(os.cpu_count() or 1) if given.threads is None else given.threads,
@@ -128,7 +127,7 @@ def convert(
     conversations = open_conversations(src)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
-        summary = _Summary()
+        summary = Summary()
         writer = ShardWriter(aside)
         for checked in _in_order(
             conversations, _Check(conversations, processor, max_tokens), threads
@@ -178,16 +177,6 @@ def _report(file: Path) -> Iterator[TextIO]:
     finally:
         if file.exists() and not file.stat().st_size:
             file.unlink()
-
-
-class Checked(NamedTuple):
-    """An example that can be trained on: its record for the shards, (tokens, patches) where
-    measured, its images, and whether it shows a video."""
-
-    record: bytes
-    size: tuple[int, int]
-    images: int
-    video: bool
 
 
 class Rejected(NamedTuple):
@@ -326,72 +315,6 @@ class ShardWriter:
             self._open.close()
             self._open = None
         return self._shards
-
-
-@dataclass
-class _Summary:
-    """What was written."""
-
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    images: int = 0
-    videos: bool = False
-    bytes: int = 0
-    rejected: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    first_of_kind: dict[str, str] = field(default_factory=dict)
-
-    def add(self, checked: Checked) -> None:
-        self.sizes.append(checked.size)
-        self.images += checked.images
-        self.videos |= checked.video
-        self.bytes += len(checked.record)
-
-    def reject(self, reason: str) -> None:
-        """Counts a reject."""
-        kind = _PARTICULARS.sub("…", reason)
-        self.rejected += 1
-        self.kinds[kind] += 1
-        self.first_of_kind.setdefault(kind, reason)
-
-    def reasons(self) -> list[str]:
-        """A line for each of the most frequent kinds of reasons: how many, and the first."""
-        lines = [
-            f"{count:>9,}: {self.first_of_kind[kind]}"
-            for kind, count in self.kinds.most_common(_REASONS)
-        ]
-        if left := self.rejected - sum(count for _, count in self.kinds.most_common(_REASONS)):
-            lines.append(f"{left:>9,}: for other reasons")
-        return lines
-
-    def describe(self, dst: Path, report_file: Path, *, measured: bool) -> str:
-        """A few lines for the user."""
-        lines = [
-            f"{dst}: {len(self.sizes):,} examples with {self.images:,} images,"
-            f" {self.bytes / 1e6:,.1f} MB"
-        ]
-        if self.rejected:
-            lines.append(f"{self.rejected:,} examples rejected: {report_file}")
-            lines += self.reasons()
-        if measured:
-            tokens, patches = np.array(self.sizes).sum(0)
-            lines.append(
-                f"{tokens:,} tokens, {patches:,} patches: {patches / tokens:.2f} patches a token"
-            )
-            lines += histogram([tokens for tokens, _ in self.sizes])
-        return "\n".join(lines)
-
-
-def histogram(lengths: Sequence[int]) -> list[str]:
-    """A line for each power of two: how many lengths are at most that and more than the one
-    before."""
-    bins = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
-    first = int(np.flatnonzero(bins)[0])
-    return [
-        f"{'tokens':>10} up to {2**power:>9,}: {count:>9,}"
-        f" {'#' * -(-count * _HISTOGRAM_WIDTH // bins.max())}".rstrip()
-        for power, count in enumerate(bins.tolist())
-        if power >= first
-    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A Hugging Face directory of Qwen3-VL, plain or with the PVM branch, to Orbax: `python -m
+"""A Qwen3-VL of Hugging Face, plain or with the PVM branch, to Orbax: `python -m
 convert.hf_to_orbax`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,18 +23,20 @@ from convert.layout import (
     sources,
 )
 from convert.report import report
-from convert.safetensors_files import DTYPES, KEPT, SafetensorsReader, cast
+from convert.safetensors_files import DTYPES, KEPT, SafetensorsReader, cast, files_named
 from convert.store import BlockWriter, blocks, create
 from pvm_jax.checkpoint.directory import (
     CheckpointError,
     compare_shapes,
     copy_assets,
     refuse_peft,
+    refuse_taken,
     write_aside,
     write_config,
 )
 from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
+from pvm_jax.files.hub import SETTINGS, fetch, model_on_hub
 from pvm_jax.files.paths import local_path
 from pvm_jax.hf_config import read_config
 from pvm_jax.model.memory import PersistentVisualMemory
@@ -45,7 +47,8 @@ _BUFFERS = ("I64", "BOOL")
 """Types of what is stored beside weights, and of no quantised ones."""
 EXAMPLES = """
 examples:
-  python -m convert.hf_to_orbax ~/models/Qwen3-VL-8B-Instruct checkpoints/8b
+  python -m convert.hf_to_orbax Qwen/Qwen3-VL-8B-Instruct checkpoints/8b
+  python -m convert.hf_to_orbax Qwen/Qwen3-VL-8B-Instruct@main checkpoints/8b
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-4B-Instruct checkpoints/4b \\
       --pvm_layers 5 11 17 --pvm_hidden_size 512
   python -m convert.hf_to_orbax ~/models/Qwen3-VL-2B-Instruct checkpoints/2b \\
@@ -61,7 +64,8 @@ class ImportOptions:
     """What to convert, and the branch that it gets.
 
     Attributes:
-        src: Hugging Face directory: config.json and safetensors.
+        src: Hugging Face directory (config.json and safetensors), or a model of the Hub:
+            OWNER/NAME, OWNER/NAME@REVISION.
         dst: directory to write; absent or empty.
         pvm_layers: decoder layers that get a branch; by default by size.
         pvm_hidden_size: the branch's width; by default four heads.
@@ -111,6 +115,7 @@ def convert(
     """Writes the checkpoint `dst`; in memory are some 300 MB of it at a time, whatever the size.
 
     Args:
+        src: a directory, or a text that names a model of the Hub (`pvm_jax.files.hub`).
         pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by
             size for a fresh one.
         pvm_visibility: as `TextConfig` has it; None takes the checkpoint's.
@@ -120,27 +125,28 @@ def convert(
 
     Raises:
         FileNotFoundError: if config.json or weights are missing.
-        FileExistsError: if `dst` holds something.
+        OSError: if the Hub does not give them, or `dst` holds something (FileExistsError).
         CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file
-            is broken; for a quantised checkpoint and for an adapter of the peft library.
-        ValueError: if the branch is both described and left out, or for another dtype; naming file
-            and key, for a config.json that is not computed here, and for a tokenizer that cannot be
-            read or knows ids for which the model has no row.
+            is broken; for a quantised checkpoint and an adapter of peft.
+        ValueError: if the branch is both described and left out; naming file and key, for a
+            config.json that is not computed here, and for a tokenizer that cannot be read or knows
+            ids for which the model has no row.
     """
-    src, dst = local_path(src), local_path(dst)
+    dst, on_hub = local_path(dst), model_on_hub(src)
+    refuse_taken(dst)
+    src = fetch(on_hub, SETTINGS) if on_hub else local_path(src)
     refuse_peft(src)
     original = read_config(src)
-    reader = SafetensorsReader(src)
-    config, fresh = _config(
-        original,
-        _Branch(tuple(pvm_layers or ()) or None, pvm_hidden_size, pvm_visibility),
-        plain=plain,
-        stored=any(BRANCH in name for name in reader.tensors),
-    )
-    if plain:
-        reader.tensors = {n: tensor for n, tensor in reader.tensors.items() if BRANCH not in n}
+    asked = _Branch(tuple(pvm_layers or ()) or None, pvm_hidden_size, pvm_visibility)
+    config, bare = _config(original, asked, plain=plain)
     if has_tokenizer(src):
         read_tokenizer(src)
+    if on_hub:  # gigabytes: after all that can be refused without them
+        fetch(on_hub, files_named(src), beside=src)
+    reader = SafetensorsReader(src)
+    if plain:
+        reader.tensors = {n: tensor for n, tensor in reader.tensors.items() if BRANCH not in n}
+    fresh = bare and not any(BRANCH in name for name in reader.tensors)
     slots = layout(config)
     wanted = {name: slot for name, slot in slots.items() if not (fresh and BRANCH in name)}
     with reader:
@@ -165,10 +171,8 @@ class _Branch(NamedTuple):
     visibility: str | None
 
 
-def _config(
-    original: Mapping, branch: _Branch, *, plain: bool, stored: bool
-) -> tuple[ModelConfig, bool]:
-    """The model's config, and whether its branch is to be made; `stored`: there are tensors of
+def _config(original: Mapping, branch: _Branch, *, plain: bool) -> tuple[ModelConfig, bool]:
+    """The model's config, and whether its branch is to be made where there are no tensors of
     one."""
     if plain:
         if any(branch):
@@ -192,7 +196,7 @@ def _config(
         config = config.with_pvm(branch.layers, branch.hidden_size)
     if branch.visibility is not None:
         config = replace(config, text=replace(config.text, pvm_visibility=branch.visibility))
-    return config, not (own.pvm_layers or stored)
+    return config, not own.pvm_layers
 
 
 def _check(

@@ -198,21 +198,22 @@ def _round_to_odd(values: np.ndarray) -> np.ndarray:
     return near
 
 
+def files_named(directory: Path) -> list[str]:
+    """The files that hold the weights of a directory, whether they are there or not.
+
+    Raises:
+        ValueError: for an index that is malformed or leaves the directory.
+    """
+    return sorted(set(_places(directory / INDEX).values())) or [SINGLE]
+
+
 def _index(directory: Path) -> dict[str, str]:
     """The file of each tensor, as the index says; nothing where all are in one file."""
-    single, index = directory / SINGLE, directory / INDEX
-    if not index.exists():
+    single, places = directory / SINGLE, _places(directory / INDEX)
+    if not places:
         if not single.is_file():
             raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
         return {}
-    content = read_json(index)
-    weight_map = content.object("weight_map")
-    if not weight_map:
-        content.refuse("weight_map", "is empty")
-    places = {tensor: weight_map.text(tensor) for tensor in weight_map}
-    for tensor, name in places.items():
-        if name != Path(name).name or name == "..":
-            weight_map.refuse(tensor, f"must be a file of this directory, got {name!r}")
     names = set(places.values())
     if single.is_file() and SINGLE not in names:
         raise CheckpointError(
@@ -223,6 +224,21 @@ def _index(directory: Path) -> dict[str, str]:
         raise FileNotFoundError(
             f"{directory}: {INDEX} names files that are missing: {', '.join(missing)}"
         )
+    return places
+
+
+def _places(index: Path) -> dict[str, str]:
+    """What the file `index` says; nothing where there is none."""
+    if not index.exists():
+        return {}
+    content = read_json(index)
+    weight_map = content.object("weight_map")
+    if not weight_map:
+        content.refuse("weight_map", "is empty")
+    places = {tensor: weight_map.text(tensor) for tensor in weight_map}
+    for tensor, name in places.items():
+        if name != Path(name).name or name == "..":
+            weight_map.refuse(tensor, f"must be a file of this directory, got {name!r}")
     return places
 
 

@@ -46,10 +46,7 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     """
     target = local_path(path).absolute()
     with sole_writer(target):
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise FileExistsError(
-                f"{target} exists and is not empty: choose another place or remove it"
-            )
+        refuse_taken(target)
         aside, primary = aside_of(target), jax.process_index() == 0
         if primary:
             shutil.rmtree(aside, ignore_errors=True)
@@ -65,6 +62,14 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         if primary:
             os.replace(aside, target)
         sync_global_devices(f"finished {target}")
+
+
+def refuse_taken(target: Path) -> None:
+    """Raises FileExistsError if `target` is there and not an empty directory."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(
+            f"{target.absolute()} exists and is not empty: choose another place or remove it"
+        )
 
 
 def _discard(directory: Path) -> None:

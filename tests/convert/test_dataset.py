@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from convert import dataset
-from convert.dataset import convert, histogram
+from convert.dataset import convert
+from convert.summary import histogram
 from demo.mixed_images import make_processor
 from pvm_jax.data.conversations import open_conversations, size_of
 from pvm_jax.data.images import read_image

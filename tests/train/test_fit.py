@@ -16,6 +16,7 @@ import pytest
 from pvm_jax.config import ModelConfig
 from pvm_jax.sharding import make_mesh
 from tests import tiny
+from tests.hub_server import hub
 from train.config import Bucket, DataConfig
 from train.fit import __main__ as fit
 from train.fit.__main__ import FitConfig, read_model_config
@@ -24,6 +25,7 @@ from train.fit.sft import measure
 from train.sft.program import SFTProgram
 from train.step.compile_ahead import gpu_devices, refused_bytes, tpu_devices
 
+__all__ = ["hub"]
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "shape_8b"
 BUCKET, GIB = Bucket(32, 16), 2**30
@@ -197,6 +199,15 @@ def test_model_is_the_checkpoints_or_a_preset_or_a_config_file(tmp_path):
         read_model_config(fit_config(checkpoint="nowhere"))
     with pytest.raises(ValueError, match="model '9b': no such file, and unknown preset"):
         read_model_config(fit_config(model="9b"))
+
+
+def test_a_model_of_the_hub_is_its_config_alone(hub):
+    hub.repositories["models/demo/small"] = ROOT / "demo" / "base"
+    found = read_model_config(fit_config(model="demo/small"))
+    assert found == ModelConfig.from_hf(ROOT / "demo" / "base").with_pvm()
+    assert hub.files_given() == {"config.json"}
+    with pytest.raises(OSError, match="demo/nothing: nothing of this name is here, and as a model"):
+        read_model_config(fit_config(model="demo/nothing"))
 
 
 def test_devices_are_asked_for_in_one_way_and_their_absence_says_what_to_install():

@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 
 from pvm_jax.config import ModelConfig
+from pvm_jax.files.hub import model_directory
 from pvm_jax.options import command, given_options, parse
 from pvm_jax.sharding import make_mesh
 from train.fit import grpo, sft
@@ -42,8 +43,8 @@ class Target:
         topology: TPU slice by generation and chips: v5e:4x4, v5p:2x2x1 (which is sold as v5p-8),
             v6e:2x4, ...
         devices: in place of a topology: this many GPUs of the kind that this machine has.
-        model: where the checkpoint is not at hand: 2b, 4b, 8b or 32b, or a Hugging Face config.json
-            (a plain one gets the branch at its default layers).
+        model: where the checkpoint is not at hand: 2b, 4b, 8b or 32b, a Hugging Face config.json,
+            or a model of the Hub, OWNER/NAME (a plain one gets the branch at its default layers).
     """
 
     _: KW_ONLY
@@ -120,9 +121,13 @@ def read_model_config(config: FitConfig | FitGRPOConfig) -> ModelConfig:
 
     Raises:
         FileNotFoundError: if there is no config.json to read.
+        OSError: if the Hub does not give it.
         ValueError: if it is of another architecture.
     """
-    source = Path(config.model or config.checkpoint)
+    if config.model:
+        source = model_directory(config.model, ["config.json"])
+    else:
+        source = Path(config.checkpoint)
     if source.exists():
         model_config = ModelConfig.from_hf(source)
     elif config.model:

@@ -1,0 +1,124 @@
+"""The Hugging Face Hub: what an id names, and its files as files of this machine.
+
+All of it is huggingface_hub's: the cache, downloads that go on where they were cut off, and what
+its variables say: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfUri, constants, parse_hf_uri, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HfUriError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pvm_jax.files.paths import local_path
+
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+"""A model's files that are no weights."""
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@.+)?")
+_FILE = re.compile(r".*\.(?:jsonl?|parquet|arrow|safetensors|gz)", re.IGNORECASE)
+"""Names of files, which no repository has."""
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def model_on_hub(given: str | Path) -> HfUri | None:
+    """The model that `OWNER/NAME`, `OWNER/NAME@REVISION` or `hf://OWNER/NAME` names; None: a path
+    of this machine.
+
+    What is here is never asked of the Hub, nor what looks as if it were: a Path, a text that begins
+    with /, . or ~.
+
+    Raises:
+        ValueError: if what begins with hf:// is no model.
+    """
+    if not isinstance(given, str):
+        return None
+    if given.startswith(constants.HF_PROTOCOL):
+        found = parse_hf_uri(given)
+        if found.type != "model" or found.path_in_repo:
+            raise ValueError(
+                f"{given} is no model: give hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
+            )
+        return found
+    if not _ID.fullmatch(given) or _FILE.fullmatch(given) or Path(given).exists():
+        return None
+    try:
+        return parse_hf_uri(constants.HF_PROTOCOL + given)
+    except HfUriError:
+        return None
+
+
+def model_directory(given: str | Path, files: Sequence[str]) -> Path:
+    """The directory at `given`, or one with these files of the model that it names on the Hub.
+
+    Raises:
+        OSError: if the Hub does not give them.
+        ValueError: for another URL (`local_path`).
+    """
+    on_hub = model_on_hub(given)
+    return local_path(given) if on_hub is None else fetch(on_hub, files)
+
+
+def fetch(of: HfUri, files: Sequence[str], *, beside: Path | None = None) -> Path:
+    """The directory, in the library's cache, that holds those of a repository's `files` (names or
+    patterns; of a model, no folder's) that there are.
+
+    Args:
+        beside: what an earlier call gave: files of the same commit.
+
+    Raises:
+        OSError: saying why there are none.
+    """
+    revision = of.revision if beside is None else beside.name
+    with asking(of):
+        return Path(
+            snapshot_download(
+                of.id,
+                repo_type=of.type,
+                revision=revision,
+                allow_patterns=list(files),
+                ignore_patterns=["*/*"] if of.type == "model" else None,
+            )
+        )
+
+
+@contextmanager
+def asking(of: HfUri) -> Iterator[None]:
+    """Turns whatever the library raises into an OSError that says in one line what to do."""
+    try:
+        yield
+    except Exception as error:  # those of its HTTP client have no base of their own
+        name = of.to_uri().removeprefix(f"{constants.HF_PROTOCOL}models/")
+        raise OSError(
+            f"{name}: nothing of this name is here, and as a {of.type} of {constants.ENDPOINT}"
+            f" {_reason(of, error)}"
+        ) from error
+
+
+def _reason(of: HfUri, error: BaseException) -> str:
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: accept its terms at {of.to_url()}, and {_LOG_IN}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"it does not exist, or not for everyone: if it is private, {_LOG_IN}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no revision {of.revision!r}"
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return f"it cannot be had: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} lacks it"
+    if not isinstance(error, HfHubHTTPError):
+        said = str(error).splitlines()[0] if str(error) else "no message"
+        return f"it cannot be had ({type(error).__name__}: {said})"
+    if error.response.status_code in (401, 403):
+        return f"it is closed to this token: {_LOG_IN}"
+    said = (error.server_message or error.response.reason_phrase).splitlines()[0]
+    return f"it cannot be had: the server answers {error.response.status_code} ({said})"

@@ -1,0 +1,154 @@
+"""A small Hub on localhost: what huggingface_hub asks of the real one to read repositories."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+REVISION = "1" * 40
+TOKEN = "hf_right"
+
+
+@dataclass
+class Hub:
+    """What is served, and what was asked.
+
+    Attributes:
+        repositories: "models/OWNER/NAME" or "datasets/OWNER/NAME" -> the folder of its files.
+        private: those that only TOKEN may see.
+        gated: those whose files it refuses.
+        cut: names of files of which the next answer ends in the middle.
+        asked: "METHOD path", and what the Range header held.
+    """
+
+    address: str = ""
+    repositories: dict[str, Path] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    gated: set[str] = field(default_factory=set)
+    cut: set[str] = field(default_factory=set)
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def files_given(self) -> set[str]:
+        """Names of the files that were sent."""
+        return {
+            Path(line).name for line, _ in self.asked if line[:3] == "GET" and "/resolve/" in line
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.asked.append((f"{self.command} {path}", self.headers.get("Range")))
+        given = self.headers.get("Authorization")
+        if given not in (None, f"Bearer {TOKEN}"):
+            said = "Invalid credentials in Authorization header"
+            return self._answer(401, b"", {"X-Error-Message": said})
+        words = path.removeprefix("api/").split("/")
+        if words[0] not in ("models", "datasets"):
+            words = ["models", *words]
+        name, rest = "/".join(words[:3]), words[3:]
+        folder = self.hub.repositories.get(name)
+        if folder is None or (name in self.hub.private and given is None):
+            return self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
+        revision = "/".join(rest[1:2])
+        if revision not in ("main", "", REVISION):
+            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if rest[:1] == ["resolve"]:
+            if name in self.hub.gated:
+                return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+            return self._file(folder / "/".join(rest[2:]))
+        if rest[:1] == ["tree"]:
+            return self._json([_entry(folder, file) for file in _files(folder)])
+        self._json({"id": name.partition("/")[2], "sha": REVISION, "siblings": []})
+
+    def _file(self, file: Path) -> None:
+        if not file.is_file():
+            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        content = file.read_bytes()
+        headers = {
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "X-Repo-Commit": REVISION,
+            "Accept-Ranges": "bytes",
+        }
+        start, last = 0, len(content) - 1
+        if asked := self.headers.get("Range"):
+            first, _, end = asked.removeprefix("bytes=").partition("-")
+            start, last = int(first), min(int(end or last), last)
+            headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
+        self._answer(206 if asked else 200, content[start : last + 1], headers, file.name)
+
+    def _json(self, content: object) -> None:
+        self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], file: str = "") -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if file in self.hub.cut:
+            self.hub.cut.remove(file)
+            self.close_connection = True
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _entry(folder: Path, file: Path) -> dict[str, object]:
+    oid = hashlib.sha1(file.read_bytes()).hexdigest()
+    name = file.relative_to(folder).as_posix()
+    return {"type": "file", "path": name, "size": file.stat().st_size, "oid": oid}
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A Hub that answers until the block ends."""
+    hub = Hub()
+    handler = type("_Bound", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
+    """A Hub that huggingface_hub asks in this process, as HF_ENDPOINT would have it, with a cache
+    of its own and nobody logged in."""
+    with serving() as hub:
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
