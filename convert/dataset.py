@@ -17,9 +17,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import track
 
+from convert.hub_dataset import fetch_dataset
 from convert.summary import Checked, Summary
 from pvm_jax import options
-from pvm_jax.checkpoint.directory import write_aside
+from pvm_jax.checkpoint.directory import refuse_taken, write_aside
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.image_files import encoded_bytes
 from pvm_jax.data.images import read_image
@@ -27,7 +28,7 @@ from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, v
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
-from pvm_jax.files.hub import SETTINGS, model_directory
+from pvm_jax.files.hub import SETTINGS, model_directory, named_on_hub
 from pvm_jax.files.paths import local_path
 
 EXAMPLES = """
@@ -35,6 +36,7 @@ examples:
   python -m convert.dataset data/train.jsonl data/train --checkpoint checkpoints/8b
   python -m convert.dataset 'downloads/train-*.parquet' data/train \\
       --checkpoint checkpoints/8b --max_tokens 8192
+  python -m convert.dataset someone/pictures data/train --split train --checkpoint checkpoints/8b
   python -m convert.dataset saved_by_datasets data/train --max_rejected 0.05
 With --checkpoint, the tokens and patches of every example are stored too, and training starts
 without measuring them.
@@ -52,13 +54,16 @@ class DatasetOptions:
     """What to convert, and what is left out.
 
     Attributes:
-        src: JSON or Parquet file, several by a pattern, or a directory (docs/data.md).
+        src: JSON or Parquet file, several by a pattern, or a directory (docs/data.md); or a data
+            set of the Hub: OWNER/NAME, OWNER/NAME@REVISION, hf://datasets/OWNER/NAME/PATTERN.
         dst: directory to write; absent or empty.
         checkpoint: whose tokenizer and image settings measure the examples; a directory, or a model
             of the Hub (OWNER/NAME).
         max_tokens: longer examples are rejected (needs --checkpoint).
         max_rejected: more than this share of rejects is an error.
         threads: examples read at the same time; by default one for each core.
+        subset: of a data set of the Hub that has several.
+        split: the same.
     """
 
     src: str
@@ -67,6 +72,8 @@ class DatasetOptions:
     max_tokens: int | None = None
     max_rejected: float = 0.01
     threads: int | None = None
+    subset: str | None = None
+    split: str | None = None
 
     def __post_init__(self):
         if self.max_tokens is not None and self.checkpoint is None:
@@ -93,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
         max_tokens=given.max_tokens,
         max_rejected=given.max_rejected,
         threads=(os.cpu_count() or 1) if given.threads is None else given.threads,
+        subset=given.subset,
+        split=given.split,
     )
 
 
@@ -104,6 +113,8 @@ def convert(
     max_tokens: int | None = None,
     max_rejected: float = 0.01,
     threads: int = 1,
+    subset: str | None = None,
+    split: str | None = None,
 ) -> None:
     """Writes the directory `dst`, and what was rejected and why to the file `dst`.rejected.jsonl;
     prints a summary.
@@ -111,6 +122,8 @@ def convert(
     Every image is decoded once, so that none stops a training run later.
 
     Args:
+        src: what `open_conversations` opens, or a text that names a data set of the Hub, of which
+            `subset` and `split` say a part (`convert.hub_dataset`).
         processor: measures every example; None: the sizes are left to the training run.
         max_tokens: longer examples are rejected.
         max_rejected: the share of rejects up to which the result is kept.
@@ -124,7 +137,8 @@ def convert(
     if max_tokens is not None and processor is None:
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
     dst = local_path(dst)
-    conversations = open_conversations(src)
+    refuse_taken(dst)
+    conversations, source = _opened(src, subset, split)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = Summary()
@@ -147,15 +161,38 @@ def convert(
             )
         if processor is not None:
             np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
-        index = {
-            "source": str(conversations.path),
-            "examples": len(summary.sizes),
-            "measured_by": None if processor is None else processor.fingerprint,
-            "videos": summary.videos,
-            "shards": shards,
-        }
-        (aside / SHARDS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_index(aside, source, summary, processor, shards)
     print(summary.describe(dst, report_file, measured=processor is not None))
+
+
+def _write_index(
+    directory: Path,
+    source: str,
+    summary: Summary,
+    processor: Processor | None,
+    shards: list[dict[str, Any]],
+) -> None:
+    index = {
+        "source": source,
+        "examples": len(summary.sizes),
+        "measured_by": None if processor is None else processor.fingerprint,
+        "videos": summary.videos,
+        "shards": shards,
+    }
+    (directory / SHARDS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _opened(
+    src: str | Path | Sequence[str | Path], subset: str | None, split: str | None
+) -> tuple[Conversations, str]:
+    """The conversations, and what they are called."""
+    if on_hub := named_on_hub(src, "dataset"):
+        files, name = fetch_dataset(on_hub, subset=subset, split=split)
+        return open_conversations(files), name
+    if subset or split:
+        raise ValueError(f"--subset and --split are of data sets of the Hub, and {src} is here")
+    conversations = open_conversations(src)
+    return conversations, str(conversations.path)
 
 
 @contextmanager

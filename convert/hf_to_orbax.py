@@ -36,7 +36,7 @@ from pvm_jax.checkpoint.directory import (
 )
 from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
-from pvm_jax.files.hub import SETTINGS, fetch, model_on_hub
+from pvm_jax.files.hub import SETTINGS, fetch, named_on_hub
 from pvm_jax.files.paths import local_path
 from pvm_jax.hf_config import read_config
 from pvm_jax.model.memory import PersistentVisualMemory
@@ -132,7 +132,7 @@ def convert(
             config.json that is not computed here, and for a tokenizer that cannot be read or knows
             ids for which the model has no row.
     """
-    dst, on_hub = local_path(dst), model_on_hub(src)
+    dst, on_hub = local_path(dst), named_on_hub(src)
     refuse_taken(dst)
     src = fetch(on_hub, SETTINGS) if on_hub else local_path(src)
     refuse_peft(src)

@@ -25,6 +25,7 @@ class Hub:
         repositories: "models/OWNER/NAME" or "datasets/OWNER/NAME" -> the folder of its files.
         private: those that only TOKEN may see.
         gated: those whose files it refuses.
+        revision: the commit that all have; with other files it must be another.
         cut: names of files of which the next answer ends in the middle.
         asked: "METHOD path", and what the Range header held.
     """
@@ -34,6 +35,7 @@ class Hub:
     private: set[str] = field(default_factory=set)
     gated: set[str] = field(default_factory=set)
     cut: set[str] = field(default_factory=set)
+    revision: str = REVISION
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
     def files_given(self) -> set[str]:
@@ -68,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         if folder is None or (name in self.hub.private and given is None):
             return self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         revision = "/".join(rest[1:2])
-        if revision not in ("main", "", REVISION):
+        if revision not in ("main", "", self.hub.revision):
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if rest[:1] == ["resolve"]:
             if name in self.hub.gated:
@@ -76,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(folder / "/".join(rest[2:]))
         if rest[:1] == ["tree"]:
             return self._json([_entry(folder, file) for file in _files(folder)])
-        self._json({"id": name.partition("/")[2], "sha": REVISION, "siblings": []})
+        self._json({"id": name.partition("/")[2], "sha": self.hub.revision, "siblings": []})
 
     def _file(self, file: Path) -> None:
         if not file.is_file():
@@ -84,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = file.read_bytes()
         headers = {
             "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
-            "X-Repo-Commit": REVISION,
+            "X-Repo-Commit": self.hub.revision,
             "Accept-Ranges": "bytes",
         }
         start, last = 0, len(content) - 1

@@ -8,8 +8,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import HfUri, constants, parse_hf_uri, snapshot_download
+from huggingface_hub import (
+    HfUri,
+    constants,
+    get_cached_repo_tree,
+    parse_hf_uri,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -30,29 +37,28 @@ _FILE = re.compile(r".*\.(?:jsonl?|parquet|arrow|safetensors|gz)", re.IGNORECASE
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
-def model_on_hub(given: str | Path) -> HfUri | None:
-    """The model that `OWNER/NAME`, `OWNER/NAME@REVISION` or `hf://OWNER/NAME` names; None: a path
-    of this machine.
+def named_on_hub(given: object, kind: Literal["model", "dataset"] = "model") -> HfUri | None:
+    """What `OWNER/NAME`, `OWNER/NAME@REVISION` or `hf://OWNER/NAME` (of a data set
+    `hf://datasets/OWNER/NAME`, and a path in it) names; None: a path of this machine.
 
     What is here is never asked of the Hub, nor what looks as if it were: a Path, a text that begins
     with /, . or ~.
 
     Raises:
-        ValueError: if what begins with hf:// is no model.
+        ValueError: if what begins with hf:// is no such thing.
     """
     if not isinstance(given, str):
         return None
     if given.startswith(constants.HF_PROTOCOL):
         found = parse_hf_uri(given)
-        if found.type != "model" or found.path_in_repo:
-            raise ValueError(
-                f"{given} is no model: give hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
-            )
+        if found.type != kind or (kind == "model" and found.path_in_repo):
+            form = "hf://OWNER/NAME" if kind == "model" else "hf://datasets/OWNER/NAME"
+            raise ValueError(f"{given} is no {kind}: give {form} or {form}@REVISION")
         return found
     if not _ID.fullmatch(given) or _FILE.fullmatch(given) or Path(given).exists():
         return None
     try:
-        return parse_hf_uri(constants.HF_PROTOCOL + given)
+        return parse_hf_uri(f"{constants.HF_PROTOCOL}{kind}s/{given}")
     except HfUriError:
         return None
 
@@ -64,7 +70,7 @@ def model_directory(given: str | Path, files: Sequence[str]) -> Path:
         OSError: if the Hub does not give them.
         ValueError: for another URL (`local_path`).
     """
-    on_hub = model_on_hub(given)
+    on_hub = named_on_hub(given)
     return local_path(given) if on_hub is None else fetch(on_hub, files)
 
 
@@ -91,13 +97,20 @@ def fetch(of: HfUri, files: Sequence[str], *, beside: Path | None = None) -> Pat
         )
 
 
+def names_of(of: HfUri, fetched: Path) -> list[str]:
+    """The names of all files of a repository, at the commit of which `fetch` gave a directory."""
+    with asking(of):
+        tree = get_cached_repo_tree(of.id, repo_type=of.type, revision=fetched.name)
+        return [file.path for file in tree]
+
+
 @contextmanager
 def asking(of: HfUri) -> Iterator[None]:
     """Turns whatever the library raises into an OSError that says in one line what to do."""
     try:
         yield
     except Exception as error:  # those of its HTTP client have no base of their own
-        name = of.to_uri().removeprefix(f"{constants.HF_PROTOCOL}models/")
+        name = of.to_uri().removeprefix(f"{constants.HF_PROTOCOL}{of.type}s/")
         raise OSError(
             f"{name}: nothing of this name is here, and as a {of.type} of {constants.ENDPOINT}"
             f" {_reason(of, error)}"

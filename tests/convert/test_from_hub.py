@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from convert import adapter, dataset, hf_to_orbax, orbax_to_hf
 from demo.task import Mixture, make_example, write
-from pvm_jax.files.hub import model_on_hub
+from pvm_jax.files.hub import named_on_hub
 from tests.convert.directories import read_tensors
 from tests.hub_server import TOKEN, Hub, hub, serving
 
@@ -73,7 +73,7 @@ def test_a_directory_wins(small, refused, tmp_path):
     (tmp_path / ID).mkdir(parents=True)
     for given in (ID, f"./{ID}", str(tmp_path / ID), f"~/{ID}", "someone", "a/b/c", "a/b.json"):
         assert refused(hf_to_orbax.main, [given, "there"]).endswith(" does not exist")
-    assert model_on_hub(Path("someone/else")) is None
+    assert named_on_hub(Path("someone/else")) is None
     assert not small.asked
 
 

@@ -2,6 +2,7 @@
 refusals."""
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from convert import dataset, hf_to_orbax, orbax_to_hf
 from pvm_jax.checkpoint.store import load, save
 from pvm_jax.data.json_files import JsonFile
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
+from tests.hub_server import hub
 from tests.train import runs
 from train.config import Bucket, DataConfig
 from train.run.events import read_values
@@ -28,6 +31,7 @@ from train.sft.held_out import HeldOut
 from train.sft.loop import prepare
 from train.sft.program import SFTProgram
 
+__all__ = ["hub"]
 STEPS = 6
 ONE_SHAPE = "--data.buckets=[{tokens: 48, patches: 8}]"
 
@@ -79,6 +83,24 @@ def sft_run(workplace, monkeypatch):
         return losses
 
     return run
+
+
+def test_a_model_and_data_of_the_hub_train_as_those_that_they_were_made_of(
+    hub, workplace, sft_run, tmp_path, monkeypatch
+):
+    data, model = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    for file in (workplace / "data.jsonl", *workplace.glob("*.png")):
+        shutil.copy(file, data)
+    orbax_to_hf.convert(workplace / "base", model)
+    hub.repositories |= {"models/someone/model": model, "datasets/someone/data": data}
+    monkeypatch.chdir(tmp_path)
+    hf_to_orbax.main(["someone/model", "checkpoint"])
+    dataset.main(["someone/data", "shards", "--checkpoint", "someone/model"])
+    here = sft_run("here", "--max_steps=2")
+    assert len(here) == 2
+    shards = [f"--checkpoint={tmp_path / 'checkpoint'}", f"--data.sources={tmp_path / 'shards'}"]
+    assert sft_run("there", "--max_steps=2", *shards) == here
 
 
 def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys):
