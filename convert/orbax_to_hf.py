@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from convert.card import write_card
 from convert.layout import EMBEDDING, Slot, layout, parameter_tree
 from convert.merge import Arrays, Update, read_updates, take_branch
 from convert.report import report
@@ -20,11 +21,13 @@ from convert.store import blocks, open_arrays
 from pvm_jax.checkpoint.directory import (
     compare_shapes,
     copy_assets,
+    refuse_taken,
     write_aside,
     write_config,
 )
 from pvm_jax.checkpoint.store import explaining_damage, find
 from pvm_jax.config import ModelConfig
+from pvm_jax.files.hub import check_name, make_model, push
 from pvm_jax.files.paths import local_path
 from pvm_jax.hf_config import read_config
 from pvm_jax.options import command, parse
@@ -46,8 +49,11 @@ examples:
       --plain --max_shard_size 2GB
   python -m convert.orbax_to_hf checkpoints/8b ~/models/Qwen3-VL-8B-LoRA \\
       --plain --lora runs/sft_lora/lora
+  python -m convert.orbax_to_hf checkpoints/8b exported/8b --branch runs/sft/branch \\
+      --push_to_hub OWNER/NAME --private --base_model Qwen/Qwen3-VL-8B-Instruct \\
+      --report out/report
 The first two are for the authors' code, and for transformers with trust_remote_code=True; the
-others for transformers' own Qwen3VLForConditionalGeneration.
+next two for transformers' own Qwen3VLForConditionalGeneration.
 """
 
 
@@ -62,6 +68,10 @@ class ExportOptions:
         branch: take the PVM branch from this checkpoint.
         lora: add this LoRA adapter's updates to the weights.
         max_shard_size: largest safetensors file.
+        push_to_hub: send `dst` to this model of the Hub, OWNER/NAME, with a card.
+        private: make it a private one, if it is to be made.
+        base_model: for the card, the name of the model that this was made of.
+        report: for the card, the folder that `measure` wrote.
     """
 
     src: str
@@ -70,6 +80,16 @@ class ExportOptions:
     branch: str | None = None
     lora: str | None = None
     max_shard_size: str = "5GB"
+    push_to_hub: str | None = None
+    private: bool = False
+    base_model: str | None = None
+    report: str | None = None
+
+    def __post_init__(self):
+        if self.push_to_hub is None and (self.private or self.base_model or self.report):
+            raise ValueError("--private, --base_model and --report are for --push_to_hub")
+        if self.base_model is not None:
+            check_name("--base_model", self.base_model)
 
 
 @command
@@ -84,7 +104,39 @@ def main(argv: Sequence[str]) -> None:
         by_place=["src", "dst"],
     )
     jax.config.update("jax_platforms", "cpu")
-    convert(**vars(options))
+    how = {
+        name: getattr(options, name)
+        for name in ("src", "dst", "plain", "branch", "lora", "max_shard_size")
+    }
+    if options.push_to_hub is None:
+        convert(**how)
+    else:
+        _convert_and_push(options, how)
+
+
+def _convert_and_push(options: ExportOptions, how: dict[str, Any]) -> None:
+    """All that can be refused is refused before a tensor is read: what the card tells, `dst`, and
+    the right to write to the Hub."""
+    root, dst = find(options.src), local_path(options.dst)
+    refuse_taken(dst)
+    config = ModelConfig.from_hf(root)
+    if options.branch is not None:
+        config = config.with_branch_of(ModelConfig.from_hf(find(options.branch)).text)
+    if options.plain:
+        config = config.without_pvm()
+    parts = {"branch": options.branch, "lora": options.lora, "checkpoint": options.src}
+    card = write_card(
+        (options.push_to_hub or "").rpartition("/")[2],
+        config,
+        base_model=options.base_model,
+        parts={part: find(path) for part, path in parts.items() if path is not None},
+        report=None if options.report is None else local_path(options.report),
+    )
+    model = make_model(options.push_to_hub or "", private=options.private)
+    convert(**how)
+    (dst / "README.md").write_text(card)
+    push(dst, model, message="Export by pvm-jax")
+    print(f"pushed to {model.to_url()}")
 
 
 def convert(

@@ -27,6 +27,9 @@ class Hub:
         gated: those whose files it refuses.
         revision: the commit that all have; with other files it must be another.
         cut: names of files of which the next answer ends in the middle.
+        made: names of models that were made -> what was asked for.
+        commits: the lines of each.
+        broken: whether commits fail.
         asked: "METHOD path", and what the Range header held.
     """
 
@@ -36,6 +39,9 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     cut: set[str] = field(default_factory=set)
     revision: str = REVISION
+    made: dict[str, dict] = field(default_factory=dict)
+    commits: list[list[dict]] = field(default_factory=list)
+    broken: bool = False
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
     def files_given(self) -> set[str]:
@@ -54,6 +60,32 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.asked.append((f"POST {path}", None))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._answer(401, b"", {"X-Error-Message": "Invalid username or password."})
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            self.hub.made[name] = asked
+            return self._json({"url": f"{self.hub.address}/{name}"})
+        if path.endswith("/preupload/main"):
+            files = [
+                one | {"uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
+            return self._json({"files": files})
+        if path.endswith("/commit/main"):
+            if self.hub.broken:
+                return self._answer(500, b"", {})
+            self.hub.commits.append([json.loads(line) for line in body.splitlines()])
+            name = path.removeprefix("api/models/").removesuffix("/commit/main")
+            url = f"{self.hub.address}/{name}/commit/{REVISION}"
+            return self._json({"commitOid": REVISION, "commitUrl": url})
+        self._json({"errors": [], "warnings": []})
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
@@ -142,15 +174,15 @@ def serving() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
+def hub(tmp_path) -> Iterator[Hub]:
     """A Hub that huggingface_hub asks in this process, as HF_ENDPOINT would have it, with a cache
     of its own and nobody logged in."""
-    with serving() as hub:
+    with serving() as hub, pytest.MonkeyPatch.context() as patch:
         template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.delenv("HF_TOKEN", raising=False)
         yield hub

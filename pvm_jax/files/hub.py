@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import (
+    HfApi,
     HfUri,
     constants,
     get_cached_repo_tree,
@@ -21,11 +22,13 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HfUriError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from pvm_jax.files.paths import local_path
 
@@ -104,16 +107,51 @@ def names_of(of: HfUri, fetched: Path) -> list[str]:
         return [file.path for file in tree]
 
 
+def make_model(given: str, *, private: bool) -> HfUri:
+    """The model OWNER/NAME of the Hub, which is made unless it is there.
+
+    Raises:
+        OSError: if it cannot be: without a token that may write there, without a network.
+        ValueError: for what is no such name.
+    """
+    of = parse_hf_uri(f"{constants.HF_PROTOCOL}models/{given.removeprefix(constants.HF_PROTOCOL)}")
+    if of.revision or of.path_in_repo:
+        raise ValueError(f"{given}: give OWNER/NAME")
+    with asking(of, "it is to be written, but"):
+        HfApi().create_repo(of.id, private=private or None, exist_ok=True)
+    return of
+
+
+def check_name(flag: str, name: str) -> None:
+    """Raises a ValueError that names the flag unless `name` may be a repository's."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{flag} {name}: give OWNER/NAME of the Hub: {error}") from error
+
+
+def push(folder: Path, to: HfUri, *, message: str) -> None:
+    """Sends the files of `folder`; weights that are there and not in it are removed.
+
+    Raises:
+        OSError: if they do not arrive.
+    """
+    stale = ["*.safetensors", "*.safetensors.index.json"]
+    with asking(to, f"{folder} is whole and can be sent again by `hf upload`;"):
+        HfApi().upload_folder(
+            repo_id=to.id, folder_path=folder, commit_message=message, delete_patterns=stale
+        )
+
+
 @contextmanager
-def asking(of: HfUri) -> Iterator[None]:
+def asking(of: HfUri, so_far: str = "nothing of this name is here, and") -> Iterator[None]:
     """Turns whatever the library raises into an OSError that says in one line what to do."""
     try:
         yield
     except Exception as error:  # those of its HTTP client have no base of their own
         name = of.to_uri().removeprefix(f"{constants.HF_PROTOCOL}{of.type}s/")
         raise OSError(
-            f"{name}: nothing of this name is here, and as a {of.type} of {constants.ENDPOINT}"
-            f" {_reason(of, error)}"
+            f"{name}: {so_far} as a {of.type} of {constants.ENDPOINT} {_reason(of, error)}"
         ) from error
 
 
@@ -127,11 +165,11 @@ def _reason(of: HfUri, error: BaseException) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"it has no revision {of.revision!r}"
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
-        return f"it cannot be had: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} lacks it"
+        return f"it cannot be reached: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} lacks it"
     if not isinstance(error, HfHubHTTPError):
         said = str(error).splitlines()[0] if str(error) else "no message"
-        return f"it cannot be had ({type(error).__name__}: {said})"
+        return f"it cannot be reached ({type(error).__name__}: {said})"
     if error.response.status_code in (401, 403):
         return f"it is closed to this token: {_LOG_IN}"
     said = (error.server_message or error.response.reason_phrase).splitlines()[0]
-    return f"it cannot be had: the server answers {error.response.status_code} ({said})"
+    return f"it cannot be reached: the server answers {error.response.status_code} ({said})"

@@ -99,7 +99,7 @@ def test_each_refusal_is_one_line(small, refused, tmp_path, monkeypatch):
     assert "HF_HUB_OFFLINE is set, and" in said()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "as a model of http://127.0.0.1:9 it cannot be had (ConnectError: " in said()
+    assert "as a model of http://127.0.0.1:9 it cannot be reached (ConnectError: " in said()
 
 
 def test_offline_reads_what_was_read_before(small, monkeypatch):

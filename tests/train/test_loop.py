@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from huggingface_hub import constants
 
 from convert import dataset, hf_to_orbax, orbax_to_hf
 from pvm_jax.checkpoint.store import load, save
@@ -19,7 +20,7 @@ from pvm_jax.data.json_files import JsonFile
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
-from tests.hub_server import hub
+from tests.hub_server import REVISION, TOKEN, hub
 from tests.train import runs
 from train.config import Bucket, DataConfig
 from train.run.events import read_values
@@ -85,7 +86,7 @@ def sft_run(workplace, monkeypatch):
     return run
 
 
-def test_a_model_and_data_of_the_hub_train_as_those_that_they_were_made_of(
+def test_a_model_and_data_of_the_hub_train_as_their_originals_and_the_result_is_pushed(
     hub, workplace, sft_run, tmp_path, monkeypatch
 ):
     data, model = tmp_path / "data", tmp_path / "model"
@@ -101,6 +102,15 @@ def test_a_model_and_data_of_the_hub_train_as_those_that_they_were_made_of(
     assert len(here) == 2
     shards = [f"--checkpoint={tmp_path / 'checkpoint'}", f"--data.sources={tmp_path / 'shards'}"]
     assert sft_run("there", "--max_steps=2", *shards) == here
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    branch = ["--branch", str(workplace / "there" / "branch")]
+    places = [str(tmp_path / "checkpoint"), str(tmp_path / "out")]
+    orbax_to_hf.main([*places, *branch, "--push_to_hub", "someone/model"])
+    card = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert f"| data.sources | hf://datasets/someone/data@{REVISION} (split train) |" in card
+    assert "| trainable | pvm |" in card
+    assert hub.commits
 
 
 def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys):
