@@ -228,8 +228,8 @@ class ModelConfig:
         param_dtype: dtype in which fresh parameters are made; a loaded checkpoint keeps its own.
         remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full"
             (keeps layer inputs alone) or "dots" (keeps matrix products).
-        attention: attention kernel (`pvm_jax.model.attention`): None picks by platform, else "xla",
-            "splash" or "cudnn".
+        attention: attention kernel (`pvm_jax.model.attention_kernels`): None picks by platform,
+            else "xla", "splash" or "cudnn".
         lora: the adapters that the model has; None: none.
         stop_tokens: ids that end what the model writes, where its caller names none. `load` takes
             them from the checkpoint's generation_config.json.

@@ -1,7 +1,7 @@
 """Chat messages with images and videos -> the arrays that Hugging Face's Qwen3VLProcessor gives,
 without torch.
 
-The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.data.images` the pixels.
+The checkpoint's own tokenizer and chat template decide the text, `pvm_jax.data.patches` the pixels.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
-from pvm_jax.data.images import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
+from pvm_jax.data.patches import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
 from pvm_jax.data.pixels import as_floats
 from pvm_jax.data.side_files import check_fits, pixel_settings, read_stop_tokens, visual_tokens
 from pvm_jax.data.tags import with_tags_as_text

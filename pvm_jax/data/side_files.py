@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.data.images import ImageSettings, PixelSettings, VideoSettings
+from pvm_jax.data.patches import ImageSettings, PixelSettings, VideoSettings
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.json_file import JsonObject, read_json_if_any
 from pvm_jax.files.paths import local_path

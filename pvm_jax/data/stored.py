@@ -8,8 +8,8 @@ from typing import Any, overload
 
 import numpy as np
 
+from pvm_jax.data.conventions import COLUMNS, record_messages
 from pvm_jax.data.messages import ChatMessages
-from pvm_jax.data.records import COLUMNS, record_messages
 from pvm_jax.files.json_file import JsonObject
 
 

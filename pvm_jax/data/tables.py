@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pvm_jax.data.records import COLUMNS, TURNS, concerns
+from pvm_jax.data.conventions import COLUMNS, TURNS, concerns
 from pvm_jax.data.stored import Parts
 from pvm_jax.files.json_file import read_json
 

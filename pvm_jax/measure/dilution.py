@@ -11,7 +11,7 @@ import numpy as np
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
 from pvm_jax.measure.reading import at_predicting, find_answers, read
-from pvm_jax.model.attention import attention_weights
+from pvm_jax.model.attention_kernels import attention_weights
 from pvm_jax.model.decoder import Inner
 from pvm_jax.model.layers import l2_norm
 from pvm_jax.model.pieces import Piece, inspect

@@ -14,7 +14,7 @@ import numpy as np
 
 from pvm_jax.config import VisionConfig
 from pvm_jax.data.example import Example
-from pvm_jax.data.images import PixelSettings
+from pvm_jax.data.patches import PixelSettings
 from pvm_jax.data.pixels import as_floats, no_scale
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from pvm_jax.model.attention import attention, shared_attention
+from pvm_jax.model.attention_kernels import attention, shared_attention
 from pvm_jax.model.cache import PromptCache, SampleCache, TokenKeysValues
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.model.attention import attention, attention_mask, attention_weights
+from pvm_jax.model.attention_kernels import attention, attention_mask, attention_weights
 from pvm_jax.model.layers import (
     Linear,
     RMSNorm,

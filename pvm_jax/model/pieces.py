@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.attend import DecodingStep, PromptPiece, WholeRows
-from pvm_jax.model.attention import attention_mask
+from pvm_jax.model.attention_kernels import attention_mask
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from pvm_jax.model.decoder import Inner
 from pvm_jax.model.memory import Memory

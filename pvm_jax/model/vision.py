@@ -9,7 +9,7 @@ from flax import nnx
 
 from pvm_jax.config import ModelConfig, VisionConfig
 from pvm_jax.data.pixels import as_floats
-from pvm_jax.model.attention import attention
+from pvm_jax.model.attention_kernels import attention
 from pvm_jax.model.layers import (
     Embedding,
     LayerNorm,

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from convert import dataset
+from pvm_jax.data.conventions import COLUMNS
 from pvm_jax.data.conversations import check_learnable, open_conversations
 from pvm_jax.data.messages import MARKS
 from pvm_jax.data.processor import Processor
-from pvm_jax.data.records import COLUMNS
 from tests.fuzz.mutations import (
     VALUES,
     Outcome,

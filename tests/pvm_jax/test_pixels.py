@@ -8,7 +8,7 @@ import pytest
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.example import Example
-from pvm_jax.data.images import ImageSettings, PixelSettings, VideoSettings
+from pvm_jax.data.patches import ImageSettings, PixelSettings, VideoSettings
 from pvm_jax.data.pixels import as_floats
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from tests.tiny import CONFIG, EXAMPLES, randomized

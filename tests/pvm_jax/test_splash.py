@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pvm_jax.model.attention import attention, attention_mask
+from pvm_jax.model.attention_kernels import attention, attention_mask
 from pvm_jax.model.splash import fetched_blocks, meeting_blocks
 from tests.close import assert_close
 

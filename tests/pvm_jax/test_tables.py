@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pvm_jax.data.conventions import record_messages
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.messages import ChatMessages, parse
-from pvm_jax.data.records import record_messages
 from pvm_jax.data.shards import pack_record, unpack_record
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from demo.checkpoint import write_assets
 from pvm_jax import Batch, Example, Processor, without_pvm
-from pvm_jax.data.images import ImageSettings, patches
+from pvm_jax.data.patches import ImageSettings, patches
 from pvm_jax.data.pixels import as_floats
 from pvm_jax.measure.ablations import (
     AS_IT_IS,

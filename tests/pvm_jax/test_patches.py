@@ -15,7 +15,7 @@ from sklearn.datasets import load_sample_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pvm_jax.data import image_files
-from pvm_jax.data.images import (
+from pvm_jax.data.patches import (
     ImageSettings,
     PixelSettings,
     VideoSettings,

@@ -1,4 +1,5 @@
-"""What a stored record means: its columns -> chat messages with their pictures in them.
+"""What a stored record means by the convention that it follows (LLaVA, ShareGPT, TRL, ms-swift, …):
+its columns -> chat messages with their pictures in them.
 
 docs/data.md has the table of the conventions that are read.
 """

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pvm_jax.model.attention import attention, shared_attention
+from pvm_jax.model.attention_kernels import attention, shared_attention
 from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
 
