@@ -22,9 +22,8 @@ from convert.summary import Checked, Summary
 from pvm_jax import options
 from pvm_jax.checkpoint.directory import refuse_taken, write_aside
 from pvm_jax.data.conversations import check_learnable, open_conversations
-from pvm_jax.data.image_files import encoded_bytes
+from pvm_jax.data.image_files import encoded_bytes, read_image
 from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, variables_of
-from pvm_jax.data.patches import read_image
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations

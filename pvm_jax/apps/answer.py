@@ -17,8 +17,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
+from pvm_jax.data.image_files import image_size
 from pvm_jax.data.messages import asked
-from pvm_jax.data.patches import image_size
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
 from pvm_jax.generation import Chat, Settings, generate

@@ -1,4 +1,4 @@
-"""Where an image comes from: a path, a URL, bytes, an array -> an open PIL image, its header read.
+"""Image files: a path, a URL, bytes, an array -> a picture in RGB, or its size out of the header.
 
 No other than regular files of a sane size are opened: a pipe would be waited for, and a device has
 no end.
@@ -18,11 +18,16 @@ from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import load_image
 
 MAX_FILE_BYTES = 2**30
 
 HOME = "~/"
 """How a path of the home directory begins. `~` alone may begin a file's name."""
+
+_IN_32_BITS = (("I", "PNG"), ("I", "PPM"))
+"""Modes and formats in which PIL has 16-bit gray as 32-bit numbers."""
 
 Source = str | Path | bytes | Image.Image | np.ndarray | Mapping[str, Any]
 
@@ -57,6 +62,58 @@ def opened(source: Source) -> Iterator[tuple[Image.Image, str]]:
     finally:
         if image is not source:
             image.close()
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """Height and width of an image from its header (a quarter turn in its EXIF data is not
+    followed).
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`, as far as the header tells.
+    """
+    with opened(source) as (image, _):
+        return image.height, image.width
+
+
+def read_image(source: Source) -> Image.Image:
+    """An RGB image.
+
+    As Hugging Face has it: a file is turned upright by its EXIF data and its alpha channel is
+    dropped; a PIL image is taken as it stands; what is transparent then is laid on white. 16-bit
+    gray alone is read otherwise: its values are divided by 256, where Hugging Face cuts them off.
+
+    Args:
+        source: a path, a `file://` or `data:` URL, encoded bytes, {"bytes": …, "path": …} with one
+            of them possibly None, a PIL image, or a uint8 array [H, W, 3].
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if it cannot be decoded, holds several frames or values of more than 16 bits,
+            exceeds PIL's limit, is no regular file or lies across the network.
+    """
+    with opened(source) as (image, name):
+        try:
+            if image.mode.startswith(("I", "F")):
+                image = _gray(image)
+            if image is not source:
+                image = load_image(image)
+            if image.mode == "RGB" and image.info.get("transparency") is None:
+                return image
+            return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
+        except Exception as error:  # PIL's decoders raise whatever they meet in a broken file
+            raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+def _gray(image: Image.Image) -> Image.Image:
+    """A picture of 16-bit gray with 8 bits. Raises ValueError for other numbers."""
+    if not image.mode.startswith("I;16") and (image.mode, image.format) not in _IN_32_BITS:
+        raise ValueError(
+            f"its pixels are {'numbers with a fraction' if image.mode == 'F' else '32-bit numbers'}"
+            ": which are black and white? Convert it to 8 or 16 bits"
+        )
+    gray = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    gray.info["exif"] = image.getexif().tobytes()
+    return gray
 
 
 def encoded_bytes(source: str | Path | bytes | Mapping[str, Any]) -> bytes:

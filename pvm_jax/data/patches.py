@@ -1,4 +1,4 @@
-"""Pixels: pictures and frames -> flattened patches of bytes, in NumPy and PIL.
+"""Pictures and frames -> flattened patches of bytes, in NumPy and PIL; what size they get first.
 
 With their scale (`pvm_jax.data.pixels`) they are bit-equal to those of transformers'
 `Qwen2VLImageProcessorPil` (which needs neither torch nor torchvision); videos follow its
@@ -12,19 +12,13 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image
-from transformers.image_transforms import convert_to_rgb
-from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from pvm_jax.data.image_files import Source, opened
 from pvm_jax.data.pixels import scale_of
 from pvm_jax.files.json_file import is_number
 
 MAX_ASPECT_RATIO = 200
 CHANNELS = 3
-
-_IN_32_BITS = (("I", "PNG"), ("I", "PPM"))
-"""Modes and formats in which PIL has 16-bit gray as 32-bit numbers."""
 
 Grid = tuple[int, int, int]
 
@@ -258,58 +252,6 @@ class VideoSettings(PixelSettings):
         # processor.
         unscale = np.float32(1 / self.rescale_factor)
         return scale_of(1.0, _channels(self.mean) * unscale, _channels(self.std) * unscale)
-
-
-def image_size(source: Source) -> tuple[int, int]:
-    """Height and width of an image from its header (a quarter turn in its EXIF data is not
-    followed).
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_image`, as far as the header tells.
-    """
-    with opened(source) as (image, _):
-        return image.height, image.width
-
-
-def read_image(source: Source) -> Image.Image:
-    """An RGB image.
-
-    As Hugging Face has it: a file is turned upright by its EXIF data and its alpha channel is
-    dropped; a PIL image is taken as it stands; what is transparent then is laid on white. 16-bit
-    gray alone is read otherwise: its values are divided by 256, where Hugging Face cuts them off.
-
-    Args:
-        source: a path, a `file://` or `data:` URL, encoded bytes, {"bytes": …, "path": …} with one
-            of them possibly None, a PIL image, or a uint8 array [H, W, 3].
-
-    Raises:
-        FileNotFoundError: if the file is not there.
-        ValueError: if it cannot be decoded, holds several frames or values of more than 16 bits,
-            exceeds PIL's limit, is no regular file or lies across the network.
-    """
-    with opened(source) as (image, name):
-        try:
-            if image.mode.startswith(("I", "F")):
-                image = _gray(image)
-            if image is not source:
-                image = load_image(image)
-            if image.mode == "RGB" and image.info.get("transparency") is None:
-                return image
-            return Image.fromarray(np.asarray(convert_to_rgb(image, return_numpy=True)))
-        except Exception as error:  # PIL's decoders raise whatever they meet in a broken file
-            raise ValueError(f"{name} cannot be decoded: {error}") from error
-
-
-def _gray(image: Image.Image) -> Image.Image:
-    """A picture of 16-bit gray with 8 bits. Raises ValueError for other numbers."""
-    if not image.mode.startswith("I;16") and (image.mode, image.format) not in _IN_32_BITS:
-        raise ValueError(
-            f"its pixels are {'numbers with a fraction' if image.mode == 'F' else '32-bit numbers'}"
-            ": which are black and white? Convert it to 8 or 16 bits"
-        )
-    gray = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    gray.info["exif"] = image.getexif().tobytes()
-    return gray
 
 
 def patches(frames: Sequence[Image.Image], settings: PixelSettings) -> tuple[np.ndarray, Grid]:

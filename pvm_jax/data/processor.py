@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
+from pvm_jax.data.image_files import image_size, read_image
 from pvm_jax.data.messages import Conversation, Messages, naming, parse
-from pvm_jax.data.patches import Grid, ImageSettings, VideoSettings, image_size, patches, read_image
+from pvm_jax.data.patches import Grid, ImageSettings, VideoSettings, patches
 from pvm_jax.data.pixels import as_floats
 from pvm_jax.data.side_files import check_fits, pixel_settings, read_stop_tokens, visual_tokens
 from pvm_jax.data.tags import with_tags_as_text

@@ -18,7 +18,7 @@ from convert.dataset import convert
 from convert.summary import histogram
 from demo.mixed_images import make_processor
 from pvm_jax.data.conversations import open_conversations, size_of
-from pvm_jax.data.patches import read_image
+from pvm_jax.data.image_files import read_image
 from pvm_jax.data.processor import Processor
 from train.config import Bucket, DataConfig
 from train.data import sizes

@@ -12,8 +12,8 @@ from PIL import Image
 
 from pvm_jax.data.conventions import record_messages
 from pvm_jax.data.conversations import check_learnable
+from pvm_jax.data.image_files import read_image
 from pvm_jax.data.messages import is_learned, parse
-from pvm_jax.data.patches import read_image
 from pvm_jax.data.shards import pack_record, unpack_record
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pvm_jax.data import tables
 from pvm_jax.data.conversations import open_conversations, stored_files
-from pvm_jax.data.patches import read_image
+from pvm_jax.data.image_files import read_image
 
 
 def png(shade):

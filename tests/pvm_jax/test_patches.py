@@ -15,14 +15,8 @@ from sklearn.datasets import load_sample_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pvm_jax.data import image_files
-from pvm_jax.data.patches import (
-    ImageSettings,
-    PixelSettings,
-    VideoSettings,
-    image_size,
-    patches,
-    read_image,
-)
+from pvm_jax.data.image_files import image_size, read_image
+from pvm_jax.data.patches import ImageSettings, PixelSettings, VideoSettings, patches
 from pvm_jax.data.pixels import as_floats
 
 QWEN3_VL = {

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pvm_jax.data.image_files import read_image
 from pvm_jax.data.messages import Messages, parse
-from pvm_jax.data.patches import read_image
 
 
 class Sample(NamedTuple):
