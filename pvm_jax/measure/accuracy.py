@@ -144,6 +144,18 @@ def write(
     return WrittenAnswers(np.stack(padded), np.array([len(written) for written in tokens]), tokens)
 
 
+def answered(examples: Sequence[Example], written: Sequence[np.ndarray]) -> list[Example]:
+    """The conversations up to their last answers, with `written` in place of these: by
+    conversation, ids [length]. They alone are the answers (`find_answers`)."""
+    found = []
+    for example, tokens in zip(examples, written, strict=True):
+        prompt = prompt_of(example)[0].input_ids
+        ids = np.concatenate([prompt, tokens])
+        mask = np.arange(len(ids)) >= len(prompt)
+        found.append(replace(example, input_ids=ids, loss_mask=mask))
+    return found
+
+
 def exact_so_far(written: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """[len(reference)]: 1 where all tokens up to this one are the reference's, else 0."""
     agree = np.zeros(len(reference), bool)

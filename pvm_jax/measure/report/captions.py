@@ -62,6 +62,11 @@ _CAPTIONS = {
         The same weights and questions with one thing changed, and how often the model is then
         right. Where the branch is used, turning it off or showing another image to it alone costs
         accuracy; with another image altogether, nothing but guessing is left.""",
+    "dependency": """
+        How far the prediction of the next token moves where the image is hidden (Kullback-Leibler
+        divergence), at each token of what the model writes itself, among {counted}: from everyone,
+        from the branch alone or from the decoder alone. 0 is a token that the text alone decides; a
+        curve that falls to the right is a model that goes by its own text more and more.""",
     "cost_prefill": """
         Reading a prompt of {tokens} tokens and {patches} image patches: the fastest of {rounds}
         rounds, and a thin line to the median. The models took turns in every round, so compare the

@@ -7,7 +7,7 @@ import numpy as np
 
 from pvm_jax.data.example import Example
 from pvm_jax.data.processor import Processor
-from pvm_jax.measure.accuracy import Scorer
+from pvm_jax.measure.accuracy import Scorer, answered, write
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -65,3 +65,19 @@ class Task:
             & real
         )
         return np.where(kept.reshape(len(kept), *(1,) * (values.ndim - 2), -1), values, np.nan)
+
+
+def own_answers(
+    model: Qwen3VL, task: Task, examples: Sequence[Example] | None = None
+) -> list[Example]:
+    """`examples` (by default the task's), each with what the model writes itself in place of its
+    last answer."""
+    asked = task.examples if examples is None else examples
+    written = write(
+        model,
+        asked,
+        stop_tokens=task.stop_tokens,
+        max_new_tokens=task.max_new_tokens,
+        rows=task.rows,
+    )
+    return answered(asked, written.tokens)

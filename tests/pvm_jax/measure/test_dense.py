@@ -11,8 +11,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pvm_jax.data.batch import Batch, split_rows
+from pvm_jax import Batch, load, without_pvm
+from pvm_jax.data.batch import hide_images, split_rows
+from pvm_jax.measure.ablations import silence
 from pvm_jax.measure.accuracy import teacher_forced
+from pvm_jax.measure.dependency import FROM_BRANCH, FROM_DECODER, NO_IMAGE, dependency
+from pvm_jax.measure.dependency import program as dependency_program
 from pvm_jax.measure.dilution import dilution
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
@@ -20,6 +24,7 @@ from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.decoder import DecoderLayer
 from pvm_jax.model.rope import mrope_angles
 from tests.close import assert_close
+from tests.conftest import GOLDEN
 
 BAR = 1e-5
 CHUNK = 16  # no multiple of the rows' lengths: several pieces, the last one filled up
@@ -36,12 +41,19 @@ class Dense(NamedTuple):
     logprobs: np.ndarray
 
 
-@pytest.fixture
-def examples(golden, golden_model):
+@pytest.fixture(scope="module")
+def model(golden_checkpoints):
+    """The one with images of two sizes and a video, four queries a key."""
+    return load(golden_checkpoints["shape_4b"])
+
+
+@pytest.fixture(scope="module")
+def examples(model):
     """The goldens' rows with images, several of them and a video; as answers, their text from the
     sixth token on."""
-    rows, _ = split_rows(load_file(golden / "forward_inputs.safetensors"), golden_model.config)
-    visual = (golden_model.config.image_token_id, golden_model.config.video_token_id)
+    inputs = load_file(GOLDEN / "shape_4b" / "forward_inputs.safetensors")
+    rows, _ = split_rows(inputs, model.config)
+    visual = (model.config.image_token_id, model.config.video_token_id)
     return [
         replace(
             row, loss_mask=~np.isin(row.input_ids, visual) & (np.arange(len(row.input_ids)) > 5)
@@ -51,16 +63,19 @@ def examples(golden, golden_model):
     ]
 
 
-@pytest.fixture
-def reference(golden_model, examples) -> Dense:
+def whole_rows(model, examples) -> Batch:
     length = max(len(example.input_ids) for example in examples)
     patches = max(example.num_patches for example in examples)
-    batch = Batch.from_rows(
-        [[example] for example in examples], golden_model.config, length=length, patches=patches
-    )
-    graphdef, params = nnx.split(golden_model)
+    rows = [[example] for example in examples]
+    return Batch.from_rows(rows, model.config, length=length, patches=patches)
+
+
+@pytest.fixture(scope="module")
+def reference(model, examples) -> Dense:
+    batch = whole_rows(model, examples)
+    graphdef, params = nnx.split(model)
     inner = jax.jit(lambda params: _inner(nnx.merge(graphdef, params), batch))(params)
-    return _dense(golden_model, batch, jax.device_get(inner))
+    return _dense(model, batch, jax.device_get(inner))
 
 
 def _inner(model, batch: Batch):
@@ -124,23 +139,16 @@ def _dense(model, batch: Batch, inner) -> Dense:
     )
 
 
-@pytest.mark.parametrize(
-    "golden", ["shape_4b"], indirect=True
-)  # images of two sizes and a video, four queries a key
-def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(
-    golden_model, examples, reference
-):
+def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(model, examples, reference):
     answers = find_answers(examples)
     visual = [
-        np.isin(
-            e.input_ids, (golden_model.config.image_token_id, golden_model.config.video_token_id)
-        )
+        np.isin(e.input_ids, (model.config.image_token_id, model.config.video_token_id))
         for e in examples
     ]
-    diluted = dilution(golden_model, examples, rows=2, chunk=CHUNK)
-    seen = looked(golden_model, examples, answers.columns, rows=2, chunk=CHUNK)
-    inner = lens(golden_model, examples, rows=2, chunk=CHUNK)
-    forced = teacher_forced(golden_model, examples, rows=2, chunk=CHUNK)
+    diluted = dilution(model, examples, rows=2, chunk=CHUNK)
+    seen = looked(model, examples, answers.columns, rows=2, chunk=CHUNK)
+    inner = lens(model, examples, rows=2, chunk=CHUNK)
+    forced = teacher_forced(model, examples, rows=2, chunk=CHUNK)
     for row, example in enumerate(examples):
         before = answers.columns[row][answers.real[row]] - 1
         count, ends = len(before), len(example.input_ids)
@@ -177,12 +185,37 @@ def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(
     )  # not all alike: the comparison says something
 
 
-@pytest.mark.parametrize("golden", ["shape_4b"], indirect=True)
-def test_a_token_settles_where_its_rank_is_first_0_for_good(golden_model, examples):
-    found = lens(golden_model, examples, rows=2, chunk=CHUNK)
+def test_a_token_settles_where_its_rank_is_first_0_for_good(model, examples):
+    found = lens(model, examples, rows=2, chunk=CHUNK)
     for rank, settled in zip(
         np.moveaxis(found.rank, 1, 2).reshape(-1, 5), found.settled.reshape(-1), strict=True
     ):
         if np.isfinite(settled):
             assert not rank[int(settled) :].any()
             assert settled == 0 or rank[int(settled) - 1] > 0
+
+
+def test_dependency_is_the_divergence_of_whole_distributions(model, examples, reference):
+    """Each row's, from logits of all columns: with the image, without it, and with it hidden from
+    one of the two who see it."""
+    answers = find_answers(examples)
+    found = dependency(model, examples, rows=2, chunk=CHUNK)
+    batch = whole_rows(model, examples)
+    bare = hide_images(batch, [True] * len(examples))
+    silent = silence(model, [*map(int, model.pvm)])
+    others = {
+        NO_IMAGE: silent(bare),
+        FROM_BRANCH: silent(batch),
+        FROM_DECODER: model(bare),
+    }
+    assert list(found) == list(others)
+    seen = reference.logprobs[-1].astype(np.float64)
+    for name, logits in others.items():
+        other = np.asarray(jax.nn.log_softmax(logits), np.float64)
+        whole = (np.exp(seen) * (seen - other)).sum(-1)
+        wanted = np.take_along_axis(whole, answers.columns - 1, 1)
+        assert_close(found[name], answers.where_real(wanted), BAR)
+        assert np.nanmean(found[name]) > 100 * BAR  # something hangs on it
+    columns = answers.columns[:, :1]
+    plain = jax.eval_shape(lambda: dependency_program(without_pvm(model), batch, columns, CHUNK))
+    assert list(plain) == [NO_IMAGE]  # there is no branch to hide it from

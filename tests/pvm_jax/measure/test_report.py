@@ -87,7 +87,7 @@ def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
-    """All six measurements; every figure has numbers and is drawn; nothing is fetched from
+    """All measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
     options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
     main(arguments(checkpoint, data, tmp_path, *options))
@@ -130,6 +130,12 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
         "0",
     ]  # sixteen columns, each a key and a value of 32 numbers and a segment id
     assert set(figures_of["dilution"]["dilution"]["series"]) >= {"with the branch", "without"}
+    assert set(figures_of["dependency"]["dependency"]["series"]) == {
+        "with the branch, image hidden",
+        "with the branch, image hidden from the branch alone",
+        "with the branch, image hidden from the decoder alone",
+        "without, image hidden",
+    }
     assert set(figures_of["ablations"]["filler"]["series"]) == {
         "with the branch",
         "without",
