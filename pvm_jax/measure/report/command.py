@@ -216,9 +216,10 @@ def make_task(request: Request, processor: Processor) -> Task:
     indices = range(min(request.limit, len(conversations)))
     examples = [_encode(conversations, index, processor, 0) for index in indices]
     fillers = {}
-    if "ablations" in request.only:
+    if {"ablations", "midway"} & {*request.only}:
         with naming(str(request.data)):
             partners(examples)  # refuses here, not after the other measurements
+    if "ablations" in request.only:
         for tokens in request.fillers:
             longer = (
                 [_encode(conversations, index, processor, tokens) for index in indices]

@@ -14,12 +14,14 @@ from safetensors.numpy import load_file
 from pvm_jax import Batch, load, without_pvm
 from pvm_jax.data.batch import hide_images, split_rows
 from pvm_jax.measure.ablations import silence
-from pvm_jax.measure.accuracy import teacher_forced
+from pvm_jax.measure.accuracy import prompt_of, teacher_forced
 from pvm_jax.measure.dependency import FROM_BRANCH, FROM_DECODER, NO_IMAGE, dependency
 from pvm_jax.measure.dependency import program as dependency_program
 from pvm_jax.measure.dilution import dilution
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
+from pvm_jax.measure.midway import midway
+from pvm_jax.measure.pictures import exchanged
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.decoder import DecoderLayer
 from pvm_jax.model.rope import mrope_angles
@@ -219,3 +221,65 @@ def test_dependency_is_the_divergence_of_whole_distributions(model, examples, re
     columns = answers.columns[:, :1]
     plain = jax.eval_shape(lambda: dependency_program(without_pvm(model), batch, columns, CHUNK))
     assert list(plain) == [NO_IMAGE]  # there is no branch to hide it from
+
+
+def test_midway_is_what_whole_rows_go_on_to_write(model, examples):
+    """Token by token from the logits of all columns, behind what was kept of the model's answer."""
+    pair = [examples[0], examples[-1]]
+    settings = {"stop_tokens": (), "max_new_tokens": 6, "rows": 2}
+    found = midway(model, pair, fractions=(0, 0.5), chunk=CHUNK, **settings)
+    prompts = [prompt_of(example)[0] for example in pair]
+    others = exchanged(prompts, model.config.vision)
+    blind = silence(model, [*map(int, model.pvm)])
+    own, new = (write_densely(model, those, [[], []]) for those in (prompts, others))
+    halves = [tokens[:3] for tokens in own]
+    late, gone = write_densely(model, others, halves), write_densely(blind, prompts, halves, hide=1)
+    never = write_densely(blind, prompts, [[], []], hide=1)
+    assert [[ids.tolist() for ids in those] for those in found.written] == [new, late]
+    own, new, late, gone, never = map(np.array, (own, new, late, gone, never))
+    cut = np.where(np.arange(6) < 3, np.nan, 0)
+    told = np.where(own != new, 0, np.nan)
+    assert np.isfinite(told[:, 3:]).any()
+    for got, at_once, midway_ in (
+        (found.follows, (new == new) + told, (late == new) + told + cut),
+        (found.stays, (new == own) + told, (late == own) + told + cut),
+        (found.removed, never == own, (gone == own) + cut),
+    ):
+        np.testing.assert_array_equal(got, [at_once, midway_])
+    losses = [read_densely(model, those, late.tolist()) for those in (prompts, others)]
+    assert_close(found.evidence[1], losses[0] - losses[1] + cut, BAR)
+    with pytest.raises(ValueError, match=r"fractions begin with 0 and are below 1, got \[0, 1\]"):
+        midway(model, pair, fractions=(0, 1), **settings)
+
+
+def write_densely(model, prompts, begun, hide=0) -> list[list[int]]:
+    """Six tokens behind each prompt, of which `begun` are there; no placeholder is ever written."""
+    texts = [[*tokens] for tokens in begun]
+    while len(texts[0]) < 6:
+        for text, logits in zip(texts, next_logits(model, prompts, texts, hide), strict=True):
+            logits[[model.config.image_token_id, model.config.video_token_id]] = -np.inf
+            text.append(int(logits.argmax()))
+    return texts
+
+
+def next_logits(model, prompts, texts, hide=0) -> list[np.ndarray]:
+    """[vocab] behind each prompt and its text; one shape for all lengths."""
+    rows = [
+        replace(prompt, input_ids=np.concatenate([prompt.input_ids, text]).astype(np.int32))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    length = max(len(prompt.input_ids) for prompt in prompts) + 6
+    patches = max(prompt.num_patches for prompt in prompts)
+    batch = Batch.from_rows([[row] for row in rows], model.config, length=length, patches=patches)
+    logits = np.array(model(hide_images(batch, [bool(hide)] * len(rows))))
+    return [of_row[len(row.input_ids) - 1] for of_row, row in zip(logits, rows, strict=True)]
+
+
+def read_densely(model, prompts, texts) -> np.ndarray:
+    """[conversations, 6], the loss of each token of the texts."""
+    columns = []
+    for place in range(6):
+        logits = np.stack(next_logits(model, prompts, [text[:place] for text in texts]))
+        logprobs = np.asarray(jax.nn.log_softmax(logits))
+        columns.append([-row[text[place]] for row, text in zip(logprobs, texts, strict=True)])
+    return np.array(columns).T

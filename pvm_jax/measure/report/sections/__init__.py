@@ -11,6 +11,7 @@ from pvm_jax.measure.report.sections.dependency import measure_dependency
 from pvm_jax.measure.report.sections.dilution import measure_dilution
 from pvm_jax.measure.report.sections.lens import measure_lens
 from pvm_jax.measure.report.sections.looked import measure_looks
+from pvm_jax.measure.report.sections.midway import measure_midway
 from pvm_jax.measure.report.task import Models, Task
 
 MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
@@ -20,6 +21,7 @@ MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
     "looked": measure_looks,
     "ablations": measure_ablations,
     "dependency": measure_dependency,
+    "midway": measure_midway,
     "cost": measure_cost,
 }
 """By the name that `--only` takes, in the report's order."""
