@@ -81,6 +81,11 @@ _CAPTIONS = {
         The same with the image taken away, from the decoder and from the branch: how many of the
         tokens written after that are still those that it wrote with the image. What is high early
         could be guessed; what rises late no longer needs the image.""",
+    "decision": """
+        The text that a model writes before its final answer is cut short, and the final answer
+        asked for at once: how often it is the one that it gives in the end. A curve that is high on
+        the left belongs to a model that has decided before it writes, and before it looks
+        again.""",
     "cost_prefill": """
         Reading a prompt of {tokens} tokens and {patches} image patches: the fastest of {rounds}
         rounds, and a thin line to the median. The models took turns in every round, so compare the

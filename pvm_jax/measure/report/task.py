@@ -8,6 +8,7 @@ import numpy as np
 from pvm_jax.data.example import Example
 from pvm_jax.data.processor import Processor
 from pvm_jax.measure.accuracy import Scorer, answered, write
+from pvm_jax.measure.decision import FinalAnswer
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -33,6 +34,8 @@ class Task:
         fillers: the conversations with filler text before their question, by its tokens.
         grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in
             the report's words.
+        final, final_is: finds the final answer in a written answer's ids [length], and what it is
+            in the report's words.
         looks: tokens whose attention is drawn, each by (number of the conversation, which token of
             what the model writes as its last answer, from 0); None: as far into that as the look
             stands in `looks`, so that they are spread. Where the model stops before, its last
@@ -49,6 +52,8 @@ class Task:
     fillers: Mapping[int, Sequence[Example]] = field(default_factory=dict)
     grade: Scorer | None = None
     exactness: str = "answers that are the reference's, token by token, so far"
+    final: Callable[[np.ndarray], FinalAnswer | None] = lambda ids: None
+    final_is: str = "a final answer"
     looks: Sequence[tuple[int, int | None]] = ()
     rows: int = 4
     chunk: int = 256

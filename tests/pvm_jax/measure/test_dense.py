@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from pvm_jax import Batch, load, without_pvm
 from pvm_jax.data.batch import hide_images, split_rows
 from pvm_jax.measure.ablations import silence
-from pvm_jax.measure.accuracy import prompt_of, teacher_forced
+from pvm_jax.measure.accuracy import answered, prompt_of, teacher_forced
+from pvm_jax.measure.decision import FinalAnswer, decision, final_after, for_good
 from pvm_jax.measure.dependency import FROM_BRANCH, FROM_DECODER, NO_IMAGE, dependency
 from pvm_jax.measure.dependency import program as dependency_program
 from pvm_jax.measure.dilution import dilution
@@ -283,3 +284,49 @@ def read_densely(model, prompts, texts) -> np.ndarray:
         logprobs = np.asarray(jax.nn.log_softmax(logits))
         columns.append([-row[text[place]] for row, text in zip(logprobs, texts, strict=True)])
     return np.array(columns).T
+
+
+def test_a_final_answer_is_decided_where_whole_rows_write_it_for_good(model, examples):
+    """The last token but one leads to the final answer, the last one: what the model itself writes
+    there, so that it is the same with all of the text."""
+    prompts = [prompt_of(example)[0] for example in (examples[0], examples[-1])]
+    texts = [np.array(text) for text in write_densely(model, prompts, [[], []])]
+    own = answered(prompts_with_answers(prompts), texts)
+    shares = (0, 0.5, 0.75, 1)
+    found = decision(model, own, [FinalAnswer(4, 5)] * 2, shares=shares, rows=2, chunk=CHUNK)
+    for place, kept in enumerate((0, 2, 3, 4)):
+        short = [[*text[:kept], text[4]] for text in texts]
+        logits = np.stack(next_logits(model, prompts, short))
+        last = [text[5] for text in texts]
+        logprobs = np.asarray(jax.nn.log_softmax(logits))[[0, 1], last]
+        assert_close(found.logprob[place], logprobs, BAR)
+        np.testing.assert_array_equal(found.same[place], logits.argmax(-1) == last)
+    assert found.same[-1].all()
+    np.testing.assert_array_equal(found.decided, for_good(found.same, shares))
+    with pytest.raises(ValueError, match="is not inside an answer of 6 tokens"):
+        decision(model, own, [FinalAnswer(4, 6)] * 2, rows=2)
+
+
+def test_what_changes_once_more_is_not_decided():
+    same = np.array([[1, 1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(for_good(same, (0, 0.3, 0.6, 1)), [0.6, 0, 1, np.nan])
+
+
+def prompts_with_answers(prompts):
+    """Each with one more token to learn, which `answered` replaces."""
+    grown = [replace(one, input_ids=np.append(one.input_ids, 1)) for one in prompts]
+    return [
+        replace(e, loss_mask=np.arange(len(e.input_ids)) == len(e.input_ids) - 1) for e in grown
+    ]
+
+
+def test_the_final_answer_follows_the_last_marker():
+    words = ["So <", "answer", "> ", "4 no <", "answer", ">", "5", "!"]
+
+    def find(marker, words=words):
+        return final_after(np.arange(len(words)), marker, lambda ids: words[ids[0]])
+
+    assert find("<answer>") == FinalAnswer(3, 6)
+    assert find("So") == FinalAnswer(0, 1)
+    assert find("think") is None
+    assert find("5!") is None  # nothing behind it

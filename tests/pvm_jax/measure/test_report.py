@@ -18,6 +18,7 @@ from pvm_jax import Batch, Processor, abstract_model, load, save
 from pvm_jax.__main__ import main
 from pvm_jax.measure import dilution, lens, reading
 from pvm_jax.measure.accuracy import prompt_of, write
+from pvm_jax.measure.decision import FinalAnswer
 from pvm_jax.measure.intervals import Estimate
 from pvm_jax.measure.report import figures
 from pvm_jax.measure.report.command import Request, make_task
@@ -26,6 +27,7 @@ from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.section import Section
 from pvm_jax.measure.report.sections import MEASUREMENTS
 from pvm_jax.measure.report.sections import looked as looked_section
+from pvm_jax.measure.report.sections.decision import measure_decision
 from tests import tiny
 from tests.close import assert_close
 from tests.tiny import randomized
@@ -175,6 +177,19 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
         assert_close(np.array(again[name]["mean"]), np.array(one_device["mean"]), 1e-5)
 
 
+def test_early_decisions_are_of_the_answers_that_have_a_final_one(checkpoint, data):
+    """Each model's own; where none has one, words say so, and nothing is drawn."""
+    request, model = Request(checkpoint, data, data, max_new_tokens=6), load(checkpoint)
+    task = replace(make_task(request, Processor.from_pretrained(checkpoint)), stop_tokens=())
+    none = measure_decision({"it": model}, task)
+    assert not none.panels
+    assert none.facts == ["0 of the 3 answers of it have a final answer, behind '<answer>'"]
+    texts = iter([FinalAnswer(3, 4), None, FinalAnswer(4, 5)])
+    found = measure_decision({"it": model}, replace(task, final=lambda ids: next(texts)))
+    assert found.panels[0].series[0].y[-1].mean == 1  # all of the text is there
+    assert found.facts[0].startswith("2 of the 3 answers of it have a final answer")
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -191,6 +206,7 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
             ["--look-at", "0:4", "--max-new-tokens", "4"],
             "--look_at 0:4: .* an answer is written up to 4 tokens",
         ),
+        (["--final-after", ""], "--final_after is the text that the final answer follows"),
         (["--branch", "nowhere"], "nowhere"),
         (["--tensor", "9"], "tensor must be 1 to 8"),
     ],

@@ -7,6 +7,7 @@ from pvm_jax.measure.report.section import Section
 from pvm_jax.measure.report.sections.ablations import measure_ablations
 from pvm_jax.measure.report.sections.accuracy import measure_accuracy
 from pvm_jax.measure.report.sections.cost import measure_cost
+from pvm_jax.measure.report.sections.decision import measure_decision
 from pvm_jax.measure.report.sections.dependency import measure_dependency
 from pvm_jax.measure.report.sections.dilution import measure_dilution
 from pvm_jax.measure.report.sections.lens import measure_lens
@@ -22,6 +23,7 @@ MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
     "ablations": measure_ablations,
     "dependency": measure_dependency,
     "midway": measure_midway,
+    "decision": measure_decision,
     "cost": measure_cost,
 }
 """By the name that `--only` takes, in the report's order."""
