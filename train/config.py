@@ -141,7 +141,7 @@ class DataConfig(ExamplesConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        hide, shares = self.hide_images, {"": self.hide_images}
+        hide = self.hide_images
         # Checked here: what a member of a union refuses itself, the parser buries in its own words.
         if isinstance(hide, HideSchedule):
             shares = {".share": hide.share, ".then": hide.then}
@@ -149,6 +149,8 @@ class DataConfig(ExamplesConfig):
                 raise ValueError(
                     f"data.hide_images.until is a share of the steps in (0, 1), got {hide.until}"
                 )
+        else:
+            shares = {"": hide}
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(

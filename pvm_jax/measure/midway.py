@@ -141,7 +141,8 @@ def _compared(
         found[3, place, gone] = blind == old[number, gone]
     texts = [np.concatenate(parts) for parts in zip(begun, after, strict=True)]
     written = [texts[start : start + count] for start in range(0, len(texts), count)]
-    return Midway(*found.reshape(4, fractions, count, longest), written)
+    follows, stays, told, removed = found.reshape(4, fractions, count, longest)
+    return Midway(follows, stays, told, removed, written)
 
 
 def _padded(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
