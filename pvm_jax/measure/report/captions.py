@@ -86,6 +86,15 @@ _CAPTIONS = {
         asked for at once: how often it is the one that it gives in the end. A curve that is high on
         the left belongs to a model that has decided before it writes, and before it looks
         again.""",
+    "evidence_image": """
+        The share of the decoder's attention on the image, the mean over layers and heads, without
+        sinks: tokens of the prompt to which each of the answer's tokens gives at least {times:g}
+        times its equal share, whatever it is about. They are taken out of the image and out of the
+        whole.""",
+    "evidence_marked": """
+        Of that attention, the share on the parts of the image that the data's boxes mark; the
+        dashed line is what they would get if the model looked everywhere alike. A curve above it
+        looks where the answer is.""",
     "cost_prefill": """
         Reading a prompt of {tokens} tokens and {patches} image patches: the fastest of {rounds}
         rounds, and a thin line to the median. The models took turns in every round, so compare the

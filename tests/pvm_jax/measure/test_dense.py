@@ -19,6 +19,7 @@ from pvm_jax.measure.decision import FinalAnswer, decision, final_after, for_goo
 from pvm_jax.measure.dependency import FROM_BRANCH, FROM_DECODER, NO_IMAGE, dependency
 from pvm_jax.measure.dependency import program as dependency_program
 from pvm_jax.measure.dilution import dilution
+from pvm_jax.measure.evidence import evidence
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
 from pvm_jax.measure.midway import midway
@@ -330,3 +331,40 @@ def test_the_final_answer_follows_the_last_marker():
     assert find("So") == FinalAnswer(0, 1)
     assert find("think") is None
     assert find("5!") is None  # nothing behind it
+
+
+def test_evidence_is_attention_of_whole_matrices_without_sinks(model, examples, reference):
+    """With boxes on half of the first row's image, and none in the others."""
+    examples = [replace(e, loss_mask=_last(3, e.loss_mask)) for e in examples]
+    answers, times = find_answers(examples), 1.0
+    ids = (model.config.image_token_id, model.config.video_token_id)
+    visual = [np.isin(example.input_ids, ids) for example in examples]
+    marked = np.flatnonzero(visual[0])[::2]
+    seen = np.zeros(2, int)  # sinks of all conversations: in the image, and elsewhere
+    boxed = [replace(examples[0], evidence=marked), *examples[1:]]
+    found = evidence(model, boxed, times=times, rows=2, chunk=CHUNK)
+    chance = [len(marked) / visual[0].sum(), *[np.nan] * (len(boxed) - 1)]
+    assert_close(found.chance, np.array(chance), BAR)
+    for row in range(len(boxed)):
+        columns = answers.columns[row][answers.real[row]]
+        looked_at = reference.attention[:, row].mean(1)[:, columns - 1, : len(visual[row])]
+        sinks = (looked_at * columns[:, None]).min(1) >= times  # [L, S]
+        sinks[:, columns[0] :] = False
+        np.testing.assert_array_equal(found.sinks[row], sinks.sum(-1))
+        seen += sinks[:, visual[row]].sum(), sinks[:, ~visual[row]].sum()
+        kept = np.where(sinks[:, None], 0, looked_at)
+        image = kept[..., visual[row]].sum(-1)
+        count = len(columns)
+        assert_close(found.mass[row, :, :count], image / kept.sum(-1), BAR)
+        assert np.isnan(found.mass[row, :, count:]).all()
+        if row == 0:
+            share = kept[..., marked].sum(-1) / np.where(image, image, np.nan)
+            assert_close(found.marked[0, :, :count], share, BAR)
+        else:
+            assert np.isnan(found.marked[row]).all()
+    assert seen.all()
+
+
+def _last(count: int, mask: np.ndarray) -> np.ndarray:
+    """`mask` with its last `count` True alone."""
+    return mask & (np.cumsum(mask[::-1])[::-1] <= count)

@@ -59,7 +59,8 @@ def data(tmp_path_factory) -> Path:
         messages = example.messages(f"{number}.png")
         if number == 1:
             Image.new("RGB", (96, 32), (200, 40, 40)).save(folder / "wide.png")
-            messages[0]["content"].insert(1, {"type": "image", "image": "wide.png"})
+            wide = {"type": "image", "image": "wide.png", "boxes": [[0, 0, 32, 32]]}
+            messages[0]["content"].insert(1, wide)
         conversations.append(messages)
     return write_data(folder / "data.jsonl", conversations)
 
@@ -127,10 +128,9 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
         assert [np.shape(m) for m in maps] == [(2, 2), (1, 3)]
     _, weights, _, memory, _ = content["sections"]["cost"]["table"]
     assert weights[1] != weights[2]
-    assert memory[1:] == [
-        "4.06 KiB",
-        "0",
-    ]  # sixteen columns, each a key and a value of 32 numbers and a segment id
+    # Sixteen columns, each a key and a value of 32 numbers and a segment id.
+    assert memory[1:] == ["4.06 KiB", "0"]
+    assert set(figures_of["evidence"]) == {"evidence_image", "evidence_marked"}
     assert set(figures_of["dilution"]["dilution"]["series"]) >= {"with the branch", "without"}
     assert set(figures_of["dependency"]["dependency"]["series"]) == {
         "with the branch, image hidden",

@@ -10,6 +10,7 @@ from pvm_jax.measure.report.sections.cost import measure_cost
 from pvm_jax.measure.report.sections.decision import measure_decision
 from pvm_jax.measure.report.sections.dependency import measure_dependency
 from pvm_jax.measure.report.sections.dilution import measure_dilution
+from pvm_jax.measure.report.sections.evidence import measure_evidence
 from pvm_jax.measure.report.sections.lens import measure_lens
 from pvm_jax.measure.report.sections.looked import measure_looks
 from pvm_jax.measure.report.sections.midway import measure_midway
@@ -24,6 +25,7 @@ MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
     "dependency": measure_dependency,
     "midway": measure_midway,
     "decision": measure_decision,
+    "evidence": measure_evidence,
     "cost": measure_cost,
 }
 """By the name that `--only` takes, in the report's order."""
