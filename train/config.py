@@ -104,6 +104,25 @@ class ExamplesConfig:
 
 
 @dataclass(frozen=True)
+class HideSchedule:
+    """Which share of a batch's rows have their images hidden, over a run: first one, then another.
+
+    Attributes:
+        until: share of the run's steps after which `then` holds.
+        share: before that, of the rows.
+        then: from there on.
+    """
+
+    until: float
+    share: float = 1.0
+    then: float = 0.0
+
+    def step(self, steps: int) -> int:
+        """The first of a run's `steps` in which `then` holds."""
+        return round(self.until * steps)
+
+
+@dataclass(frozen=True)
 class DataConfig(ExamplesConfig):
     """Examples, and the rows that they are laid out in.
 
@@ -112,19 +131,38 @@ class DataConfig(ExamplesConfig):
             sees another, and batch_size counts rows. Without it a row is one example.
         hide_images: share of a batch's rows whose images the decoder does not see, only the
             branch's memory: what the decoder can still find itself, a fresh branch is slow to learn
-            (docs/compare.md). 0, as published, hides none.
+            (docs/compare.md). 0, as published, hides none; {until: 0.5} hides all of them in the
+            first half of the run, and none after it.
     """
 
     _: KW_ONLY
     packing: bool = True
-    hide_images: float = 0.0
+    hide_images: float | HideSchedule = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.hide_images <= 1:
-            raise ValueError(
-                f"data.hide_images is a share of the rows in [0, 1], got {self.hide_images}"
-            )
+        hide = self.hide_images
+        # Checked here: what a member of a union refuses itself, the parser buries in its own words.
+        if isinstance(hide, HideSchedule):
+            shares = {".share": hide.share, ".then": hide.then}
+            if not 0 < hide.until < 1:
+                raise ValueError(
+                    f"data.hide_images.until is a share of the steps in (0, 1), got {hide.until}"
+                )
+        else:
+            shares = {"": hide}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"data.hide_images{name} is a share of the rows in [0, 1], got {share}"
+                )
+
+    def hidden_share(self, step: int, steps: int) -> float:
+        """Of `hide_images`, what holds at `step` of a run of `steps`."""
+        hide = self.hide_images
+        if not isinstance(hide, HideSchedule):
+            return hide
+        return hide.share if step < hide.step(steps) else hide.then
 
 
 @dataclass(frozen=True)

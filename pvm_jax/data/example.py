@@ -22,6 +22,8 @@ class Example:
         pixel_values_videos, video_grid_thw: the same for videos (frame pairs, rows, columns); a
             patch holds all its frames, [P, patch_dim].
         loss_mask: [S] bool, True on the tokens that are learned; None: none are.
+        evidence: [marked] the columns of the visual tokens that the boxes of an image touch; None
+            where no image has boxes. Nothing but `pvm_jax.measure.evidence` reads it.
         image_scale, video_scale: [4, channels] float32, what bytes mean (`pvm_jax.data.pixels`).
     """
 
@@ -33,6 +35,7 @@ class Example:
     loss_mask: np.ndarray | None = None
     image_scale: np.ndarray | None = None
     video_scale: np.ndarray | None = None
+    evidence: np.ndarray | None = None
 
     @property
     def num_patches(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
+from pvm_jax.data.boxes import Box, read_boxes
 from pvm_jax.data.image_files import Source
 from pvm_jax.files.json_file import is_number
 
@@ -78,6 +79,7 @@ class Conversation:
     Attributes:
         messages: what the chat template reads: images and videos are bare {"type": …} parts.
         images, videos: the sources in their order, each with its place for errors.
+        boxes: what is marked in each image.
         unlearned: places of the assistant turns that are marked as not to be learned.
         variables: what else the chat template reads, as tools.
     """
@@ -85,6 +87,7 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[tuple[str, Source]] = field(default_factory=list)
     videos: list[tuple[str, Video]] = field(default_factory=list)
+    boxes: list[list[Box]] = field(default_factory=list)
     unlearned: set[int] = field(default_factory=set)
     variables: dict[str, Any] = field(default_factory=dict)
 
@@ -259,6 +262,7 @@ def _parse_part(part: Mapping[str, Any], where: str, conversation: Conversation)
                 raise ValueError("a text part needs a string under 'text'")
             parsed = {"type": "text", "text": text}
         case "image" | "image_url":
+            conversation.boxes.append(read_boxes(part.pop("boxes", [])))
             conversation.images.append((where, image_source(part)))
             parsed = {"type": "image"}
         case "video":

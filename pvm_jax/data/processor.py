@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from pvm_jax.data.boxes import touched
 from pvm_jax.data.chat_template import ChatTemplate, Segment, check_border
 from pvm_jax.data.example import Example
 from pvm_jax.data.image_files import image_size, read_image
@@ -262,10 +263,13 @@ class Processor:
         return lambda token: stream.step(tokenizer, token) or ""
 
     def _example(self, conversation: Conversation, segments: list[Segment]) -> Example:
-        image_pixels, image_grids, video_pixels, video_grids = [], [], [], []
-        for where, source in conversation.images:
+        image_pixels, image_grids, video_pixels, video_grids, marks = [], [], [], [], []
+        merge = self.image_settings.merge_size
+        for (where, source), boxes in zip(conversation.images, conversation.boxes, strict=True):
             with naming(where):
-                pixels, grid = patches([read_image(source)], self.image_settings)
+                image = read_image(source)
+                pixels, grid = patches([image], self.image_settings)
+                marks.append(touched(boxes, *image.size, grid[1] // merge, grid[2] // merge))
             image_pixels.append(pixels)
             image_grids.append(grid)
         for where, video in conversation.videos:
@@ -276,6 +280,7 @@ class Processor:
             video_pixels.append(pixels)
             video_grids.append(grid)
         ids, mask = self._tokens(segments, conversation, image_grids, video_grids)
+        shown = np.flatnonzero(ids == self.tokenizer.convert_tokens_to_ids(self._image))
         return Example(
             input_ids=ids,
             pixel_values=np.concatenate(image_pixels) if image_pixels else None,
@@ -285,6 +290,7 @@ class Processor:
             loss_mask=mask,
             image_scale=self.image_settings.scale if image_pixels else None,
             video_scale=self.video_settings.scale if video_pixels else None,
+            evidence=shown[np.concatenate(marks)] if any(conversation.boxes) else None,
         )
 
     def _tokens(

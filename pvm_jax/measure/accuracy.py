@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pvm_jax.data.batch import Batch
+from pvm_jax.data.batch import Batch, hide_images
 from pvm_jax.data.example import Example
 from pvm_jax.generation import generate
 from pvm_jax.measure.reading import (
@@ -119,20 +119,9 @@ def write(
     cut = [prompt_of(example) for example in examples]
     references = [reference for _, reference in cut]
     prompts = [prompt for prompt, _ in cut]
-    rows, tokens = min(rows, len(examples)), []
-    for start in range(0, len(prompts), rows):
-        members = [prompts[i % len(prompts)] for i in range(start, start + rows)]
-        batch = Batch.from_examples(members, model.config, among=prompts)
-        got = generate(
-            model,
-            batch,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            stop_tokens=tuple(stop_tokens),
-        )
-        ids, lengths = np.asarray(got.tokens), np.asarray(got.lengths)
-        tokens += [row[:length] for row, length in zip(ids, lengths, strict=True)]
-    tokens = tokens[: len(prompts)]
+    tokens = go_on(
+        model, prompts, stop_tokens=stop_tokens, max_new_tokens=max_new_tokens, rows=rows
+    )
     grade = grade or (
         lambda number, written: exact_so_far(written, references[number][:max_new_tokens])
     )
@@ -142,6 +131,51 @@ def write(
     longest = max(map(len, scores))
     padded = [np.pad(score, (0, longest - len(score)), constant_values=np.nan) for score in scores]
     return WrittenAnswers(np.stack(padded), np.array([len(written) for written in tokens]), tokens)
+
+
+def go_on(
+    model: Qwen3VL,
+    prompts: Sequence[Example],
+    *,
+    stop_tokens: Sequence[int],
+    max_new_tokens: int,
+    rows: int = 4,
+    hide: bool = False,
+    among: Sequence[Example] | None = None,
+) -> list[np.ndarray]:
+    """What the model writes behind each prompt, greedily: ids [length], the stop token included.
+
+    Args:
+        hide: the decoder does not see the images, the branch alone does (`hide_images`).
+        among: what the batches have room for (default: `prompts`): calls with the same room share
+            compiled programs.
+    """
+    rows, tokens = min(rows, len(prompts)), []
+    for start in range(0, len(prompts), rows):
+        members = [prompts[i % len(prompts)] for i in range(start, start + rows)]
+        batch = Batch.from_examples(members, model.config, among=among or prompts)
+        got = generate(
+            model,
+            hide_images(batch, [hide] * rows),
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            stop_tokens=tuple(stop_tokens),
+        )
+        ids, lengths = np.asarray(got.tokens), np.asarray(got.lengths)
+        tokens += [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    return tokens[: len(prompts)]
+
+
+def answered(examples: Sequence[Example], written: Sequence[np.ndarray]) -> list[Example]:
+    """The conversations up to their last answers, with `written` in place of these: by
+    conversation, ids [length]. They alone are the answers (`find_answers`)."""
+    found = []
+    for example, tokens in zip(examples, written, strict=True):
+        prompt = prompt_of(example)[0].input_ids
+        ids = np.concatenate([prompt, tokens])
+        mask = np.arange(len(ids)) >= len(prompt)
+        found.append(replace(example, input_ids=ids, loss_mask=mask))
+    return found
 
 
 def exact_so_far(written: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pvm_jax.data.conversations import open_conversations, size_of
-from train.config import Bucket, DataConfig, Source
+from train.config import Bucket, DataConfig, HideSchedule, Source
 from train.data import loading as train_data
 from train.data.loading import epoch_readings, load_training_data
 from train.data.sizes import cached, measure
@@ -156,6 +156,37 @@ def test_images_are_hidden_in_a_share_of_the_whole_batchs_rows(read, share, hidd
         assert first.hidden + second.hidden == batch.hidden
         if hidden == 2:
             assert sum(first.hidden) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [({}, (4, 0)), ({"share": 0.5, "then": 0.25}, (2, 1)), ({"share": 0.0, "then": 1.0}, (0, 4))],
+)
+def test_a_schedule_of_hidden_images_is_the_same_for_all_hosts_and_starts(
+    read, open_data, options, counts
+):
+    """By step and row alone: whoever reads a step, in whatever run of the plan, hides the same."""
+    hide = HideSchedule(until=0.4, **options)
+    whole = read(SIZES, hide=hide)
+    until = round(0.4 * len(whole))
+    assert 0 < until < len(whole)
+    assert [sum(batch.hidden) for batch in whole] == [
+        counts[step >= until] for step in range(len(whole))
+    ]
+    parts = [read(SIZES, hide=hide, rows=rows) for rows in ((0, 1), (2, 3))]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert first.hidden + second.hidden == batch.hidden
+    data = open_data(SIZES, hide=hide)
+    assert f" of the rows before step {until}, in " in data.report
+    for start in (until - 1, until):
+        resumed = data.iterator(start, threads=2, prefetch=4)
+        assert [(b.rows, b.hidden) for b in resumed] == [(b.rows, b.hidden) for b in whole[start:]]
+
+
+def test_a_plain_share_of_hidden_images_holds_for_the_whole_run(read):
+    """And hides the rows that it always has: a run that was begun so goes on."""
+    hidden = {batch.hidden for batch in read(SIZES, hide=0.5)}
+    assert hidden == {(False, True, False, True)}
 
 
 def test_measured_sizes_are_kept_for_the_next_start(read, open_data, write, tmp_path):

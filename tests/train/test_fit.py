@@ -137,16 +137,14 @@ def test_the_compilers_refusals_are_read():
 def test_command_prints_the_table_and_exits_by_whether_it_fits(
     branch, monkeypatch, capsys, refused
 ):
+    """Of a recipe whose hidden images follow a schedule, too."""
     monkeypatch.setattr(fit, "tpu_devices", lambda topology: jax.devices())
-    arguments = [
-        "--config",
-        str(ROOT / "configs" / "sft_qwen3_vl_8b.yaml"),
-        "--model",
-        "8b",
-        "--topology",
-        "v5e:2x4",
-    ]
-    for usable, status in ((GIB, 0), (10, 1)):
+    for usable, status, recipe in (
+        (GIB, 0, "sft_qwen3_vl_8b_look_first"),
+        (10, 1, "sft_qwen3_vl_8b"),
+    ):
+        config = str(ROOT / "configs" / f"{recipe}.yaml")
+        arguments = ["--config", config, "--model", "8b", "--topology", "v5e:2x4"]
         monkeypatch.setattr(fit, "usable_bytes", lambda mesh, usable=usable: usable)
         monkeypatch.setattr(
             "train.fit.sft.measure", lambda *_, usable: replace(branch[2], usable=usable)

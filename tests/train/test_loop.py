@@ -114,19 +114,21 @@ def test_a_model_and_data_of_the_hub_train_as_their_originals_and_the_result_is_
 
 
 def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys):
-    whole = sft_run("whole", "--checkpoint_every=100")
+    """Its images are hidden from the decoder until after the step from which it goes on."""
+    hide = "--data.hide_images={until: 0.7}"
+    whole = sft_run("whole", "--checkpoint_every=100", hide)
     assert sorted(whole) == list(range(len(whole)))
     assert step_checkpoints(workplace / "whole") == [str(len(whole))]
     assert len(whole) >= STEPS - 1
     with pytest.raises(
         FileNotFoundError, match="nowhere"
     ):  # a start that failed does not hold the directory
-        sft_run("parts", f"--checkpoint={workplace / 'nowhere'}")
-    before = sft_run("parts", stop_at=2)
+        sft_run("parts", hide, f"--checkpoint={workplace / 'nowhere'}")
+    before = sft_run("parts", hide, stop_at=2)
     assert sorted(before) == [0, 1, 2]
     assert not (workplace / "parts" / "branch").exists()
     assert "stopped after step 3" in capsys.readouterr().out
-    after = sft_run("parts")
+    after = sft_run("parts", hide)
     assert sorted(after) == list(range(3, len(whole)))
     assert before | after == whole
     assert len(step_checkpoints(workplace / "parts")) == 2
@@ -141,9 +143,11 @@ def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys)
     assert list((workplace / "whole" / "log").glob("events.*"))
 
     with pytest.raises(FileExistsError, match="this run is finished"):
-        sft_run("whole")
+        sft_run("whole", hide)
     with pytest.raises(ValueError, match=r"another optimizer \(see .*run.json"):
-        sft_run("whole", "--optimizer.learning_rate=1")
+        sft_run("whole", hide, "--optimizer.learning_rate=1")
+    with pytest.raises(ValueError, match=r"another data \(see .*run.json"):
+        sft_run("whole", "--data.hide_images={until: 0.6}")
 
 
 def step_checkpoints(run_dir):

@@ -2,6 +2,7 @@
 recipes."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_options_override_the_file(read):
         (["--seed=-1"], FILE, "seed must be in [0, 2^31), got -1"),
         (["--run_dir="], FILE, "run_dir: a path is empty"),
         ([], FILE.replace("64}", "63}"), "patches a multiple of 4"),
+        (["--data.hide_images=2"], FILE, "data.hide_images is a share of the rows in [0, 1]"),
+        (
+            ["--data.hide_images={until: 1}"],
+            FILE,
+            "data.hide_images.until is a share of the steps in (0, 1), got 1.0",
+        ),
+        (
+            ["--data.hide_images.until=.5", "--data.hide_images.then=-1"],
+            FILE,
+            "data.hide_images.then is a share of the rows in [0, 1], got -1.0",
+        ),
+        (["--data.hide_images={untl: 0.5}"], FILE, "Did you mean 'until'?"),
     ],
 )
 def test_what_is_wrong_is_named(read, options, text, message):
@@ -126,3 +139,17 @@ def test_shipped_recipes_are_the_published_one(name):
         "bfloat16",
     )
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup) == (1e-4, "cosine", 0.1)
+
+
+@pytest.mark.parametrize("size", ["4b", "8b"])
+def test_the_recipe_that_looks_first_hides_all_images_at_first_and_changes_nothing_else(size):
+    def read(name):
+        options = [f"--config={CONFIGS / name}.yaml"]
+        return parse(SFTConfig, options, prog="sft", description="", examples="")[0]
+
+    published, first = (read(f"sft_qwen3_vl_{size}{suffix}") for suffix in ("", "_look_first"))
+    data = first.data
+    assert [data.hidden_share(step, 8000) for step in (0, 3999, 4000, 7999)] == [1, 1, 0, 0]
+    assert published == replace(
+        first, run_dir=published.run_dir, data=replace(data, hide_images=0.0)
+    )

@@ -22,7 +22,7 @@ from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
-from train.config import Bucket, DataConfig, ExamplesConfig, Source
+from train.config import Bucket, DataConfig, ExamplesConfig, HideSchedule, Source
 from train.data.packing import (
     Plan,
     bucket_of_examples,
@@ -147,10 +147,8 @@ def load_training_data(
         fill_last=fill_last,
     )
     mine = range(batch_size) if rows is None else rows
-    read = partial(
-        _read, planned, processor, model_config, rows=mine, hidden_share=data.hide_images
-    )
-    report = planned.report + measured_here(sources, processor)
+    read = partial(_read, planned, processor, model_config, data, rows=mine)
+    report = planned.report + _hidden(data, len(planned.plan)) + measured_here(sources, processor)
     batches = grain.MapDataset.range(len(planned.plan)).map(read)
     return TrainingData(**vars(replace(planned, report=report)), batches=batches)
 
@@ -164,12 +162,12 @@ def _read(
     planned: PlannedExamples,
     processor: Processor,
     model_config: ModelConfig,
+    data: DataConfig,
     step: int,
     *,
     rows: Sequence[int],
-    hidden_share: float,
 ) -> Batch:
-    """These rows of a step's batch; of the whole batch's, `hidden_share` have their images
+    """These rows of a step's batch; of the whole batch's, the step's share have their images
     hidden."""
     bucket = planned.buckets[planned.plan.bucket(step)]
     members = planned.plan.rows(step)
@@ -187,7 +185,8 @@ def _read(
         patches=bucket.patches,
         videos=planned.videos,
     )
-    return hide_images(batch, [_is_hidden(row, hidden_share) for row in rows])
+    share = data.hidden_share(step, len(planned.plan))
+    return hide_images(batch, [_is_hidden(row, share) for row in rows])
 
 
 def plan_examples(
@@ -313,6 +312,17 @@ def place_of(sources: Sequence[Conversations], example: int) -> tuple[Conversati
             return source, int(example)
         example -= len(source)
     raise IndexError(f"the sources hold no example {example} more")
+
+
+def _hidden(data: DataConfig, steps: int) -> str:
+    """For the log: which share of the rows has its images hidden, where that changes."""
+    if not isinstance(data.hide_images, HideSchedule):
+        return ""
+    first, last = (data.hidden_share(step, steps) for step in (0, steps - 1))
+    return (
+        f". The decoder sees no image in {first:.0%} of the rows before step"
+        f" {data.hide_images.step(steps):,}, in {last:.0%} from there on"
+    )
 
 
 def _report(

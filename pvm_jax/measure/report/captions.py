@@ -62,6 +62,39 @@ _CAPTIONS = {
         The same weights and questions with one thing changed, and how often the model is then
         right. Where the branch is used, turning it off or showing another image to it alone costs
         accuracy; with another image altogether, nothing but guessing is left.""",
+    "dependency": """
+        How far the prediction of the next token moves where the image is hidden (Kullback-Leibler
+        divergence), at each token of what the model writes itself, among {counted}: from everyone,
+        from the branch alone or from the decoder alone. 0 is a token that the text alone decides; a
+        curve that falls to the right is a model that goes by its own text more and more.""",
+    "midway": """
+        The model writes a part of its answer, then the image is exchanged for another
+        conversation's, and it goes on from its own words. Where its answers about the two images
+        differ, shown from the beginning, the lines count which of the two it goes on with: a model
+        that still looks follows the new image however late it comes, one that goes by its text
+        stays with the first. The rest is neither.""",
+    "midway_evidence": """
+        How much likelier the new image makes what is written after the exchange than the first
+        image does, the same text before it given, in nats a token. At 0 the image no longer
+        matters; higher is more looking.""",
+    "midway_removed": """
+        The same with the image taken away, from the decoder and from the branch: how many of the
+        tokens written after that are still those that it wrote with the image. What is high early
+        could be guessed; what rises late no longer needs the image.""",
+    "decision": """
+        The text that a model writes before its final answer is cut short, and the final answer
+        asked for at once: how often it is the one that it gives in the end. A curve that is high on
+        the left belongs to a model that has decided before it writes, and before it looks
+        again.""",
+    "evidence_image": """
+        The share of the decoder's attention on the image, the mean over layers and heads, without
+        sinks: tokens of the prompt to which each of the answer's tokens gives at least {times:g}
+        times its equal share, whatever it is about. They are taken out of the image and out of the
+        whole.""",
+    "evidence_marked": """
+        Of that attention, the share on the parts of the image that the data's boxes mark; the
+        dashed line is what they would get if the model looked everywhere alike. A curve above it
+        looks where the answer is.""",
     "cost_prefill": """
         Reading a prompt of {tokens} tokens and {patches} image patches: the fastest of {rounds}
         rounds, and a thin line to the median. The models took turns in every round, so compare the

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from pvm_jax.data.stored import Conversations
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import make_local
 from pvm_jax.measure.ablations import silence, with_filler
+from pvm_jax.measure.decision import final_after
 from pvm_jax.measure.pictures import partners
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.figures import check_matplotlib
@@ -50,6 +52,7 @@ class Request:
             what the model writes.
         look_at: draw these tokens of what the model writes as the last answer instead (its last,
             where it stops before), each as CONVERSATION:TOKEN, both counted from 0.
+        final_after: text that the final answer follows, in what the models write.
         max_new_tokens: of an answer that a model writes; by default the longest true one's.
         batch_size: conversations that are computed together.
         chunk: columns that are computed together: less takes less memory.
@@ -68,6 +71,7 @@ class Request:
     fillers: Sequence[int] = (0, 100, 400, 1600)
     looks: int = 6
     look_at: Sequence[str] = ()
+    final_after: str = "<answer>"
     max_new_tokens: int | None = None
     batch_size: int = 4
     chunk: int = 256
@@ -91,6 +95,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if not self.final_after:
+            raise ValueError("--final_after is the text that the final answer follows, got nothing")
         if not self.fillers:
             raise ValueError("--fillers must have at least one number; 0 is no filler")
         if min(self.fillers) < 0:
@@ -216,9 +222,10 @@ def make_task(request: Request, processor: Processor) -> Task:
     indices = range(min(request.limit, len(conversations)))
     examples = [_encode(conversations, index, processor, 0) for index in indices]
     fillers = {}
-    if "ablations" in request.only:
+    if {"ablations", "midway"} & {*request.only}:
         with naming(str(request.data)):
             partners(examples)  # refuses here, not after the other measurements
+    if "ablations" in request.only:
         for tokens in request.fillers:
             longer = (
                 [_encode(conversations, index, processor, tokens) for index in indices]
@@ -236,6 +243,10 @@ def make_task(request: Request, processor: Processor) -> Task:
         stop_tokens=read_stop_tokens(request.checkpoint),
         max_new_tokens=max_new_tokens,
         fillers=fillers,
+        final=lambda ids: final_after(
+            ids, request.final_after, partial(processor.decode, skip_special_tokens=False)
+        ),
+        final_is=f"a final answer, behind {request.final_after!r}",
         looks=[_look(text, len(examples), max_new_tokens) for text in request.look_at]
         or [(place % len(examples), None) for place in range(request.looks)],
         rows=request.batch_size,

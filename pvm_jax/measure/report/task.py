@@ -7,7 +7,8 @@ import numpy as np
 
 from pvm_jax.data.example import Example
 from pvm_jax.data.processor import Processor
-from pvm_jax.measure.accuracy import Scorer
+from pvm_jax.measure.accuracy import Scorer, answered, write
+from pvm_jax.measure.decision import FinalAnswer
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -33,6 +34,8 @@ class Task:
         fillers: the conversations with filler text before their question, by its tokens.
         grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in
             the report's words.
+        final, final_is: finds the final answer in a written answer's ids [length], and what it is
+            in the report's words.
         looks: tokens whose attention is drawn, each by (number of the conversation, which token of
             what the model writes as its last answer, from 0); None: as far into that as the look
             stands in `looks`, so that they are spread. Where the model stops before, its last
@@ -49,6 +52,8 @@ class Task:
     fillers: Mapping[int, Sequence[Example]] = field(default_factory=dict)
     grade: Scorer | None = None
     exactness: str = "answers that are the reference's, token by token, so far"
+    final: Callable[[np.ndarray], FinalAnswer | None] = lambda ids: None
+    final_is: str = "a final answer"
     looks: Sequence[tuple[int, int | None]] = ()
     rows: int = 4
     chunk: int = 256
@@ -65,3 +70,19 @@ class Task:
             & real
         )
         return np.where(kept.reshape(len(kept), *(1,) * (values.ndim - 2), -1), values, np.nan)
+
+
+def own_answers(
+    model: Qwen3VL, task: Task, examples: Sequence[Example] | None = None
+) -> list[Example]:
+    """`examples` (by default the task's), each with what the model writes itself in place of its
+    last answer."""
+    asked = task.examples if examples is None else examples
+    written = write(
+        model,
+        asked,
+        stop_tokens=task.stop_tokens,
+        max_new_tokens=task.max_new_tokens,
+        rows=task.rows,
+    )
+    return answered(asked, written.tokens)

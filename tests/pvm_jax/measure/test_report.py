@@ -18,6 +18,7 @@ from pvm_jax import Batch, Processor, abstract_model, load, save
 from pvm_jax.__main__ import main
 from pvm_jax.measure import dilution, lens, reading
 from pvm_jax.measure.accuracy import prompt_of, write
+from pvm_jax.measure.decision import FinalAnswer
 from pvm_jax.measure.intervals import Estimate
 from pvm_jax.measure.report import figures
 from pvm_jax.measure.report.command import Request, make_task
@@ -26,6 +27,7 @@ from pvm_jax.measure.report.page import write_report
 from pvm_jax.measure.report.section import Section
 from pvm_jax.measure.report.sections import MEASUREMENTS
 from pvm_jax.measure.report.sections import looked as looked_section
+from pvm_jax.measure.report.sections.decision import measure_decision
 from tests import tiny
 from tests.close import assert_close
 from tests.tiny import randomized
@@ -57,7 +59,8 @@ def data(tmp_path_factory) -> Path:
         messages = example.messages(f"{number}.png")
         if number == 1:
             Image.new("RGB", (96, 32), (200, 40, 40)).save(folder / "wide.png")
-            messages[0]["content"].insert(1, {"type": "image", "image": "wide.png"})
+            wide = {"type": "image", "image": "wide.png", "boxes": [[0, 0, 32, 32]]}
+            messages[0]["content"].insert(1, wide)
         conversations.append(messages)
     return write_data(folder / "data.jsonl", conversations)
 
@@ -87,7 +90,7 @@ def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
-    """All six measurements; every figure has numbers and is drawn; nothing is fetched from
+    """All measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
     options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
     main(arguments(checkpoint, data, tmp_path, *options))
@@ -125,11 +128,16 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
         assert [np.shape(m) for m in maps] == [(2, 2), (1, 3)]
     _, weights, _, memory, _ = content["sections"]["cost"]["table"]
     assert weights[1] != weights[2]
-    assert memory[1:] == [
-        "4.06 KiB",
-        "0",
-    ]  # sixteen columns, each a key and a value of 32 numbers and a segment id
+    # Sixteen columns, each a key and a value of 32 numbers and a segment id.
+    assert memory[1:] == ["4.06 KiB", "0"]
+    assert set(figures_of["evidence"]) == {"evidence_image", "evidence_marked"}
     assert set(figures_of["dilution"]["dilution"]["series"]) >= {"with the branch", "without"}
+    assert set(figures_of["dependency"]["dependency"]["series"]) == {
+        "with the branch, image hidden",
+        "with the branch, image hidden from the branch alone",
+        "with the branch, image hidden from the decoder alone",
+        "without, image hidden",
+    }
     assert set(figures_of["ablations"]["filler"]["series"]) == {
         "with the branch",
         "without",
@@ -169,6 +177,19 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
         assert_close(np.array(again[name]["mean"]), np.array(one_device["mean"]), 1e-5)
 
 
+def test_early_decisions_are_of_the_answers_that_have_a_final_one(checkpoint, data):
+    """Each model's own; where none has one, words say so, and nothing is drawn."""
+    request, model = Request(checkpoint, data, data, max_new_tokens=6), load(checkpoint)
+    task = replace(make_task(request, Processor.from_pretrained(checkpoint)), stop_tokens=())
+    none = measure_decision({"it": model}, task)
+    assert not none.panels
+    assert none.facts == ["0 of the 3 answers of it have a final answer, behind '<answer>'"]
+    texts = iter([FinalAnswer(3, 4), None, FinalAnswer(4, 5)])
+    found = measure_decision({"it": model}, replace(task, final=lambda ids: next(texts)))
+    assert found.panels[0].series[0].y[-1].mean == 1  # all of the text is there
+    assert found.facts[0].startswith("2 of the 3 answers of it have a final answer")
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -185,6 +206,7 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
             ["--look-at", "0:4", "--max-new-tokens", "4"],
             "--look_at 0:4: .* an answer is written up to 4 tokens",
         ),
+        (["--final-after", ""], "--final_after is the text that the final answer follows"),
         (["--branch", "nowhere"], "nowhere"),
         (["--tensor", "9"], "tensor must be 1 to 8"),
     ],

@@ -1,19 +1,18 @@
 """Where a model looks as it writes, drawn over the images."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from pvm_jax.data.example import Example, Frame, visual_runs
 from pvm_jax.data.processor import Processor
-from pvm_jax.measure.accuracy import prompt_of, write
 from pvm_jax.measure.looked import Looked, looked
 from pvm_jax.measure.pictures import picture
+from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.captions import caption
 from pvm_jax.measure.report.figures import AttentionMap
 from pvm_jax.measure.report.section import Section
-from pvm_jax.measure.report.task import Models, Task
+from pvm_jax.measure.report.task import Models, Task, own_answers
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
@@ -42,26 +41,15 @@ def measure_looks(models: Models, task: Task) -> Section:
 def _answered(model: Qwen3VL, task: Task) -> tuple[list[Example], list[int], np.ndarray]:
     """Of each look of the task: its conversation with the model's own answer in place of the true
     one, which token of that answer is looked at, from 0, and its column, [looks, 1]."""
-    asked = [task.examples[number] for number, _ in task.looks]
-    written = write(
-        model,
-        asked,
-        stop_tokens=task.stop_tokens,
-        max_new_tokens=task.max_new_tokens,
-        rows=task.rows,
-    ).tokens
-    prompts = [prompt_of(example)[0] for example in asked]
-    examples = [
-        replace(p, input_ids=np.concatenate([p.input_ids, ids]))
-        for p, ids in zip(prompts, written, strict=True)
-    ]
+    examples = own_answers(model, task, [task.examples[number] for number, _ in task.looks])
+    answers = find_answers(examples)
     tokens = [
-        int((place + 0.5) / len(written) * len(ids)) if token is None else min(token, len(ids) - 1)
-        for place, (ids, (_, token)) in enumerate(zip(written, task.looks, strict=True))
+        int((place + 0.5) / len(examples) * length) if token is None else min(token, length - 1)
+        for place, (length, (_, token)) in enumerate(
+            zip(answers.lengths.tolist(), task.looks, strict=True)
+        )
     ]
-    columns = np.array(
-        [[len(prompt.input_ids) + token] for prompt, token in zip(prompts, tokens, strict=True)]
-    )
+    columns = np.take_along_axis(answers.columns, np.array(tokens)[:, None], 1)
     return examples, tokens, columns
 
 
