@@ -86,6 +86,7 @@ def sft_run(workplace, monkeypatch):
     return run
 
 
+@pytest.mark.slow  # what it begins and ends with is shown in tests/convert
 def test_a_model_and_data_of_the_hub_train_as_their_originals_and_the_result_is_pushed(
     hub, workplace, sft_run, tmp_path, monkeypatch
 ):
