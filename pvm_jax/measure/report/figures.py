@@ -68,6 +68,7 @@ _STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
 }
 WIDTH, HEIGHT = 4.5, 3.2  # inches: as wide as a phone, so that letters keep their size there
+LEGEND_LETTERS = 28  # of a name, where two stand beside each other
 
 
 class Series(NamedTuple):
@@ -203,6 +204,9 @@ def _draw_panel(panel: Panel) -> "Figure":
     bars = bool(panel.names)
     rows = len(panel.names) * max(1, 0.75 * len(panel.series))
     height = 0.6 + 0.32 * rows + (0.3 if len(panel.series) > 1 else 0) if bars else HEIGHT
+    names = sorted(len(series.name) for series in panel.series)
+    wide = sum(names[-2:]) > 2 * LEGEND_LETTERS  # two do not fit beside each other
+    height += 0.15 * (len(names) // 2) if wide else 0
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     if bars:
@@ -212,7 +216,7 @@ def _draw_panel(panel: Panel) -> "Figure":
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     if len(panel.series) > 1:
-        figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.2)
+        figure.legend(loc="outside upper left", ncols=1 if wide else 2, borderaxespad=0.2)
     return figure
 
 

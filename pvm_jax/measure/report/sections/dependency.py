@@ -28,7 +28,7 @@ def measure_dependency(models: Models, task: Task) -> Section:
         "What hangs on the image",
         caption("dependency", counted=task.counted),
         "token of the answer",
-        "KL with the image to without it (nats)",
+        "KL (nats)",
         [line(name, values) for name, values in found.items()],
         log="x",
     )

@@ -44,10 +44,10 @@ def measure_evidence(models: Models, task: Task) -> Section:
                 "Attention on what is marked",
                 caption("evidence_marked"),
                 "token of the answer",
-                "share of the attention on the image",
+                "share on what is marked",
                 [
                     *(line(name, one.marked.mean(1)) for name, one in found.items()),
-                    line("equal attention to all of the image", equal)._replace(reference=True),
+                    line("everywhere alike", equal)._replace(reference=True),
                 ],
                 log="x",
             )
