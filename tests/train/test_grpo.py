@@ -256,7 +256,7 @@ def test_two_processes_compute_what_one_does(workplace, whole):
         np.array([value for _, value in log["train/loss"]]) for log in (values, alone)
     )
     assert_close(
-        losses, expected, 1e-6, scale=1
+        losses, expected, 2e-5, scale=1
     )  # sums of terms of the size of 1 that cancel each other
     # Means over all tokens of all completions. The divergence is that of parameters which Adam
     # moves a whole step wherever a gradient is next to nothing, whatever its sign: its last bits
