@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from pvm_jax.model.splash import LANES, splash_attention
 
 KERNELS = ("xla", "splash", "cudnn")
+PIECES, SHORTEST = 8, 128
+"""Causal attention without a kernel: a row's queries come in at most so many pieces, none shorter;
+each is computed against the keys up to its own end."""
 
 
 def attention(
@@ -44,9 +47,7 @@ def attention(
     if kernel is None:
         kernel = _platform_kernel(q)
     if kernel == "xla":
-        return _xla(
-            q, k, v, attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)
-        )
+        return _xla(q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits)
     if kernel == "cudnn":
         mask = attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
@@ -131,11 +132,13 @@ def attention_mask(
     *,
     causal: bool = False,
     limits: jax.Array | None = None,
+    first: int = 0,
 ) -> jax.Array:
-    """[B, S, T], True where the query may look; arguments as of `attention`."""
+    """[B, S, T], True where the query may look; arguments as of `attention`, `first` is the column
+    of the first query."""
     mask = q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
     if causal:
-        mask &= jnp.tri(*mask.shape[1:], dtype=bool)
+        mask &= jnp.tri(*mask.shape[1:], k=first, dtype=bool)
     if limits is not None:
         mask &= jnp.arange(mask.shape[-1]) < limits[..., None]
     return mask
@@ -165,8 +168,32 @@ def _last_column(q: jax.Array, causal: bool, limits: jax.Array | None) -> jax.Ar
     return limits - 1 if last is None else jnp.minimum(last, limits - 1)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    return jnp.einsum("bkgst,btkh->bskgh", _weights(q, k, mask).astype(v.dtype), v).reshape(q.shape)
+def _xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_segment_ids: jax.Array,
+    kv_segment_ids: jax.Array,
+    *,
+    causal: bool,
+    limits: jax.Array | None,
+) -> jax.Array:
+    length = q.shape[1]
+    step = max(SHORTEST, -(-length // PIECES)) if causal else length
+    attended = []
+    for first in range(0, length, step):
+        queries = slice(first, min(first + step, length))
+        keys = slice(queries.stop if causal else None)
+        mask = attention_mask(
+            q_segment_ids[:, queries],
+            kv_segment_ids[:, keys],
+            causal=causal,
+            limits=None if limits is None else limits[:, queries],
+            first=first,
+        )
+        weights = _weights(q[:, queries], k[:, keys], mask).astype(v.dtype)
+        attended.append(jnp.einsum("bkgst,btkh->bskgh", weights, v[:, keys]))
+    return jnp.concatenate(attended, 1).reshape(q.shape)
 
 
 def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:

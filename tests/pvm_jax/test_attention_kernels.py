@@ -59,6 +59,30 @@ def test_xla_is_the_formula():
         assert_close(np.asarray(got)[valid], want[valid], 1e-5)
 
 
+def test_a_row_in_pieces_is_the_formula():
+    """More queries than one piece has, an end that fills none; limits beside the diagonal."""
+    length = 300
+    q, k, v = _inputs(
+        np.random.default_rng(2), length=length, kv_length=length, heads=2, kv_heads=1, head_dim=8
+    )
+    segments = _segments(2, length, 140, 150)
+    limits = jnp.full((2, length), 250)
+    got = attention(
+        q,
+        k,
+        v,
+        q_segment_ids=segments,
+        kv_segment_ids=segments,
+        causal=True,
+        limits=limits,
+        kernel="xla",
+    )
+    cut = segments.at[:, 250:].set(-1)
+    want = _dense(q, k, v, segments, cut, True)
+    valid = (np.asarray(segments) > 0) & (np.arange(length) < 280)
+    assert_close(np.asarray(got)[valid], want[valid], 1e-5)
+
+
 @pytest.mark.parametrize(
     "mesh", [None, {"data": 2, "fsdp": 1, "tensor": 4}, {"data": 1, "fsdp": 2, "tensor": 4}]
 )
