@@ -1,284 +1,148 @@
-"""The branch against LoRA and full fine-tuning: data of the same kind, as many tokens, several
-seeds, one command.
+"""The branch against LoRA and full fine-tuning on equal terms, one command.
 
-`make compare` runs this; a step whose result is there already is skipped. Every seed has its own
-examples, their order, and its own fresh branch or adapter. The branch is trained as published, and
-as in the demo, where it spends half of its tokens on learning to look (demo/look.yaml). All are
-measured on the same held-out scenes, far beyond the trained distances.
+`make compare` runs this; what is measured already (demo/results) is not trained again. All methods
+read the same examples, as many tokens, the same replay of long text; their rates are found by the
+same search on a seed that is not reported; every seed has its own examples, their order, and its
+own fresh weights. All are measured on the same held-out scenes.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import yaml
+import numpy as np
 
-from demo.compare_report import UNTRAINED, Measured, write_report
-from demo.evaluate import EvaluationSettings, encode, sees
-from demo.recall import attention_on_cell
-from demo.run import BASE, BRANCH, Step, run_steps, train
+from demo.compare_report import write_report
+from demo.curves import UNTRAINED, Curves, Measured, measure, once
+from demo.run import BASE, run_steps
+from demo.trainings import FAR, METHODS, NEAR, Terms, Training, commands, load_result
 from pvm_jax.checkpoint.store import load
-from pvm_jax.data.processor import Processor
-from pvm_jax.measure.ablations import mislead
-from pvm_jax.measure.pictures import exchanged
-from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.options import run_as_command
-from train.config import Trainable
-from train.run.events import read_values
-from train.run.lifecycle import RESULTS
-from train.step.state import split_model
 
-EXAMPLES = "demo/branch_data.yaml"
-LOOK_EXAMPLES = "demo/look_data.yaml"
-BATCH_SIZE = 16  # demo/look.yaml's and demo/branch.yaml's
-SEED_OF_DATA = (
-    100  # examples of seed s are those of 100 + s: apart from what the base model was trained on
-)
-
-FAR = EvaluationSettings(distances=(0, 100, 200, 400, 800, 1600), scenes=24)
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to fine-tune.
-
-    Attributes:
-        trainable: what trains, as train.sft calls it.
-        arguments: of train.sft, beside demo/branch.yaml.
-        looks_first: whether the branch has learned to look, in half of the tokens.
-    """
-
-    trainable: Trainable
-    arguments: Sequence[str] = ()
-    looks_first: bool = False
-
-
-# LoRA's rank gives it the branch's number of parameters. Each method's rate is the best of those
-# tried (docs/compare.md).
-METHODS = {
-    "LoRA": Method(
-        "lora", ("--lora.rank=50", "--lora.alpha=100", "--optimizer.learning_rate=3e-3")
-    ),
-    "full": Method("decoder", ("--optimizer.learning_rate=1e-3",)),
-    "PVM": Method("pvm", ("--optimizer.learning_rate=2e-3",)),
-    "PVM looks first": Method("pvm", looks_first=True),
+TABLES = {
+    "near": (NEAR, True),
+    "near, without replay": (NEAR, False),
+    "far": (FAR, True),
 }
+"""By name: the words between image and question that are trained, and whether long text is
+replayed."""
+RATES = (3e-4, 1e-3, 3e-3)
+SEARCHED = 50
+"""The seed on which rates are chosen; no result of it is reported."""
+VALIDATION = Curves(
+    between=(0, 200, 400, 800), ahead=(800,), controls=(), written=(), scenes=16, seed=20_000
+)
+"""What rates are chosen by: the mean of all of this, on scenes that are not reported."""
+SHARE = 0.25
+"""Of the steps, in the search, which replays no long text."""
 
 
 def main(
     out: Path = Path("out/compare"),
+    results: Path = Path("demo/results"),
     seeds: int = 3,
-    steps: int = 300,
-    settings: EvaluationSettings = FAR,
+    terms: Terms = Terms(),  # noqa: B008
+    curves: Curves = Curves(),  # noqa: B008
+    only: list[str] | None = None,
 ) -> None:
-    """Trains every method on every seed, measures all of them and the base, writes results.json,
-    results.md, results.png.
+    """Chooses every method's rate, trains every method on every seed, measures all of them and the
+    base; writes results.json, results.md and a picture of each table (renewed with every seed).
+
+    Hours on two cores; what is there is skipped, so the same command goes on.
 
     Args:
-        out: folder for everything that is written.
+        out: folder for examples and runs.
+        results: folder for what was measured, a file a training, and for the report; the shipped
+            one has what docs/compare.md shows.
         seeds: how many seeds.
-        steps: of all methods but the branch that looks first. It takes half of them, after 4/3 as
-            many in which it learns to look, on rows of a third of the tokens: no more tokens in
-            all.
-        settings: what is measured (what the models write themselves is not).
+        terms: how much is trained.
+        curves: what is measured.
+        only: tables to make: near, "near, without replay", far; all by default.
     """
-    if settings.scenes % settings.batch_size == 1:
-        raise ValueError(
-            "settings.scenes: a last batch of one scene has no other image to show; take one more"
-        )
+    if unknown := [name for name in only or () if name not in TABLES]:
+        raise ValueError(f"--only: there is no table {unknown[0]!r}, but {', '.join(TABLES)}")
     claim(
-        out,
+        results,
         {
-            "steps": steps,
-            "methods": {n: asdict(m) for n, m in METHODS.items()},
-            "settings": asdict(settings),
+            "base": hashlib.sha256(Path(BASE, "model.safetensors").read_bytes()).hexdigest(),
+            "terms": asdict(terms),
+            "curves": asdict(curves),
+            "methods": {name: asdict(method) for name, method in METHODS.items()},
+            "rates": RATES,
         },
     )
+    # Seeds and rates share their programs, which are compiled once for all of these processes.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "programs").absolute()))
     plain = out / "plain"
     run_steps([(plain, ["convert.hf_to_orbax", BASE, plain, "--plain"])])
-    for seed in range(seeds):
-        run_steps(training_steps(out, seed, steps))
-    processor = Processor.from_pretrained(plain)
-    measured = [once(out / "base.json", partial(measure_base, plain, processor, settings))]
-    for seed in range(seeds):
-        for name in METHODS:
-            folder = out / f"seed_{seed}"
-            make = partial(measure_trained, folder, name, seed, plain, processor, settings)
-            measured.append(once(folder / f"{file_name(name)}.json", make))
-    distances = yaml.safe_load(Path(EXAMPLES).read_text())["mixture"]["filler"]
-    looking, beside = stages(steps)
-    how = (
-        f"{steps} steps (the branch that looks first: {looking} short ones in which it learns to"
-        f" look, then {beside})"
-    )
-    write_report(measured, settings, distances, how, out)
+    measured = [once(results / "base.json", lambda: measure_base(plain, curves))]
+    work = partial(result, out=out, results=results, terms=terms)
+    rates = {name: best_rate(name, work) for name in METHODS}
+    for table in only or TABLES:
+        words, replay = TABLES[table]
+        for seed in range(seeds):
+            for name, rate in rates.items():
+                training = Training(name, seed, rate, words, replay)
+                measured.append(work(training, curves=curves, table=table))
+            write_report(measured, asdict(terms), results)
 
 
-def claim(out: Path, terms: Mapping[str, Any]) -> None:
-    """Notes in `out` on what terms the comparison is; raises ValueError if others were noted there,
-    whose results it holds."""
-    note, mine = out / "terms.json", json.dumps(terms, indent=2) + "\n"
+def claim(results: Path, terms: Mapping[str, Any]) -> None:
+    """Notes in `results` on what terms the comparison is; raises ValueError if others were noted
+    there, whose results it holds."""
+    note, mine = results / "terms.json", json.dumps(terms, indent=2) + "\n"
     if note.exists() and note.read_text() != mine:
         raise ValueError(
-            f"{out} holds a comparison on other terms (see {note}): give another --out, or"
-            " remove it"
+            f"{results} holds a comparison on other terms (see {note}): give another --results"
+            " and --out, or remove both folders"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     note.write_text(mine)
 
 
-def stages(steps: int) -> tuple[int, int]:
-    """The branch's steps on LOOK_EXAMPLES and on EXAMPLES that together read as many tokens as
-    `steps` on EXAMPLES, or less."""
-    return steps * 4 // 3, steps // 2
+def best_rate(method: str, work: Callable[..., Measured]) -> float:
+    """The rate of RATES that does best on VALIDATION after SHARE of the steps."""
+    means = {}
+    for rate in RATES:
+        training = Training(method, SEARCHED, rate, replay=False, share=SHARE)
+        found = work(training, curves=VALIDATION, table="search")
+        means[rate] = np.mean([v for by_words in found.curves.values() for v in by_words.values()])
+    best = max(means, key=lambda rate: means[rate])
+    scores = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in means.items())
+    print(f"{method}: rate {best:g} (mean accuracy in the search: {scores})", flush=True)
+    return best
 
 
-def training_steps(out: Path, seed: int, steps: int) -> list[Step]:
-    """The commands of one seed: its examples, its fresh branch, and the trainings."""
-    folder, plain = out / f"seed_{seed}", out / "plain"
-    data, look_data, fresh, look = (
-        folder / name for name in ("data", "look_data", "fresh", "look")
-    )
-    looking, beside = stages(steps)
-    commands: list[Step] = [
-        (fresh, ["convert.hf_to_orbax", BASE, fresh, *BRANCH, "--seed", seed]),
-        (look_data / "data.jsonl", make_data(LOOK_EXAMPLES, look_data, seed, looking)),
-        (
-            look / "branch",
-            train(
-                "demo/look.yaml", fresh, look_data, look, f"--seed={seed}", f"--max_steps={looking}"
-            ),
-        ),
-        (data / "data.jsonl", make_data(EXAMPLES, data, seed, steps)),
-    ]
-    for name, method in METHODS.items():
-        run = folder / file_name(name)
-        own = [f"--trainable={method.trainable}", f"--seed={seed}", *method.arguments]
-        if method.looks_first:
-            own += [f"--max_steps={beside}", f"--branch={look / 'branch'}"]
-        else:
-            own += [f"--max_steps={steps}"]
-        checkpoint = fresh if method.trainable == "pvm" else plain
-        commands.append(
-            (
-                run / RESULTS[method.trainable],
-                train("demo/branch.yaml", checkpoint, data, run, *own),
-            )
+def result(
+    training: Training, *, curves: Curves, table: str, out: Path, results: Path, terms: Terms
+) -> Measured:
+    """What a training comes to, trained and measured unless that is done."""
+    folder, plain = out / f"seed_{training.seed}", out / "plain"
+
+    def train_and_measure() -> Measured:
+        run_steps(commands(training, terms, folder, plain))
+        about = {"method": training.method, "table": table}
+        return measure(
+            load_result(training, folder, plain),
+            plain,
+            curves,
+            trainable=METHODS[training.method].trainable,
+            about=about | {"seed": training.seed, "rate": training.rate},
+            logs=training.logs(folder),
         )
-    return commands
+
+    return once(results / f"{training.name}_seed_{training.seed}.json", train_and_measure)
 
 
-def make_data(examples: str, out: Path, seed: int, steps: int) -> list[object]:
-    """The command that writes what `steps` steps read. Some more: each bucket's last batch may not
-    fill."""
-    count = BATCH_SIZE * (steps + 4)
-    return [
-        "demo.task",
-        out,
-        "--config",
-        examples,
-        f"--mixture.seed={SEED_OF_DATA + seed}",
-        f"--count={count}",
-    ]
-
-
-def file_name(name: str) -> str:
-    """What a method's or a variation's files are called."""
-    return name.replace(" ", "_")
-
-
-def once(file: Path, measure: Callable[[], Measured]) -> Measured:
-    """What `measure` gives, kept in `file` for the next time."""
-    if not file.exists():
-        content = json.dumps(asdict(measure()))
-        file.write_text(content)
-        print(f"measured: {file}", flush=True)
-    return Measured(**json.loads(file.read_text()))
-
-
-def measure_base(plain: Path, processor: Processor, settings: EvaluationSettings) -> Measured:
+def measure_base(plain: Path, curves: Curves) -> Measured:
     """The base as it is, and what it guesses about other images."""
-    model, own, other = load(plain), {}, {}
-    for distance in settings.distances:
-        encoded = encode(settings.examples(distance, settings.scenes), processor)
-        own[str(distance)] = float(sees(model, encoded, settings).mean())
-        other[str(distance)] = float(
-            sees(model, exchanged(encoded, model.config.vision), settings).mean()
-        )
-    return Measured(UNTRAINED, None, 0, own, shuffled=other)
-
-
-def measure_trained(
-    folder: Path,
-    name: str,
-    seed: int,
-    plain: Path,
-    processor: Processor,
-    settings: EvaluationSettings,
-) -> Measured:
-    """One training's result."""
-    trainable, run = METHODS[name].trainable, folder / file_name(name)
-    model = load_result(trainable, run, folder / "fresh", plain)
-    logs = [folder / "look" / "log"] if METHODS[name].looks_first else []
-    return measure(
-        name,
-        seed,
-        model,
-        trainable=trainable,
-        processor=processor,
-        settings=settings,
-        logs=[*logs, run / "log"],
-    )
-
-
-def measure(
-    name: str,
-    seed: int,
-    model: Qwen3VL,
-    *,
-    trainable: Trainable,
-    processor: Processor,
-    settings: EvaluationSettings,
-    logs: Sequence[Path],
-) -> Measured:
-    """A trained model; of the branch also its gates in `logs`, where it looks, and whether it
-    matters at which image."""
-    accuracy, misled, attention, gates = {}, {}, {}, {}
-    for distance in settings.distances:
-        examples = settings.examples(distance, settings.scenes)
-        encoded = encode(examples, processor)
-        accuracy[str(distance)] = float(sees(model, encoded, settings).mean())
-        if trainable == "pvm":
-            misled[str(distance)] = float(sees(mislead(model), encoded, settings).mean())
-            attention[str(distance)] = attention_on_cell(model, processor, examples, settings)
-    if trainable == "pvm":
-        gates = read_gates(*logs)
-    trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, trainable)[1]))
-    return Measured(name, seed, trained, accuracy, misled=misled, attention=attention, gates=gates)
-
-
-def load_result(trainable: Trainable, run: Path, fresh: Path, plain: Path) -> Qwen3VL:
-    """The model that a training made."""
-    if trainable == "pvm":
-        return load(fresh, branch=run / "branch")
-    return load(plain, lora=run / "lora") if trainable == "lora" else load(run / "model")
-
-
-def read_gates(*logs: Path) -> dict[str, list[float]]:
-    """The gates at every step of trainings that followed one another, by layer, out of their
-    TensorBoard files."""
-    gates: dict[str, list[float]] = {}
-    for log in logs:
-        for tag, points in sorted(read_values(log).items()):
-            if tag.startswith("gate/"):
-                gates.setdefault(tag.removeprefix("gate/"), []).extend(
-                    value for _, value in sorted(dict(points).items())
-                )
-    return gates
+    about = {"method": UNTRAINED, "table": "", "seed": None, "rate": None}
+    return measure(load(plain), plain, curves, trainable=None, about=about)
 
 
 if __name__ == "__main__":

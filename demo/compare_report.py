@@ -1,8 +1,9 @@
-"""What demo.compare measured, as a table and a picture: means over seeds, and their spread."""
+"""What demo.compare measured, as tables and pictures: means over seeds, their spread, and paired
+differences with intervals over scenes."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,160 +15,73 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from demo.evaluate import EvaluationSettings
+from demo.curves import AHEAD, ALONE, BETWEEN, MISLED, OTHER, UNTRAINED, WRITTEN, Measured
+from pvm_jax.measure.intervals import estimate
 
-UNTRAINED, SHUFFLED = "base", "base, other image"
-COLOURS = {
-    UNTRAINED: "#555555",
-    SHUFFLED: "#bbbbbb",
-    "LoRA": "#2a78b5",
-    "full": "#2e8b57",
-    "PVM": "#e8871e",
-    "PVM looks first": "#c0392b",
+LOOKS_FIRST, RIVALS = "PVM looks first", ("LoRA", "full")
+STYLES = {  # colour, marker, line: no two differ by colour alone
+    UNTRAINED: ("#555555", "o", "-"),
+    "LoRA": ("#2a78b5", "s", "--"),
+    "full": ("#2e8b57", "^", "-."),
+    "PVM": ("#e8871e", "D", ":"),
+    LOOKS_FIRST: ("#c0392b", "o", "-"),
+    OTHER: ("#bbbbbb", "x", ":"),
+    MISLED: ("#c0392b", "x", ":"),
+    ALONE: ("#8e44ad", "v", "--"),
 }
-STYLES = ("-", "--", ":", "-.")
-"""A layer's line."""
+PANELS = (
+    "words between image and question",
+    "words ahead of the image",
+    "words between: does the branch look?",
+)
+Methods = Mapping[str, Sequence[Measured]]
+"""By method: a training for each seed."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One trained model, or the base.
-
-    Attributes:
-        method: its name; seed: of its training, None for the base.
-        trained: parameters that were trained.
-        accuracy: of the values, teacher-forced, by distance.
-        shuffled: the same with the scenes' images exchanged, of the base: what guessing gives.
-        misled: the accuracy where the branch, and nothing else, reads another scene's image
-            (`demo.recall`).
-        attention: of the branch on the asked cell, by distance, layer and head.
-        gates: of the branch, by layer, at every step of the training.
-    """
-
-    method: str
-    seed: int | None
-    trained: int
-    accuracy: dict[str, float]
-    shuffled: dict[str, float] = field(default_factory=dict)
-    misled: dict[str, float] = field(default_factory=dict)
-    attention: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    gates: dict[str, list[float]] = field(default_factory=dict)
-
-
-def write_report(
-    measured: Sequence[Measured],
-    settings: EvaluationSettings,
-    trained_on: Sequence[int],
-    how: str,
-    out: Path,
-) -> None:
-    """Writes results.json, results.md and results.png to `out`, and prints the table."""
-    by_method: dict[str, list[Measured]] = {}
-    for one in measured:
-        by_method.setdefault(one.method, []).append(one)
-    content = {"settings": asdict(settings), "how": how, "trained_on": list(trained_on)}
-    (out / "results.json").write_text(
-        json.dumps(content | {"measured": [asdict(one) for one in measured]}) + "\n"
-    )
-    text = markdown(by_method, settings, trained_on, how)
+def write_report(measured: Sequence[Measured], terms: Mapping[str, Any], out: Path) -> None:
+    """Writes results.json, results.md, and a picture of each table, to `out`; prints the text."""
+    content = {"terms": dict(terms), "measured": [asdict(one) for one in measured]}
+    (out / "results.json").write_text(json.dumps(content) + "\n")
+    base, parts = measured[0], []
+    for name in dict.fromkeys(one.table for one in measured[1:]):
+        methods = {UNTRAINED: [base]}
+        for one in measured[1:]:
+            if one.table == name:
+                methods.setdefault(one.method, []).append(one)
+        parts += [f"## {name}", *tables(methods)]
+        plot(methods, out / f"{name.replace(', ', '_').replace(' ', '_')}")
+    text = "\n\n".join(parts) + "\n"
     (out / "results.md").write_text(text)
-    plot(by_method, settings, trained_on, out / "results.png")
-    print(text)
+    print(text, flush=True)
 
 
-def accuracies(
-    by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings
-) -> dict[str, np.ndarray]:
-    """By method, and for guessing, [seeds, distances]."""
-    distances = [str(distance) for distance in settings.distances]
-    rows = {
-        name: np.array([[one.accuracy[d] for d in distances] for one in ones])
-        for name, ones in by_method.items()
-    }
-    return rows | {SHUFFLED: np.array([[by_method[UNTRAINED][0].shuffled[d] for d in distances]])}
+def tables(methods: Methods) -> list[str]:
+    """One comparison's: every curve, the branch's controls, the differences."""
+    parts = [_about(methods)]
+    for curve in (BETWEEN, AHEAD, WRITTEN):
+        rows = [
+            [words, *(_mean_and_spread(values(ones, curve, words)) for ones in methods.values())]
+            for words in methods[UNTRAINED][0].curves.get(curve, {})
+        ]
+        header = [curve, *methods]
+        if curve == BETWEEN:
+            header.append(f"base, {OTHER}")
+            rows = [
+                [*row, _mean_and_spread(values(methods[UNTRAINED], OTHER, row[0]))] for row in rows
+            ]
+        if rows:
+            parts.append(table(header, rows))
+    if LOOKS_FIRST in methods and set(RIVALS) <= set(methods):
+        parts += [_differences(methods)]
+    for name, ones in methods.items():
+        if MISLED in ones[0].curves:
+            parts += [_controls(name, ones)]
+    return parts
 
 
-def markdown(
-    by_method: Mapping[str, Sequence[Measured]],
-    settings: EvaluationSettings,
-    trained_on: Sequence[int],
-    how: str,
-) -> str:
-    """The tables."""
-    seeds = max(len(ones) for ones in by_method.values())
-    rows = accuracies(by_method, settings)
-    parts = [
-        (
-            f"Teacher-forced accuracy of the values on {settings.scenes} held-out scenes of"
-            f" {settings.size} x {settings.size} cells, {settings.lines} lines each: mean and"
-            f" standard deviation over {seeds} seeds. All were trained for {how} on distances from"
-            f" {trained_on[0]} to {trained_on[1]}."
-        ),
-        table(
-            ["tokens between image and question", *rows],
-            [
-                [
-                    "trained parameters",
-                    *(
-                        f"{by_method[name][0].trained:,}" if name in by_method else ""
-                        for name in rows
-                    ),
-                ],
-                *(
-                    [distance, *(_mean_and_spread(rows[name][:, i]) for name in rows)]
-                    for i, distance in enumerate(settings.distances)
-                ),
-            ],
-        ),
-    ]
-    for name, ones in by_method.items():
-        if ones[0].attention:
-            parts += _recall(name, ones, settings)
-    return "\n\n".join(parts) + "\n"
-
-
-def _recall(name: str, ones: Sequence[Measured], settings: EvaluationSettings) -> list[str]:
-    """Whether the branch recalls the image."""
-    cells, shares = settings.size**2, _attention(ones, settings)
-    misled = np.array(
-        [[one.misled[str(distance)] for distance in settings.distances] for one in ones]
-    )
-    heads = [which for by in shares.values() for which in (by.mean(-1), by.max(-1))]
-    return [
-        (
-            f"{name}: does the branch recall? Its accuracy when the branch alone reads another"
-            " scene's image, and the share of its attention on the cell that is asked for (chance:"
-            f" 1/{cells} = {1 / cells:.3f}) where the value is to be said, as the mean over heads"
-            " and of the head with the largest share:"
-        ),
-        table(
-            [
-                "tokens between image and question",
-                "accuracy, branch on another image",
-                *(f"layer {layer}{which}" for layer in shares for which in ("", ", best head")),
-            ],
-            [
-                [distance, *(_mean_and_spread(values[:, i]) for values in (misled, *heads))]
-                for i, distance in enumerate(settings.distances)
-            ],
-        ),
-        "Gates at the end: "
-        + "; ".join(
-            f"layer {layer} {', '.join(f'{one.gates[layer][-1]:+.3f}' for one in ones)}"
-            for layer in ones[0].gates
-        ),
-    ]
-
-
-def _attention(ones: Sequence[Measured], settings: EvaluationSettings) -> dict[str, np.ndarray]:
-    """By layer, [seeds, distances, heads]."""
-    layers = next(iter(ones[0].attention.values()))
-    return {
-        layer: np.array(
-            [[one.attention[str(d)][layer] for d in settings.distances] for one in ones]
-        )
-        for layer in layers
-    }
+def values(ones: Sequence[Measured], curve: str, words: str) -> np.ndarray:
+    """[seeds, scenes]."""
+    return np.array([one.curves[curve][words] for one in ones])
 
 
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -176,112 +90,111 @@ def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _mean_and_spread(values: np.ndarray) -> str:
-    return (
-        f"{values.mean():.3f}"
-        if len(values) == 1
-        else f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+def _about(methods: Methods) -> str:
+    """What was trained."""
+    rows = [
+        ["parameters", *(f"{ones[0].trained:,}" for ones in methods.values())],
+        ["rate", *(f"{ones[0].rate:g}" if ones[0].rate else "" for ones in methods.values())],
+        [
+            "tokens read",
+            *(f"{np.mean([o.tokens for o in ones]):,.0f}" for ones in methods.values()),
+        ],
+        ["seeds", *(str(len(ones)) if ones[0].rate else "" for ones in methods.values())],
+    ]
+    return table(["", *methods], rows)
+
+
+def mean_tokens(ones: Sequence[Measured]) -> float:
+    return float(np.mean([one.tokens for one in ones]))
+
+
+def _differences(methods: Methods) -> str:
+    """Of the branch that looks first against the better of its rivals, at each number of words."""
+    names = (LOOKS_FIRST, *RIVALS)
+    seeds = min(len(methods[name]) for name in names)
+    rows = []
+    for curve in (BETWEEN, AHEAD, WRITTEN):
+        for words in methods[UNTRAINED][0].curves.get(curve, {}):
+            of = {
+                name: values(methods[name][:seeds], curve, words) for name in (LOOKS_FIRST, *RIVALS)
+            }
+            rival = max(RIVALS, key=lambda name: of[name].mean())
+            difference = of[LOOKS_FIRST] - of[rival]
+            found = estimate(difference.mean(0))
+            by_seed = ", ".join(f"{x:+.3f}" for x in difference.mean(1))
+            interval = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+            rows.append([f"{words} {curve}", rival, interval, by_seed])
+    header = ["", "best rival", f"{LOOKS_FIRST} minus it, 95 % over scenes", "by seed"]
+    return table(header, rows)
+
+
+def _controls(name: str, ones: Sequence[Measured]) -> str:
+    """What a branch reads on another scene's image and alone, and where it looks."""
+    layers = list(next(iter(ones[0].attention.values())))
+    rows = []
+    for words in ones[0].curves[MISLED]:
+        heads = [
+            np.array([max(one.attention[words][layer]) for one in ones])[:, None]
+            for layer in layers
+        ]
+        curves = [values(ones, curve, words) for curve in (BETWEEN, MISLED, ALONE)]
+        rows.append([words, *map(_mean_and_spread, [*curves, *heads])])
+    header = [BETWEEN, "as it is", MISLED, ALONE]
+    header += [f"layer {layer}: best head's attention on the asked cell" for layer in layers]
+    gates = "; ".join(
+        f"layer {layer} {', '.join(f'{one.gates[layer][-1]:+.3f}' for one in ones)}"
+        for layer in ones[0].gates
     )
+    return f"{name}:\n\n{table(header, rows)}\n\nGates at the end: {gates}."
 
 
-def plot(
-    by_method: Mapping[str, Sequence[Measured]],
-    settings: EvaluationSettings,
-    trained_on: Sequence[int],
-    path: Path,
-) -> None:
-    """Accuracy by distance; the branch's gates by step; its attention on the asked cell by
-    distance."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.4), width_ratios=(1.3, 1, 1))
-    _plot_accuracy(left, by_method, settings, trained_on)
-    _plot_gates(middle, by_method)
-    _plot_attention(right, by_method, settings)
-    for axis in (left, right):
-        axis.set_xticks(
-            np.arange(len(settings.distances)), [str(distance) for distance in settings.distances]
-        )
-    for axis in (left, middle, right):
+def _mean_and_spread(found: np.ndarray) -> str:
+    """Of [seeds, scenes]: the mean, and the standard deviation over seeds."""
+    by_seed = found.mean(1)
+    if len(by_seed) == 1:
+        return f"{by_seed[0]:.3f}"
+    return f"{by_seed.mean():.3f} ± {by_seed.std(ddof=1):.3f}"
+
+
+def plot(methods: Methods, path: Path) -> None:
+    """Accuracy by words between and by words ahead, and the branch's controls: `path`.png and
+    .svg."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
+    for axis, curve in zip(axes, (BETWEEN, AHEAD), strict=False):
+        for name, ones in methods.items():
+            _draw(axis, ones, curve, name, STYLES[name])
+    base = methods[UNTRAINED]
+    _draw(axes[0], base, OTHER, f"base, {OTHER}", STYLES[OTHER])
+    _draw(axes[2], base, BETWEEN, UNTRAINED, STYLES[UNTRAINED])
+    if branch := methods.get(LOOKS_FIRST):
+        _draw(axes[2], branch, BETWEEN, LOOKS_FIRST, STYLES[LOOKS_FIRST])
+        for curve in (MISLED, ALONE):
+            _draw(axes[2], branch, curve, curve, STYLES[curve])
+    for axis, title in zip(axes, PANELS, strict=True):
+        axis.set(xlabel=title, ylim=(0, 1.03))
         axis.grid(alpha=0.3)
-        axis.legend(
-            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2, frameon=False
-        )
+        axis.legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("values read correctly (teacher-forced)")
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=130)
     plt.close(figure)
 
 
-def _plot_accuracy(
+def _draw(
     axis: Axes,
-    by_method: Mapping[str, Sequence[Measured]],
-    settings: EvaluationSettings,
-    trained_on: Sequence[int],
+    ones: Sequence[Measured],
+    curve: str,
+    label: str,
+    style: tuple[str, str, str],
 ) -> None:
-    places = np.arange(len(settings.distances))
-    for name, rows in accuracies(by_method, settings).items():
-        spread = rows.std(axis=0, ddof=1) if len(rows) > 1 else None
-        axis.errorbar(
-            places, rows.mean(0), spread, label=name, color=COLOURS[name], marker="o", capsize=3
-        )
-    for name, ones in by_method.items():
-        if ones[0].misled:
-            misled = np.mean(
-                [[one.misled[str(distance)] for distance in settings.distances] for one in ones],
-                axis=0,
-            )
-            label = f"{name}, its branch on another image"
-            axis.plot(places, misled, "x:", color=COLOURS[name], label=label)
-    axis.axvspan(
-        *np.interp(trained_on, settings.distances, places),
-        color="#f3e9c8",
-        label="trained distances",
-        zorder=0,
-    )
-    axis.set(
-        ylim=(0, 1.05),
-        xlabel="tokens between the image and the question",
-        ylabel="values read correctly (teacher-forced)",
-    )
-
-
-def _plot_gates(axis: Axes, by_method: Mapping[str, Sequence[Measured]]) -> None:
-    for one in (one for ones in by_method.values() for one in ones if one.gates):
-        for style, (layer, values) in zip(STYLES, one.gates.items(), strict=False):
-            label = f"{one.method}, layer {layer}" if one.seed == 0 else None
-            axis.plot(np.abs(values), style, color=COLOURS[one.method], alpha=0.7, label=label)
-    axis.set(xlabel="step", ylabel="size of the branch's gate, a line a seed")
-
-
-def _plot_attention(
-    axis: Axes, by_method: Mapping[str, Sequence[Measured]], settings: EvaluationSettings
-) -> None:
-    places = np.arange(len(settings.distances))
-    for name, ones in by_method.items():
-        if not ones[0].attention:
-            continue
-        for style, (layer, shares) in zip(STYLES, _attention(ones, settings).items(), strict=False):
-            by_seed = shares.mean(-1)
-            spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else None
-            label, colour = f"{name}, layer {layer}", COLOURS[name]
-            axis.errorbar(
-                places,
-                by_seed.mean(0),
-                spread,
-                fmt=style,
-                color=colour,
-                label=f"{label}, mean of heads",
-                capsize=3,
-            )
-            axis.plot(
-                places,
-                shares.max(-1).mean(0),
-                style,
-                color=colour,
-                alpha=0.4,
-                label=f"{label}, best head",
-            )
-    axis.axhline(1 / settings.size**2, color=COLOURS[SHUFFLED], label="chance")
-    axis.set(
-        ylim=(0, None),
-        xlabel="tokens between the image and the question",
-        ylabel="branch's attention on the asked cell",
-    )
+    """A curve with the spread over seeds; AHEAD begins where nothing stands between either."""
+    found = {int(words): values(ones, curve, words).mean(1) for words in ones[0].curves[curve]}
+    if curve == AHEAD:
+        found[0] = values(ones, BETWEEN, "0").mean(1)
+    words = sorted(found)
+    spread = [found[n].std(ddof=1) for n in words] if len(ones) > 1 else None
+    look: dict[str, Any] = dict(zip(("color", "marker", "linestyle"), style, strict=True))
+    places = np.sqrt(words)
+    axis.errorbar(places, [found[n].mean() for n in words], spread, label=label, capsize=3, **look)
+    axis.set_xticks(places, [str(n) for n in words])

@@ -37,7 +37,8 @@ class EvaluationSettings:
 
     Attributes:
         distances: filler words between image and question, for accuracy by distance.
-        scenes: scenes for that, the same ones at every distance.
+        ahead: filler words ahead of the image.
+        scenes: scenes for these two, the same ones at every number of words.
         lines: lines of each of their true answers.
         size: side G of the grids.
         long_scenes: scenes for everything else: answers of `shortest` to `lines` lines, `distance`
@@ -49,6 +50,7 @@ class EvaluationSettings:
     """
 
     distances: tuple[int, ...] = (0, 100, 200, 400, 800)
+    ahead: tuple[int, ...] = (0, 200, 800)
     scenes: int = 32
     lines: int = 48
     size: int = 4
@@ -59,12 +61,18 @@ class EvaluationSettings:
     batch_size: int = 8
     seed: int = 10_000
 
-    def examples(self, distance: int, count: int, shortest: int | None = None) -> list[GridExample]:
-        """The first `count` scenes, `distance` filler words from the question; `shortest`: fewest
-        lines, if not all."""
-        lines, filler = (shortest or self.lines, self.lines), (distance, distance)
+    def examples(
+        self, distance: int, count: int, shortest: int | None = None, ahead: int = 0
+    ) -> list[GridExample]:
+        """The first `count` scenes, `distance` filler words from the question, `ahead` before the
+        image; `shortest`: fewest lines, if not all."""
         mixture = Mixture(
-            sizes=(self.size,), lines=lines, filler=filler, digits="heldout", seed=self.seed
+            sizes=(self.size,),
+            lines=(shortest or self.lines, self.lines),
+            filler=(distance, distance),
+            ahead=(ahead, ahead),
+            digits="heldout",
+            seed=self.seed,
         )
         return [make_example(mixture, index) for index in range(count)]
 
@@ -74,10 +82,17 @@ def encode(examples: Sequence[GridExample], processor: Processor) -> list[Encode
     return [processor.encode(example.messages(draw(example.scene))) for example in examples]
 
 
-def sees(model: Qwen3VL, examples: Sequence[Encoded], settings: EvaluationSettings) -> np.ndarray:
-    """Whether the likeliest token at each line's value is the value: [scenes, lines] bool."""
+def sees(
+    model: Qwen3VL,
+    examples: Sequence[Encoded],
+    settings: EvaluationSettings,
+    *,
+    hide: bool = False,
+) -> np.ndarray:
+    """Whether the likeliest token at each line's value is the value: [scenes, lines] bool; `hide`:
+    with the image hidden from the decoder."""
     places = np.stack([value_places(example, settings.lines) for example in examples])
-    correct = teacher_forced(model, examples, rows=settings.batch_size).correct
+    correct = teacher_forced(model, examples, rows=settings.batch_size, hide=hide).correct
     return np.take_along_axis(correct, places, axis=1) > 0
 
 
@@ -111,6 +126,10 @@ def make_task(checkpoint: Path, processor: Processor, settings: EvaluationSettin
             distance: encode(settings.examples(distance, settings.scenes), processor)
             for distance in settings.distances
         },
+        ahead={
+            words: encode(settings.examples(0, settings.scenes, ahead=words), processor)
+            for words in settings.ahead
+        },
         grade=lambda number, ids: grade(ids, long[number], processor),
         exactness=(
             "lines that name a pair of the grid not listed before, with the value that it has"
@@ -130,11 +149,14 @@ def make_task(checkpoint: Path, processor: Processor, settings: EvaluationSettin
     )
 
 
-def grade(ids: np.ndarray, example: GridExample, processor: Processor) -> np.ndarray:
+def grade(
+    ids: np.ndarray, example: GridExample, processor: Processor, *, again: bool = False
+) -> np.ndarray:
     """[tokens]: at the token that ends a written line, 1 if the line is right, else 0; NaN at all
     others.
 
-    Right is a pair of this grid that was not listed before, with the value that the scene has.
+    Right is a pair of this grid that was not listed before (unless `again`), with the value that
+    the scene has.
     """
     scores, seen, words = np.full(len(ids), np.nan), set(), ""
     for place, token in enumerate(ids):
@@ -146,7 +168,7 @@ def grade(ids: np.ndarray, example: GridExample, processor: Processor) -> np.nda
             )
             right = (
                 known
-                and (cell, name) not in seen
+                and (again or (cell, name) not in seen)
                 and example.scene.value(str(cell), str(name)) == value
             )
             scores[place] = right

@@ -10,16 +10,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from demo.compare import LOOK_EXAMPLES, claim, file_name, measure, once
-from demo.compare_report import Measured, table
-from demo.evaluate import EvaluationSettings
+import numpy as np
+
+from demo.compare import claim
+from demo.compare_report import table
+from demo.curves import BETWEEN, MISLED, Curves, Measured, measure, once
 from demo.run import BASE, BRANCH, Step, run_steps, train
 from pvm_jax.checkpoint.store import load
-from pvm_jax.data.processor import Processor
 from pvm_jax.options import run_as_command
 
-DISTANCE = 200
-MEASURED = EvaluationSettings(distances=(DISTANCE,), scenes=24)
+EXAMPLES = "demo/look_data.yaml"
+WORDS = "200"
+MEASURED = Curves(between=(int(WORDS),), ahead=(), controls=(int(WORDS),), written=(), scenes=24)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ VARIATIONS = {
     "rate 3e-3": Variation(("--optimizer.learning_rate=3e-3",)),
     "half the steps": Variation(times=0.5),
     "twice the steps": Variation(times=2),
-    "twice the steps, of 8 examples": Variation(("--batch_size=8",), times=2),
-    "half the steps, of 32 examples": Variation(("--batch_size=32",), times=0.5),
+    "twice the steps, of 4 examples": Variation(("--batch_size=4",), times=2),
+    "half the steps, of 16 examples": Variation(("--batch_size=16",), times=0.5),
     "64 wide": Variation(branch=(*BRANCH[:-1], "64")),
     "256 wide": Variation(branch=(*BRANCH[:-1], "256")),
     "layer 0": layers(0),
@@ -71,7 +73,7 @@ VARIATIONS = {
 }
 
 
-def main(out: Path = Path("out/regime"), steps: int = 400, only: list[str] | None = None) -> None:
+def main(out: Path = Path("out/regime"), steps: int = 800, only: list[str] | None = None) -> None:
     """Trains and measures every variation; writes a table, results.md.
 
     Args:
@@ -88,7 +90,7 @@ def main(out: Path = Path("out/regime"), steps: int = 400, only: list[str] | Non
     claim(out, {"steps": steps, "settings": asdict(MEASURED)})
     measured = {}
     for name in names:
-        measured[name] = once(out / f"{file_name(name)}.json", partial(run, name, out, steps))
+        measured[name] = once(out / f"{_file_name(name)}.json", partial(run, name, out, steps))
     text = markdown(measured)
     (out / "results.md").write_text(text)
     print(text)
@@ -98,15 +100,13 @@ def run(name: str, out: Path, steps: int) -> Measured:
     """Trains the branch and measures it."""
     (fresh, _), _, (branch, _) = training_steps = commands(name, out, steps)
     run_steps(training_steps)
-    model, log = load(fresh, branch=branch), branch.parent / "log"
     return measure(
-        name,
-        VARIATIONS[name].seed,
-        model,
+        load(fresh, branch=branch),
+        fresh,
+        MEASURED,
         trainable="pvm",
-        processor=Processor.from_pretrained(fresh),
-        settings=MEASURED,
-        logs=[log],
+        about={"method": name, "table": "regime", "seed": VARIATIONS[name].seed, "rate": None},
+        logs=[branch.parent / "log"],
     )
 
 
@@ -114,31 +114,49 @@ def commands(name: str, out: Path, steps: int) -> list[Step]:
     """The fresh branch, the examples, the training."""
     one = VARIATIONS[name]
     fresh = out / "_".join(("fresh", *one.branch, str(one.seed))).replace("--", "")
-    data, look = out / "_".join(("data", *one.examples)).replace("--", ""), out / file_name(name)
+    data, look = out / "_".join(("data", *one.examples)).replace("--", ""), out / _file_name(name)
     arguments = (f"--seed={one.seed}", f"--max_steps={int(steps * one.times)}", *one.training)
     return [
         (fresh, ["convert.hf_to_orbax", BASE, fresh, *one.branch, "--seed", one.seed]),
         (
             data / "data.jsonl",
-            ["demo.task", data, "--config", LOOK_EXAMPLES, f"--count={34 * steps}", *one.examples],
+            [
+                "demo.task",
+                data,
+                "--config",
+                "demo/look_data.yaml",
+                f"--count={17 * steps}",
+                *one.examples,
+            ],
         ),
         (look / "branch", train("demo/look.yaml", fresh, data, look, *arguments)),
     ]
 
 
+def _file_name(name: str) -> str:
+    """What a variation's files are called."""
+    return name.replace(" ", "_")
+
+
 def markdown(measured: dict[str, Measured]) -> str:
     """The table: attention of the head with the largest share, where the value is to be said."""
-    key = str(DISTANCE)
     rows = []
     for name, one in measured.items():
         looks = ", ".join(
-            f"{layer}: {max(heads):.2f}" for layer, heads in one.attention[key].items()
+            f"{layer}: {max(heads):.2f}" for layer, heads in one.attention[WORDS].items()
         )
         gates = ", ".join(f"{values[-1]:+.2f}" for values in one.gates.values())
-        rows.append([name, f"{one.accuracy[key]:.3f}", f"{one.misled[key]:.3f}", looks, gates])
+        rows.append(
+            [
+                name,
+                *(f"{np.mean(one.curves[curve][WORDS]):.3f}" for curve in (BETWEEN, MISLED)),
+                looks,
+                gates,
+            ]
+        )
     header = [
         "first stage",
-        f"accuracy at {key} words",
+        f"accuracy at {WORDS} words",
         "branch on another image",
         "best head's attention by layer",
         "gates",

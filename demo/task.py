@@ -6,7 +6,8 @@ one of scikit-learn's real handwritten digits, with four independent attributes.
 list of lines such as `B3 ground navy`: column and row of the cell, the attribute, its value. No
 (cell, attribute) pair comes twice, and values are independent, so a value can be known only from
 the image however late in the answer it stands. Filler words between the image and the question move
-the whole answer away from the image and change nothing else.
+the whole answer away from the image and change nothing else; as many words ahead of the image make
+the text as long, and leave question and image side by side.
 
 Everything is a function of (seed, index): the same example has the same scene and the same lines
 whatever its filler.
@@ -95,12 +96,14 @@ class GridExample:
     Attributes:
         lines: the answer: (cell, attribute, value) in the order in which they are listed.
         filler: words between the image and the question.
+        ahead: words before the image.
     """
 
     scene: Scene
     attributes: tuple[str, ...]
     lines: tuple[tuple[str, str, str], ...]
     filler: tuple[str, ...]
+    ahead: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -113,7 +116,8 @@ class GridExample:
 
     def messages(self, image: Any) -> list[dict[str, Any]]:
         """The conversation, with `image` (a path or a PIL image) where the picture goes."""
-        user = [{"type": "image", "image": image}, {"type": "text", "text": self.prompt}]
+        ahead = [{"type": "text", "text": " ".join(self.ahead) + "\n"}] if self.ahead else []
+        user = [*ahead, {"type": "image", "image": image}, {"type": "text", "text": self.prompt}]
         return [{"role": "user", "content": user}, {"role": "assistant", "content": self.answer}]
 
 
@@ -126,6 +130,7 @@ class Mixture:
         lines: fewest and most lines of an answer, drawn uniformly; a scene with fewer (cell,
             attribute) pairs lists them all.
         filler: fewest and most filler words between image and question, drawn uniformly.
+        ahead: fewest and most filler words before the image, drawn uniformly.
         attributes: attributes that are asked for, any of ground, mark, ink, digit.
         digits: which of scikit-learn's digit images the scenes are made of; "train" and "heldout"
             share none.
@@ -135,6 +140,7 @@ class Mixture:
     sizes: tuple[int, ...] = (1, 2, 3, 4)
     lines: tuple[int, int] = (1, 16)
     filler: tuple[int, int] = (0, 0)
+    ahead: tuple[int, int] = (0, 0)
     attributes: tuple[str, ...] = ATTRIBUTES
     digits: Digits = "train"
     seed: int = 0
@@ -142,7 +148,7 @@ class Mixture:
     def __post_init__(self):
         if not self.sizes or any(not 1 <= size <= MAX_SIZE for size in self.sizes):
             raise ValueError(f"sizes must be grid sizes in [1, {MAX_SIZE}], got {self.sizes}")
-        for name, least in (("lines", 1), ("filler", 0)):
+        for name, least in (("lines", 1), ("filler", 0), ("ahead", 0)):
             low, high = getattr(self, name)
             if not least <= low <= high:
                 raise ValueError(
@@ -172,22 +178,27 @@ def digit_indices(digits: Digits) -> np.ndarray:
 def make_example(mixture: Mixture, index: int) -> GridExample:
     """Example number `index` of the mixture. Scene, lines and filler come from separate random
     streams."""
-    streams = [np.random.default_rng((mixture.seed, index, stream)) for stream in range(3)]
+    streams = [np.random.default_rng((mixture.seed, index, stream)) for stream in range(4)]
     scene = _make_scene(
         streams[0], int(streams[0].choice(mixture.sizes)), digit_indices(mixture.digits)
     )
     pairs = [(cell, attribute) for cell in scene.cells for attribute in mixture.attributes]
     order = streams[1].permutation(len(pairs))
     lines = order[: streams[1].integers(mixture.lines[0], mixture.lines[1] + 1)]
-    words = streams[2].choice(FILLER, streams[2].integers(mixture.filler[0], mixture.filler[1] + 1))
     return GridExample(
         scene=scene,
         attributes=mixture.attributes,
         lines=tuple(
             (cell, name, scene.value(cell, name)) for cell, name in (pairs[i] for i in lines)
         ),
-        filler=tuple(str(word) for word in words),
+        filler=_some_words(streams[2], mixture.filler),
+        ahead=_some_words(streams[3], mixture.ahead),
     )
+
+
+def _some_words(rng: np.random.Generator, count: tuple[int, int]) -> tuple[str, ...]:
+    """As many filler words as are drawn from [fewest, most]."""
+    return tuple(str(word) for word in rng.choice(FILLER, rng.integers(count[0], count[1] + 1)))
 
 
 def _make_scene(rng: np.random.Generator, size: int, indices: np.ndarray) -> Scene:

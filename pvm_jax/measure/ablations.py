@@ -64,27 +64,30 @@ def by_filler(
     models: Mapping[str, Qwen3VL],
     examples: Mapping[int, Sequence[Example]],
     *,
+    guess: bool = True,
     rows: int = 4,
     chunk: int = 256,
 ) -> dict[str, dict[int, TeacherForced]]:
-    """Teacher-forced accuracy and loss, by model and by tokens of filler between image and question
-    (`with_filler`).
+    """Teacher-forced accuracy and loss, by model and by tokens of filler (`with_filler`).
 
-    Also of the first model with the images exchanged, which is what guessing gives, under the name
-    IMAGE_SWAPPED.
+    Args:
+        guess: also of the first model with the images exchanged, which is what guessing gives,
+            under the name IMAGE_SWAPPED.
     """
-    first, config = next(iter(models.values())), next(iter(models.values())).config.vision
-    found = {
-        name: {
-            n: teacher_forced(model, those, rows=rows, chunk=chunk) for n, those in examples.items()
+
+    def measured(
+        model: Qwen3VL, shown: Mapping[int, Sequence[Example]]
+    ) -> dict[int, TeacherForced]:
+        return {
+            n: teacher_forced(model, those, rows=rows, chunk=chunk) for n, those in shown.items()
         }
-        for name, model in models.items()
-    }
-    swapped = {
-        n: teacher_forced(first, exchanged(those, config), rows=rows, chunk=chunk)
-        for n, those in examples.items()
-    }
-    return found | {IMAGE_SWAPPED: swapped}
+
+    found = {name: measured(model, examples) for name, model in models.items()}
+    if guess:
+        first = next(iter(models.values()))
+        swapped = {n: exchanged(those, first.config.vision) for n, those in examples.items()}
+        found[IMAGE_SWAPPED] = measured(first, swapped)
+    return found
 
 
 def silence(model: Qwen3VL, layers: Sequence[int]) -> Qwen3VL:
@@ -142,10 +145,16 @@ where it was market day, and stopped to let the horses drink. """
 
 
 def with_filler(
-    messages: Messages, tokens: int, processor: Processor, text: str = FILLER
+    messages: Messages,
+    tokens: int,
+    processor: Processor,
+    text: str = FILLER,
+    *,
+    ahead: bool = False,
 ) -> Messages:
     """The conversation with about `tokens` tokens of `text`, repeated, between its first turn's
-    images and what follows them.
+    images and what follows them, or, with `ahead`, before these images: as much text, and no
+    distance.
 
     Whole words are put in until their tokens are as many; a line break ends them.
 
@@ -163,7 +172,8 @@ def with_filler(
             place for place, part in enumerate(parts) if part.get("type") in ("image", "video")
         ]
         if message.get("role") == "user" and visual:
-            parts.insert(visual[-1] + 1, {"type": "text", "text": _words(tokens, processor, text)})
+            place = visual[0] if ahead else visual[-1] + 1
+            parts.insert(place, {"type": "text", "text": _words(tokens, processor, text)})
             filled = [*messages]
             filled[number] = dict(message) | {"content": parts}
             return ChatMessages(filled, variables_of(messages))

@@ -11,6 +11,7 @@ from pvm_jax.measure.reading import find_answers
 
 SETTINGS = evaluate.EvaluationSettings(
     distances=(0, 3),
+    ahead=(0, 3),
     scenes=3,
     size=2,
     lines=5,
@@ -63,6 +64,9 @@ def test_the_task_counts_values_alone(processor, folder):
         for a, b in zip(built.fillers[3], built.fillers[0], strict=True)
     ]
     assert added == [3, 3, 3]
+    assert [len(built.ahead[words][0].input_ids) for words in (0, 3)] == [
+        len(built.fillers[words][0].input_ids) for words in (0, 3)
+    ]
     answers = find_answers(built.examples)
     assert (
         7 <= answers.lengths.min() <= answers.lengths.max() <= 16

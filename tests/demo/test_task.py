@@ -83,6 +83,15 @@ def test_filler_changes_distance_alone():
     assert len(far.filler) == 40
 
 
+def test_words_ahead_make_the_text_as_long_and_leave_image_and_question_together():
+    plain, longer = (make_example(Mixture(ahead=(words, words)), 7) for words in (0, 40))
+    assert (plain.scene, plain.lines, plain.prompt) == (longer.scene, longer.lines, longer.prompt)
+    kinds = [part["type"] for part in longer.messages("a.png")[0]["content"]]
+    assert kinds == ["text", "image", "text"]
+    assert len(longer.messages("a.png")[0]["content"][0]["text"].split()) == 40
+    assert [part["type"] for part in plain.messages("a.png")[0]["content"]] == ["image", "text"]
+
+
 def test_parts_share_no_digit_image():
     train, heldout = digit_indices("train"), digit_indices("heldout")
     assert not set(train) & set(heldout)
@@ -103,6 +112,7 @@ def test_parts_share_no_digit_image():
         ({"sizes": (5,)}, "sizes"),
         ({"lines": (3, 2)}, "lines"),
         ({"lines": (0, 2)}, "lines"),
+        ({"ahead": (3, 2)}, "ahead"),
         ({"attributes": ("colour",)}, "colour"),
     ],
 )

@@ -58,6 +58,10 @@ _CAPTIONS = {
         The same questions and answers with more and more empty text between image and question:
         nothing new to know, only distance. What is lost to the right is lost to distance alone; the
         dashed line is what guessing gives (another image).""",
+    "ahead": """
+        The same text, but before the image: the conversation is as long, and image and question
+        stand side by side. What is lost here is lost to the length of the text, and is no matter of
+        distance.""",
     "ablations": """
         The same weights and questions with one thing changed, and how often the model is then
         right. Where the branch is used, turning it off or showing another image to it alone costs

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal
 
-import numpy as np
 from rich.console import Console
 
 from pvm_jax.checkpoint.store import load
@@ -47,7 +46,8 @@ class Request:
             if there is one.
         only: what to measure, of MEASUREMENTS.
         limit: conversations, from the front of the data.
-        fillers: tokens of filler text, each a point.
+        fillers: tokens of filler text between image and question, and ahead of the image, each a
+            point.
         looks: tokens whose attention is drawn over the image, spread over conversations and over
             what the model writes.
         look_at: draw these tokens of what the model writes as the last answer instead (its last,
@@ -221,21 +221,21 @@ def make_task(request: Request, processor: Processor) -> Task:
     conversations = open_conversations(request.data)
     indices = range(min(request.limit, len(conversations)))
     examples = [_encode(conversations, index, processor, 0) for index in indices]
-    fillers = {}
+    fillers, ahead = {}, {}
     if {"ablations", "midway"} & {*request.only}:
         with naming(str(request.data)):
             partners(examples)  # refuses here, not after the other measurements
     if "ablations" in request.only:
         for tokens in request.fillers:
-            longer = (
-                [_encode(conversations, index, processor, tokens) for index in indices]
-                if tokens
-                else examples
-            )
-            added = [
-                len(a.input_ids) - len(b.input_ids) for a, b in zip(longer, examples, strict=True)
-            ]
-            fillers[round(float(np.mean(added)))] = longer
+            for found, before in ((fillers, False), (ahead, True)):
+                found[tokens] = (
+                    [
+                        _encode(conversations, index, processor, tokens, ahead=before)
+                        for index in indices
+                    ]
+                    if tokens
+                    else examples
+                )
     max_new_tokens = request.max_new_tokens or int(find_answers(examples).lengths.max())
     return Task(
         examples=examples,
@@ -243,6 +243,7 @@ def make_task(request: Request, processor: Processor) -> Task:
         stop_tokens=read_stop_tokens(request.checkpoint),
         max_new_tokens=max_new_tokens,
         fillers=fillers,
+        ahead=ahead,
         final=lambda ids: final_after(
             ids, request.final_after, partial(processor.decode, skip_special_tokens=False)
         ),
@@ -254,7 +255,14 @@ def make_task(request: Request, processor: Processor) -> Task:
     )
 
 
-def _encode(conversations: Conversations, index: int, processor: Processor, filler: int) -> Example:
+def _encode(
+    conversations: Conversations,
+    index: int,
+    processor: Processor,
+    filler: int,
+    *,
+    ahead: bool = False,
+) -> Example:
     messages = conversations[index]
     with conversations.naming(index):
         check_learnable(messages)
@@ -262,7 +270,7 @@ def _encode(conversations: Conversations, index: int, processor: Processor, fill
             number for number, message in enumerate(messages) if message.get("role") == "assistant"
         )
         messages = messages[: last + 1]  # what follows the last answer has none to be measured
-        example = processor.encode(with_filler(messages, filler, processor))
+        example = processor.encode(with_filler(messages, filler, processor, ahead=ahead))
         if not example.num_patches:
             raise ValueError("there is no image to look at")
         return example

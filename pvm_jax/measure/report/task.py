@@ -31,7 +31,8 @@ class Task:
         counted: what the tokens that count are called, in the report's words.
         counts: which tokens of an answer count for accuracy and for the lens: its ids [answer] ->
             [answer] bool; None: all of them.
-        fillers: the conversations with filler text before their question, by its tokens.
+        fillers: the conversations with filler text between image and question, by its tokens.
+        ahead: with the same text before the image instead.
         grade, exactness: how a written answer is scored (`accuracy.write`), and what that means in
             the report's words.
         final, final_is: finds the final answer in a written answer's ids [length], and what it is
@@ -50,6 +51,7 @@ class Task:
     counted: str = "tokens"
     counts: Callable[[np.ndarray], np.ndarray] | None = None
     fillers: Mapping[int, Sequence[Example]] = field(default_factory=dict)
+    ahead: Mapping[int, Sequence[Example]] = field(default_factory=dict)
     grade: Scorer | None = None
     exactness: str = "answers that are the reference's, token by token, so far"
     final: Callable[[np.ndarray], FinalAnswer | None] = lambda ids: None

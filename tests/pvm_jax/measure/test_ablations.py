@@ -242,6 +242,11 @@ def test_filler_stands_between_image_and_question(tmp_path: Path):
             np.delete(longer.input_ids, np.arange(end, end + added)), plain.input_ids
         )
         np.testing.assert_array_equal(longer.pixel_values, plain.pixel_values)
+    content = with_filler(messages, 40, processor, ahead=True)[0]["content"]
+    assert [part["type"] for part in content] == ["text", "image", "text"]
+    assert len(processor.encode(with_filler(messages, 40, processor, ahead=True)).input_ids) == len(
+        longer.input_ids
+    )
     assert with_filler(messages, 0, processor) is messages
     with pytest.raises(ValueError, match="no user turn shows an image"):
         with_filler([{"role": "user", "content": "List"}], 5, processor)

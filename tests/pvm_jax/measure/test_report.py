@@ -138,11 +138,9 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
         "with the branch, image hidden from the decoder alone",
         "without, image hidden",
     }
-    assert set(figures_of["ablations"]["filler"]["series"]) == {
-        "with the branch",
-        "without",
-        "another image",
-    }
+    filler = figures_of["ablations"]["filler"]["series"]
+    assert set(filler) == {"with the branch", "without", "another image"}
+    assert figures_of["ablations"]["ahead"]["series"]["without"]["x"] == [0, 10]
 
 
 def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(
@@ -152,9 +150,9 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     assert save_random(tmp_path, 0.2) == tmp_path / "checkpoint"
     monkeypatch.chdir(tmp_path)
     main(arguments(checkpoint, data, tmp_path, "--only", "lens", "--against", "checkpoint"))
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert list(content["sections"]) == ["lens"]
-    series = content["sections"]["lens"]["figures"]["lens_kl"]["series"]
+    sections = json.loads((tmp_path / "report.json").read_text())["sections"]
+    assert list(sections) == ["lens"]
+    series = sections["lens"]["figures"]["lens_kl"]["series"]
     assert list(series) == ["checkpoint", "against checkpoint"]
     assert series["checkpoint"]["mean"] != series["against checkpoint"]["mean"]
     main(

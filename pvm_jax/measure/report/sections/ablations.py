@@ -1,7 +1,8 @@
 """What is lost where something is taken away, or put between image and question."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from pvm_jax.data.example import Example
 from pvm_jax.measure.ablations import IMAGE_SWAPPED, ablations, by_filler
 from pvm_jax.measure.accuracy import TeacherForced
 from pvm_jax.measure.intervals import estimate
@@ -40,50 +41,68 @@ def measure_ablations(models: Models, task: Task) -> Section:
         f"{ablation}: {estimate(values)} of {task.counted} right"
         for ablation, values in correct.items()
     ]
+    words = []
     if task.fillers:
-        found = by_filler(models, task.fillers, rows=task.rows, chunk=task.chunk)
-        facts = [*_gains(found, task), *facts]
-
-        def line(of: str, by: Mapping[int, TeacherForced]) -> Series:
-            values = [estimate(task.counting(by[n].correct, task.fillers[n])) for n in task.fillers]
-            return Series(of, list(task.fillers), values, reference=of == IMAGE_SWAPPED)
-
-        panels.insert(
-            0,
-            Panel(
-                "filler",
-                "Words between image and question",
-                caption("filler"),
-                "tokens of filler",
-                f"share of {task.counted} right",
-                [line(of, by) for of, by in found.items()],
-                bounds=(0, 1),
-            ),
-        )
-    return Section("ablations", "Ablations", panels, facts)
+        by_words, gains = _by_words("filler", models, task, task.fillers)
+        words.append(by_words)
+        facts = [*gains, *facts]
+    if task.ahead:
+        by_words, gains = _by_words("ahead", models, task, task.ahead)
+        words.append(by_words)
+        facts += gains
+    return Section("ablations", "Ablations", [*words, *panels], facts)
 
 
-def _gains(found: Mapping[str, Mapping[int, TeacherForced]], task: Task) -> list[str]:
+_WORDS = {
+    "filler": ("Words between image and question", "tokens of filler"),
+    "ahead": ("Words ahead of the image", "tokens of filler ahead of the image"),
+}
+
+
+def _by_words(
+    key: str, models: Models, task: Task, examples: Mapping[int, Sequence[Example]]
+) -> tuple[Panel, list[str]]:
+    """`by_filler` of all models as a figure, and what the first gains on the second."""
+    title, label = _WORDS[key]
+    found = by_filler(models, examples, guess=key == "filler", rows=task.rows, chunk=task.chunk)
+
+    def line(of: str, by: Mapping[int, TeacherForced]) -> Series:
+        values = [estimate(task.counting(by[n].correct, examples[n])) for n in examples]
+        return Series(of, list(examples), values, reference=of == IMAGE_SWAPPED)
+
+    panel = Panel(
+        key,
+        title,
+        caption(key),
+        label,
+        f"share of {task.counted} right",
+        [line(of, by) for of, by in found.items()],
+        bounds=(0, 1),
+    )
+    return panel, _gains(found, task, examples, label)
+
+
+def _gains(
+    found: Mapping[str, Mapping[int, TeacherForced]],
+    task: Task,
+    examples: Mapping[int, Sequence[Example]],
+    label: str,
+) -> list[str]:
     """What the first model gains on the second, paired by conversation, at every distance."""
-    (first, a), (second, b), *others = found.items()
-    if not others:  # there is one model, and what it guesses
+    of_models = [(name, by) for name, by in found.items() if name != IMAGE_SWAPPED]
+    if len(of_models) < 2:
         return []
-    gains = {
-        n: estimate(task.counting(a[n].correct - b[n].correct, task.fillers[n]))
-        for n in task.fillers
-    }
+    (first, a), (second, b) = of_models[:2]
+    gains = {n: estimate(task.counting(a[n].correct - b[n].correct, examples[n])) for n in examples}
     clear = any(gain.low > 0 or gain.high < 0 for gain in gains.values())
     return [
         *(
             []
             if clear
             else [
-                "a null result: at no distance does the accuracy differ beyond its 95% interval"
-                f" ({first}, {second})"
+                f"a null result: at no number of {label} does the accuracy differ beyond its 95%"
+                f" interval ({first}, {second})"
             ]
         ),
-        *(
-            f"{n} tokens of filler: {first} minus {second}, paired: {gain}"
-            for n, gain in gains.items()
-        ),
+        *(f"{n} {label}: {first} minus {second}, paired: {gain}" for n, gain in gains.items()),
     ]
