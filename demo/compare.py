@@ -31,7 +31,7 @@ TABLES = {
 }
 """By name: the words between image and question that are trained, and whether long text is
 replayed."""
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 SEARCHED = 50
 """The seed on which rates are chosen; no result of it is reported."""
 VALIDATION = Curves(
@@ -73,7 +73,6 @@ def main(
             "terms": asdict(terms),
             "curves": asdict(curves),
             "methods": {name: asdict(method) for name, method in METHODS.items()},
-            "rates": RATES,
         },
     )
     # Seeds and rates share their programs, which are compiled once for all of these processes.

@@ -15,12 +15,13 @@ _CAPTIONS = {
         layer beside it adds. The branch has a softmax of its own, over the image alone, so this
         need not fall as the answer grows.""",
     "accuracy": """
-        How often the model's likeliest next token is the true one, among {counted}, with all of the
-        true answer before it given. A curve that falls to the right means that the model loses what
-        it should see the more it has written.""",
+        How often the model's likeliest next token is that of the true answer, which it is given up
+        to there; counted are all {counted}. A curve that falls to the right means that the model
+        loses what it should see the more it has written.""",
     "loss": """
-        The model's surprise (negative log-probability) at the true token, among {counted}. It tells
-        apart two models that are right equally often; lower is better.""",
+        The model's surprise (negative log-probability) at the next token of the true answer;
+        counted are all {counted}. It tells apart two models that are right equally often; lower is
+        better.""",
     "accuracy_by_length": """
         The same accuracy over whole answers, sorted by how many tokens the true answer has. Bars
         are means over the conversations, and the thin lines their 95% intervals.""",
@@ -33,8 +34,8 @@ _CAPTIONS = {
         stopped. A model that is exact only in short answers shows it here.""",
     "lens_probability": """
         Every layer's inner state is read as if it were the last: how probable it already finds the
-        token that the model says in the end, among {counted}. A curve that rises earlier means that
-        the answer is known earlier.""",
+        token that the model says in the end; counted are all {counted}. A curve that rises earlier
+        means that the answer is known earlier.""",
     "lens_rank": """
         The place of that token in each layer's own list of likely tokens, 1 being the top
         (geometric mean). It shows the prediction rising before its probability does.""",
@@ -68,9 +69,10 @@ _CAPTIONS = {
         accuracy; with another image altogether, nothing but guessing is left.""",
     "dependency": """
         How far the prediction of the next token moves where the image is hidden (Kullback-Leibler
-        divergence), at each token of what the model writes itself, among {counted}: from everyone,
-        from the branch alone or from the decoder alone. 0 is a token that the text alone decides; a
-        curve that falls to the right is a model that goes by its own text more and more.""",
+        divergence), at each token of what the model writes itself (counted are all {counted}): from
+        everyone, from the branch alone or from the decoder alone. 0 is a token that the text alone
+        decides; a curve that falls to the right is a model that goes by its own text more and
+        more.""",
     "midway": """
         The model writes a part of its answer, then the image is exchanged for another
         conversation's, and it goes on from its own words. Where its answers about the two images

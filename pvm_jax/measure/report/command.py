@@ -1,7 +1,7 @@
 """What `python -m pvm_jax measure` does: a checkpoint and a file of conversations -> a report."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,6 +24,7 @@ from pvm_jax.measure.pictures import partners
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.figures import check_matplotlib
 from pvm_jax.measure.report.page import write_report
+from pvm_jax.measure.report.provenance import provenance
 from pvm_jax.measure.report.section import Section
 from pvm_jax.measure.report.sections import MEASUREMENTS
 from pvm_jax.measure.report.task import WITH, WITHOUT, Models, Task
@@ -181,7 +182,14 @@ def report_on(
     output.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=output).close()  # a folder that is there may still take no file
     sections = measure(models, task, only)
-    path = write_report(sections, output, title=title, about=about, settings=settings)
+    path = write_report(
+        sections,
+        output,
+        title=title,
+        about=about,
+        origin=provenance(models, task.examples),
+        settings=settings,
+    )
     for section in sections:
         for fact in section.facts:
             print(f"{section.title}: {fact}")
@@ -191,7 +199,7 @@ def report_on(
 def measure(models: Models, task: Task, only: Sequence[str]) -> list[Section]:
     """The measurements of these names, in the report's order; what is under way is said on
     stderr."""
-    console, sections = Console(stderr=True), []
+    console, sections, task = Console(stderr=True), [], replace(task)
     for name, run in MEASUREMENTS.items():
         if name in only and (name != "looked" or task.looks):
             with console.status(f"measuring {name}"):

@@ -1,14 +1,14 @@
 """The report's figures: what a panel shows, as numbers, and how it is drawn.
 
-Drawn by matplotlib as SVG whose texts are texts: small, sharp at any size, and in the reader's own
-colours (`inline`).
+Drawn by matplotlib, for the page as SVG whose texts are texts: small, sharp at any size, and in the
+reader's own colours (`inline`); for papers and slides also as PDF and PNG.
 """
 
 import math
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
-from io import StringIO
+from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,7 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "figure.facecolor": "none",
 }
+DPI = 200
 WIDTH, HEIGHT = 4.5, 3.2  # inches: as wide as a phone, so that letters keep their size there
 LEGEND_LETTERS = 28  # of a name, where two stand beside each other
 
@@ -159,8 +160,16 @@ def check_matplotlib() -> None:
         )
 
 
-def svg(panel: Panel | AttentionMap) -> str:
-    """The drawn panel, an <svg> element on a transparent ground.
+class Drawing(NamedTuple):
+    """A drawn panel: an <svg> element on a transparent ground, and files on white."""
+
+    svg: str
+    pdf: bytes
+    png: bytes
+
+
+def draw(panel: Panel | AttentionMap) -> Drawing:
+    """Draws a panel.
 
     Raises:
         ImportError: without matplotlib.
@@ -172,11 +181,15 @@ def svg(panel: Panel | AttentionMap) -> str:
         figure = _draw_look(panel) if isinstance(panel, AttentionMap) else _draw_panel(panel)
         out = StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        pdf, png = BytesIO(), BytesIO()
+        dates = {"CreationDate": None, "Creator": None, "Producer": None}
+        figure.savefig(pdf, format="pdf", facecolor=PAPER, metadata=dates)
+        figure.savefig(png, format="png", facecolor=PAPER, dpi=DPI, metadata={"Software": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
-    return re.sub(
-        r"'?DejaVu Sans'?[^;\"]*", "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif", text
-    )
+    fonts = "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif"
+    text = re.sub(r"'?DejaVu Sans'?[^;\"]*", fonts, text)
+    return Drawing(text, pdf.getvalue(), png.getvalue())
 
 
 def inline(drawn: str) -> str:

@@ -2,13 +2,20 @@
 a file of its own."""
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from pvm_jax.measure.report.figures import AttentionMap, Panel, inline, standalone, svg
-from pvm_jax.measure.report.section import Section
+import numpy as np
+from PIL import Image
+
+from pvm_jax.measure.report.figures import AttentionMap, Drawing, Panel, draw, inline, standalone
+from pvm_jax.measure.report.section import AnswerSample, Section
+
+SAMPLE_SIDE = 448
 
 _PAGE = """\
 <!doctype html>
@@ -36,8 +43,10 @@ h2 {{ font-size: 1.25rem; margin: 3rem 0 .75rem; padding-top: 1rem;
 p, ul {{ max-width: 46rem; margin: 0 0 .75rem; }}
 ul {{ padding-left: 1.2rem; }}
 nav a {{ color: var(--blue); margin-right: .9rem; white-space: nowrap; }}
-.figures {{ display: grid; gap: 1.75rem 2rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }}
+.figures {{ display: grid; gap: 1.75rem 2rem; grid-template-columns: repeat(6, 1fr); }}
+.figures > .one {{ grid-column: span 6; }} .figures > .two {{ grid-column: span 3; }}
+.figures > .three {{ grid-column: span 2; }}
+@media (max-width: 60rem) {{ .figures > * {{ grid-column: span 6 !important; }} }}
 figure {{ margin: 0; min-width: 0; }}
 figure h3 {{ font-size: 1rem; margin: 0 0 .35rem; overflow-wrap: anywhere; }}
 figure svg {{ display: block; width: 100%; max-width: 30rem; height: auto; }}
@@ -49,9 +58,16 @@ th, td {{ text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px so
   font-variant-numeric: tabular-nums; }}
 th:first-child, td:first-child {{ text-align: left; }}
 .about {{ color: var(--soft); }}
+.sample {{ display: grid; gap: .75rem 1.5rem; margin: 0 0 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); }}
+.sample img {{ width: 100%; max-width: 14rem; image-rendering: pixelated; }}
+.sample h3 {{ font-size: .9rem; margin: 0; }}
+.sample pre {{ font: .85rem/1.4 ui-monospace, monospace; white-space: pre-wrap; margin: .25rem 0;
+  max-height: 16rem; overflow: auto; }}
 </style>
 <h1>{title}</h1>
 {about}
+{origin}
 <nav>{links}</nav>
 {sections}
 </html>
@@ -64,13 +80,16 @@ def write_report(
     *,
     title: str,
     about: Sequence[str] = (),
+    origin: Sequence[tuple[str, str]] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes report.json, report.html and figures/*.svg (on white) to the folder `out`.
+    """Writes report.json, report.html and figures/, each figure as SVG, PDF and PNG (on white), to
+    the folder `out`.
 
     Args:
         title: of the page.
         about: what was measured on what, a paragraph each.
+        origin: where the report comes from (`provenance`).
         settings: goes into the JSON as it is.
 
     Returns:
@@ -79,18 +98,21 @@ def write_report(
     Raises:
         ImportError: without matplotlib.
     """
-    drawn = {panel.key: svg(panel) for section in sections for panel in section.panels}
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for key, figure in drawn.items():
-        (out / "figures" / f"{key}.svg").write_text(standalone(figure), encoding="utf-8")
+    drawn = {panel.key: draw(panel) for section in sections for panel in section.panels}
+    _write_figures(drawn, out / "figures")
     content = {
         "title": title,
+        "origin": dict(origin),
         "settings": dict(settings or {}),
         "sections": {
             section.key: {
                 "facts": list(section.facts),
                 "table": [list(row) for row in section.rows],
                 "figures": {panel.key: panel.data() for panel in section.panels},
+                "samples": [
+                    {"question": one.question, "answers": dict(one.answers)}
+                    for one in section.samples
+                ],
             }
             for section in sections
         },
@@ -99,6 +121,7 @@ def write_report(
     page = _PAGE.format(
         title=escape(title),
         about="\n".join(f'<p class="about">{escape(paragraph)}</p>' for paragraph in about),
+        origin=_table([(), *origin]) if origin else "",
         links=" ".join(
             f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections
         ),
@@ -109,7 +132,15 @@ def write_report(
     return path
 
 
-def _section(section: Section, drawn: Mapping[str, str]) -> str:
+def _write_figures(drawn: Mapping[str, Drawing], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, figure in drawn.items():
+        (folder / f"{key}.svg").write_text(standalone(figure.svg), encoding="utf-8")
+        (folder / f"{key}.pdf").write_bytes(figure.pdf)
+        (folder / f"{key}.png").write_bytes(figure.png)
+
+
+def _section(section: Section, drawn: Mapping[str, Drawing]) -> str:
     parts = [f'<section id="{section.key}"><h2>{escape(section.title)}</h2>']
     if section.text:
         parts.append(f'<p class="about">{escape(section.text)}</p>')
@@ -117,20 +148,45 @@ def _section(section: Section, drawn: Mapping[str, str]) -> str:
         parts.append(
             "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in section.facts) + "</ul>"
         )
-    parts.append(
-        '<div class="figures">'
-        + "".join(_figure(panel, drawn[panel.key]) for panel in section.panels)
-        + "</div>"
-    )
+    figures = [
+        _figure(panel, drawn[panel.key].svg, width)
+        for panel, width in zip(section.panels, _widths(len(section.panels)), strict=True)
+    ]
+    if figures:
+        parts.append(f'<div class="figures">{"".join(figures)}</div>')
+    parts += map(_sample, section.samples)
     if section.rows:
         parts.append(_table(section.rows))
     return "\n".join([*parts, "</section>"])
 
 
-def _figure(panel: Panel | AttentionMap, drawn: str) -> str:
+def _widths(count: int) -> list[str]:
+    """How many figures share the row of each: three, or two where one would be left alone."""
+    pairs = {0: 0, 1: 2, 2: 1}[count % 3] if count > 1 else 0
+    return ["one"] * count if count == 1 else ["two"] * 2 * pairs + ["three"] * (count - 2 * pairs)
+
+
+def _figure(panel: Panel | AttentionMap, drawn: str, width: str) -> str:
     title = escape(panel.title)
     image = inline(drawn).replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    return f"<figure><h3>{title}</h3>{image}<figcaption>{escape(panel.text)}</figcaption></figure>"
+    caption = f"<figcaption>{escape(panel.text)}</figcaption>"
+    return f'<figure class="{width}"><h3>{title}</h3>{image}{caption}</figure>'
+
+
+def _sample(sample: AnswerSample) -> str:
+    parts = [f'<img alt="" src="{_png(pixels)}">' for pixels in sample.pictures]
+    texts = {"question": sample.question} | dict(sample.answers)
+    said = [f"<div><h3>{escape(k)}</h3><pre>{escape(v)}</pre></div>" for k, v in texts.items()]
+    return f'<div class="sample"><div>{"".join(parts)}</div>{"".join(said)}</div>'
+
+
+def _png(pixels: np.ndarray) -> str:
+    """A picture [height, width, 3] in [0, 1] as a data URL, at most SAMPLE_SIDE pixels a side."""
+    image = Image.fromarray(np.round(255 * pixels).astype(np.uint8))
+    image.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+    out = BytesIO()
+    image.save(out, format="PNG")
+    return f"data:image/png;base64,{b64encode(out.getvalue()).decode()}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

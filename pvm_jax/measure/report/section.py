@@ -1,6 +1,6 @@
 """What a measurement gives the report, and the curve that several of them draw."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +9,18 @@ from pvm_jax.measure.intervals import PositionBucket, by_position
 from pvm_jax.measure.report.figures import AttentionMap, Panel, Series
 
 
+class AnswerSample(NamedTuple):
+    """A conversation and what was written in it: its pictures, each [height, width, 3] in [0, 1],
+    and texts."""
+
+    pictures: Sequence[np.ndarray]
+    question: str
+    answers: Mapping[str, str]
+
+
 class Section(NamedTuple):
     """One measurement in the report: `facts`, what came out, a sentence each; `rows`, a table, its
-    header first."""
+    header first; `samples`, what was written."""
 
     key: str
     title: str
@@ -19,6 +28,7 @@ class Section(NamedTuple):
     facts: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     text: str = ""
+    samples: Sequence[AnswerSample] = ()
 
 
 def curve_by_position(name: str, values: np.ndarray, buckets: Sequence[PositionBucket]) -> Series:

@@ -7,7 +7,7 @@ import numpy as np
 
 from pvm_jax.data.example import Example
 from pvm_jax.data.processor import Processor
-from pvm_jax.measure.accuracy import Scorer, answered, write
+from pvm_jax.measure.accuracy import Scorer, WrittenAnswers, answered, write
 from pvm_jax.measure.decision import FinalAnswer
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.qwen3_vl import Qwen3VL
@@ -42,6 +42,9 @@ class Task:
             stands in `looks`, so that they are spread. Where the model stops before, its last
             token.
         rows, chunk: conversations, and columns of them, that are computed together.
+
+    What the models write themselves is kept (`written`): make a fresh task (`replace`) for other
+    models.
     """
 
     examples: Sequence[Example]
@@ -59,6 +62,7 @@ class Task:
     looks: Sequence[tuple[int, int | None]] = ()
     rows: int = 4
     chunk: int = 256
+    _written: dict[str, WrittenAnswers] = field(default_factory=dict, init=False, repr=False)
 
     def counting(self, values: np.ndarray, examples: Sequence[Example] | None = None) -> np.ndarray:
         """`values` [conversations, ..., answer] by answer token, NaN where a token does not
@@ -74,17 +78,23 @@ class Task:
         return np.where(kept.reshape(len(kept), *(1,) * (values.ndim - 2), -1), values, np.nan)
 
 
-def own_answers(
-    model: Qwen3VL, task: Task, examples: Sequence[Example] | None = None
-) -> list[Example]:
-    """`examples` (by default the task's), each with what the model writes itself in place of its
-    last answer."""
-    asked = task.examples if examples is None else examples
-    written = write(
-        model,
-        asked,
-        stop_tokens=task.stop_tokens,
-        max_new_tokens=task.max_new_tokens,
-        rows=task.rows,
-    )
-    return answered(asked, written.tokens)
+def written(name: str, model: Qwen3VL, task: Task) -> WrittenAnswers:
+    """What `model` writes itself in the place of the last answers of the task's conversations,
+    graded: once for all measurements that ask this task under this name."""
+    kept = task._written
+    if name not in kept:
+        kept[name] = write(
+            model,
+            task.examples,
+            stop_tokens=task.stop_tokens,
+            max_new_tokens=task.max_new_tokens,
+            grade=task.grade,
+            rows=task.rows,
+        )
+    return kept[name]
+
+
+def own_answers(name: str, model: Qwen3VL, task: Task) -> list[Example]:
+    """The task's conversations, each with what the model writes itself in place of its last
+    answer."""
+    return answered(task.examples, written(name, model, task).tokens)

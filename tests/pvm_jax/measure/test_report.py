@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,8 @@ from pvm_jax.__main__ import main
 from pvm_jax.measure import dilution, lens, reading
 from pvm_jax.measure.accuracy import prompt_of, write
 from pvm_jax.measure.decision import FinalAnswer
-from pvm_jax.measure.intervals import Estimate
 from pvm_jax.measure.report import figures
 from pvm_jax.measure.report.command import Request, make_task
-from pvm_jax.measure.report.figures import AttentionMap, Panel, Series
-from pvm_jax.measure.report.page import write_report
-from pvm_jax.measure.report.section import Section
 from pvm_jax.measure.report.sections import MEASUREMENTS
 from pvm_jax.measure.report.sections import looked as looked_section
 from pvm_jax.measure.report.sections.decision import measure_decision
@@ -96,7 +93,9 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
     main(arguments(checkpoint, data, tmp_path, *options))
     said = capsys.readouterr().out
     assert f"The report: {tmp_path / 'report.html'}" in said
-    assert "0 tokens of filler: with the branch minus without, paired: " in said
+    # Random weights guess.
+    assert "at the floor: at no number of tokens of filler is any model right more often" in said
+    assert "10 tokens of filler ahead of the image: with the branch minus without, pai" in said
 
     page = (tmp_path / "report.html").read_text()
     fetched = re.findall(
@@ -111,8 +110,20 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
     assert list(content["sections"]) == list(MEASUREMENTS)
     figures_of = {key: section["figures"] for key, section in content["sections"].items()}
     drawn = [key for panels in figures_of.values() for key in panels]
-    assert page.count("<figure>") == page.count("<svg ") == len(drawn) == len(set(drawn))
-    assert {file.stem for file in (tmp_path / "figures").iterdir()} == set(drawn)
+    assert page.count("<figure ") == page.count("<svg ") == len(drawn) == len(set(drawn))
+    files = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert files == {f"{key}.{kind}" for key in drawn for kind in ("svg", "pdf", "png")}
+    origin = content["origin"]
+    assert list(origin)[:5] == ["date", "version", "command", "device", "conversations"]
+    assert re.fullmatch(
+        r"float32, backbone [0-9a-f]{16}, branch [0-9a-f]{16}", origin["with the branch"]
+    )
+    assert re.fullmatch(r"float32, backbone [0-9a-f]{16}", origin["without"])
+    assert origin["conversations"].startswith("3, identity ")
+    assert all(escape(value) in page for value in origin.values())
+    samples = content["sections"]["samples"]["samples"]
+    assert [list(one["answers"]) for one in samples] == [["true", "with the branch", "without"]] * 3
+    assert page.count('src="data:image/png') == 4  # one conversation shows two images
     for key, panels in figures_of.items():
         for name, panel in panels.items():
             if key == "looked":
@@ -335,52 +346,6 @@ def test_without_matplotlib_it_says_what_to_install_before_it_measures(
     )
     said = refused(main, arguments(checkpoint, data, tmp_path, "--only", "lens"))
     assert "pip install 'pvm-jax[measure]'" in said
-
-
-def test_figures_draw_what_is_missing_as_missing(tmp_path):
-    """A single conversation has no interval, an empty series no line; the JSON says null, not
-    NaN."""
-    nan = float("nan")
-    panels = [
-        Panel(
-            "line",
-            "A <b>",
-            "",
-            "x",
-            "y",
-            [Series("one", [1, 2], [Estimate(0.1, nan, nan), Estimate(0.2, 0.1, 0.3)])],
-            log="xy",
-        ),
-        Panel(
-            "empty",
-            "Empty",
-            "",
-            "x",
-            "y",
-            [Series("none", [], []), Series("ref", [1, 2], [Estimate(1, 1, 1)] * 2, True)],
-        ),
-        Panel(
-            "bars",
-            "Bars",
-            "",
-            "x",
-            "",
-            [Series("one", [0], [Estimate(0.5, nan, nan)])],
-            names=["a"],
-            bounds=(0, 1),
-        ),
-        AttentionMap("look", "Look", "", [np.zeros((32, 96, 3))], {"branch": [np.zeros((1, 3))]}),
-    ]
-    page = write_report([Section("all", "All", panels)], tmp_path, title="T").read_text()
-    assert "A &lt;b&gt;" in page
-    assert "<b>" not in page
-    assert json.loads((tmp_path / "report.json").read_text())["sections"]["all"]["figures"]["line"][
-        "series"
-    ]["one"]["low"] == [
-        None,
-        0.1,
-    ]
-    assert (tmp_path / "figures" / "line.svg").read_text().startswith("<svg")
 
 
 @pytest.mark.parametrize("measurement", [dilution, lens], ids=["dilution", "lens"])

@@ -14,11 +14,13 @@ from pvm_jax.measure.report.sections.evidence import measure_evidence
 from pvm_jax.measure.report.sections.lens import measure_lens
 from pvm_jax.measure.report.sections.looked import measure_looks
 from pvm_jax.measure.report.sections.midway import measure_midway
+from pvm_jax.measure.report.sections.samples import sample_answers
 from pvm_jax.measure.report.task import Models, Task
 
 MEASUREMENTS: Mapping[str, Callable[[Models, Task], Section]] = {
     "dilution": measure_dilution,
     "accuracy": measure_accuracy,
+    "samples": sample_answers,
     "lens": measure_lens,
     "looked": measure_looks,
     "ablations": measure_ablations,

@@ -90,6 +90,15 @@ def _gains(
 ) -> list[str]:
     """What the first model gains on the second, paired by conversation, at every distance."""
     of_models = [(name, by) for name, by in found.items() if name != IMAGE_SWAPPED]
+    if (guess := found.get(IMAGE_SWAPPED)) and not any(
+        estimate(task.counting(by[n].correct - guess[n].correct, examples[n])).low > 0
+        for _, by in of_models
+        for n in examples
+    ):
+        return [
+            f"at the floor: at no number of {label} is any model right more often than guessing is"
+            f" ({IMAGE_SWAPPED}), so nothing can be told apart here"
+        ]
     if len(of_models) < 2:
         return []
     (first, a), (second, b) = of_models[:2]

@@ -4,41 +4,31 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pvm_jax.measure.accuracy import TeacherForced, WrittenAnswers, teacher_forced, write
+from pvm_jax.measure.accuracy import TeacherForced, WrittenAnswers, teacher_forced
 from pvm_jax.measure.intervals import PositionBucket, by_length, doubling_buckets, estimate
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.captions import caption
 from pvm_jax.measure.report.figures import Panel, Series
 from pvm_jax.measure.report.section import Section, curve_by_position
-from pvm_jax.measure.report.task import Models, Task
+from pvm_jax.measure.report.task import Models, Task, written
 
 
 def measure_accuracy(models: Models, task: Task) -> Section:
-    """`teacher_forced` and `write`, by position and by output length."""
+    """`teacher_forced` and what the models write themselves, by position and by output length."""
     forced = {
         name: teacher_forced(model, task.examples, rows=task.rows, chunk=task.chunk)
         for name, model in models.items()
     }
-    written = {
-        name: write(
-            model,
-            task.examples,
-            stop_tokens=task.stop_tokens,
-            max_new_tokens=task.max_new_tokens,
-            grade=task.grade,
-            rows=task.rows,
-        )
-        for name, model in models.items()
-    }
+    own = {name: written(name, model, task) for name, model in models.items()}
     facts = [
         f"{name}: {estimate(task.counting(one.correct))} of {task.counted} right (teacher-forced)"
         for name, one in forced.items()
     ]
     facts += [
         f"{name}: {estimate(one.score)} of what it wrote itself is exact"
-        for name, one in written.items()
+        for name, one in own.items()
     ]
-    panels = [*_forced_panels(forced, task), *_written_panels(written, task)]
+    panels = [*_forced_panels(forced, task), *_written_panels(own, task)]
     return Section("accuracy", "Accuracy", panels, facts)
 
 
@@ -83,10 +73,10 @@ def _forced_panels(forced: Mapping[str, TeacherForced], task: Task) -> list[Pane
     ]
 
 
-def _written_panels(written: Mapping[str, WrittenAnswers], task: Task) -> list[Panel]:
+def _written_panels(own: Mapping[str, WrittenAnswers], task: Task) -> list[Panel]:
     """What is exact where the model writes the answer itself."""
-    positions = doubling_buckets(max(one.score.shape[1] for one in written.values()))
-    lengths = np.concatenate([one.lengths for one in written.values()])
+    positions = doubling_buckets(max(one.score.shape[1] for one in own.values()))
+    lengths = np.concatenate([one.lengths for one in own.values()])
     of_lengths = _used(doubling_buckets(max(int(lengths.max()), 1)), lengths)
     return [
         Panel(
@@ -95,7 +85,7 @@ def _written_panels(written: Mapping[str, WrittenAnswers], task: Task) -> list[P
             caption("written", exactness=task.exactness),
             "token of the answer",
             "share exact",
-            [curve_by_position(name, one.score, positions) for name, one in written.items()],
+            [curve_by_position(name, one.score, positions) for name, one in own.items()],
             log="x",
             bounds=(0, 1),
         ),
@@ -105,7 +95,7 @@ def _written_panels(written: Mapping[str, WrittenAnswers], task: Task) -> list[P
             caption("written_by_length"),
             "share exact, by tokens written",
             "",
-            [_by_length(name, one.score, one.lengths, of_lengths) for name, one in written.items()],
+            [_by_length(name, one.score, one.lengths, of_lengths) for name, one in own.items()],
             names=[str(bucket) for bucket in of_lengths],
             bounds=(0, 1),
         ),

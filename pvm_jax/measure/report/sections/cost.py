@@ -61,10 +61,15 @@ def _table(found: Mapping[str, Cost]) -> list[list[str]]:
         ("weights", lambda c: _size(c.weights)),
         ("keys and values of prompt and answer", lambda c: _size(c.cache)),
         ("the branch's memory of the image", lambda c: _size(c.memory)),
-        ("tokens a second, once it writes", lambda c: f"{1 / c.decode.min():,.0f}"),
+        ("tokens a second, once it writes", _speed),
     ):
         rows.append([label, *(value(c) for c in found.values())])
     return rows
+
+
+def _speed(cost: Cost) -> str:
+    seconds = cost.decode.min()
+    return f"{1 / seconds:,.0f}" if seconds > 0 else "too few tokens to tell"
 
 
 def _facts(found: Mapping[str, Cost]) -> list[str]:
@@ -72,12 +77,19 @@ def _facts(found: Mapping[str, Cost]) -> list[str]:
     if len(found) < 2:
         return []
     (first, a), (second, b) = [*found.items()][:2]
+    read, without = (c.weights + c.cache + c.memory for c in (a, b))
     return [
         f"{what} takes {first} {x.min() / y.min():.2f} times as long as {second} (fastest rounds)"
         for what, x, y in (
             ("the first token", a.prefill, b.prefill),
             ("a further token", a.decode, b.decode),
         )
+        if min(x.min(), y.min()) > 0
+    ] + [
+        f"these times hold for this size ({_size(a.weights)} of weights) on this device: where a"
+        " model is small, a step is mostly overhead. Counted, a further token reads"
+        f" {_size(read)} (weights, keys and values, memory) {first}, {read / without:.3f} times"
+        f" what it reads {second}"
     ]
 
 

@@ -15,7 +15,7 @@ def measure_decision(models: Models, task: Task) -> Section:
     """`decision` of each model in those of its own answers that have a final answer."""
     lines, facts = [], []
     for name, model in models.items():
-        own = own_answers(model, task)
+        own = own_answers(name, model, task)
         places = [task.final(prompt_of(example)[1]) for example in own]
         kept = [(e, place) for e, place in zip(own, places, strict=True) if place is not None]
         count = f"{len(kept)} of the {len(own)} answers of {name} have {task.final_is}"

@@ -17,7 +17,7 @@ def measure_dependency(models: Models, task: Task) -> Section:
     with the image hidden altogether."""
     found: dict[str, np.ndarray] = {}
     for name, model in models.items():
-        examples = own_answers(model, task)
+        examples = own_answers(name, model, task)
         by_hidden = dependency(model, examples, rows=task.rows, chunk=task.chunk)
         for hidden in by_hidden if not found else [NO_IMAGE]:
             found[f"{name}, {hidden}"] = task.counting(by_hidden[hidden], examples)

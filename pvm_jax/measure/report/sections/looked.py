@@ -19,7 +19,7 @@ from pvm_jax.model.qwen3_vl import Qwen3VL
 def measure_looks(models: Models, task: Task) -> Section:
     """`looked` for `task.looks`, of the first model, drawn over the images."""
     name, model = next(iter(models.items()))
-    examples, tokens, columns = _answered(model, task)
+    examples, tokens, columns = _answered(name, model, task)
     found = looked(model, examples, columns, rows=task.rows, chunk=task.chunk)
     attention = _sharpest_attention(found, sorted(map(int, model.pvm)))
     pixels, merge = task.processor.image_settings, model.config.vision.spatial_merge_size
@@ -38,10 +38,11 @@ def measure_looks(models: Models, task: Task) -> Section:
     return Section("looked", "Where it looked", panels, text=caption("looked", name=name))
 
 
-def _answered(model: Qwen3VL, task: Task) -> tuple[list[Example], list[int], np.ndarray]:
+def _answered(name: str, model: Qwen3VL, task: Task) -> tuple[list[Example], list[int], np.ndarray]:
     """Of each look of the task: its conversation with the model's own answer in place of the true
     one, which token of that answer is looked at, from 0, and its column, [looks, 1]."""
-    examples = own_answers(model, task, [task.examples[number] for number, _ in task.looks])
+    own = own_answers(name, model, task)
+    examples = [own[number] for number, _ in task.looks]
     answers = find_answers(examples)
     tokens = [
         int((place + 0.5) / len(examples) * length) if token is None else min(token, length - 1)
