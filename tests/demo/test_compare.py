@@ -226,7 +226,7 @@ def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
 
 
 def test_the_best_rate_is_that_of_the_best_mean():
-    of = {3e-4: 0.5, 1e-3: 0.75, 3e-3: 0.25}
+    of = dict(zip(compare.RATES, (0.5, 0.75, 0.25, 0.1), strict=True))
     tried = []
 
     def work(training: Training, **_) -> Measured:

@@ -86,6 +86,20 @@ def arguments(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def check_origin_and_samples(content: Mapping, page: str) -> None:
+    origin = content["origin"]
+    assert list(origin)[:5] == ["date", "version", "command", "device", "conversations"]
+    assert re.fullmatch(
+        r"float32, backbone [0-9a-f]{16}, branch [0-9a-f]{16}", origin["with the branch"]
+    )
+    assert re.fullmatch(r"float32, backbone [0-9a-f]{16}", origin["without"])
+    assert origin["conversations"].startswith("3, identity ")
+    assert all(escape(value) in page for value in origin.values())
+    samples = content["sections"]["samples"]["samples"]
+    assert [list(one["answers"]) for one in samples] == [["true", "with the branch", "without"]] * 3
+    assert page.count('src="data:image/png') == 4  # one conversation shows two images
+
+
 def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
     """All measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
@@ -113,17 +127,7 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
     assert page.count("<figure ") == page.count("<svg ") == len(drawn) == len(set(drawn))
     files = {file.name for file in (tmp_path / "figures").iterdir()}
     assert files == {f"{key}.{kind}" for key in drawn for kind in ("svg", "pdf", "png")}
-    origin = content["origin"]
-    assert list(origin)[:5] == ["date", "version", "command", "device", "conversations"]
-    assert re.fullmatch(
-        r"float32, backbone [0-9a-f]{16}, branch [0-9a-f]{16}", origin["with the branch"]
-    )
-    assert re.fullmatch(r"float32, backbone [0-9a-f]{16}", origin["without"])
-    assert origin["conversations"].startswith("3, identity ")
-    assert all(escape(value) in page for value in origin.values())
-    samples = content["sections"]["samples"]["samples"]
-    assert [list(one["answers"]) for one in samples] == [["true", "with the branch", "without"]] * 3
-    assert page.count('src="data:image/png') == 4  # one conversation shows two images
+    check_origin_and_samples(content, page)
     for key, panels in figures_of.items():
         for name, panel in panels.items():
             if key == "looked":
