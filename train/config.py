@@ -9,6 +9,7 @@ from pvm_jax.files.paths import make_local
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,29 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where a run's curves and sample answers go; process 0 writes them.
+
+    Attributes:
+        to: "tensorboard" writes event files into run_dir/log; "wandb", "trackio" and "mlflow" need
+            the extra of their name, and are told where to log by their own environment variables.
+            What is tracked there is one run, however often it is stopped and goes on.
+        project: of the run there (MLflow's experiment).
+        name: of the run there; None: the directory's, of run_dir.
+    """
+
+    to: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "pvm-jax"
+    name: str | None = None
+
+    def __post_init__(self):
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"log.to names a tracker twice: {', '.join(self.to)}")
+        if not self.project or self.name == "":
+            raise ValueError("log.project and log.name must not be empty")
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices by kind of parallelism; -1 (at most once) takes what the others leave.
 
@@ -298,6 +322,7 @@ class RunConfig:
         log_every: steps between two reads of the metrics; every step's values are written then.
         checkpoint_every: steps between two checkpoints.
         keep: step checkpoints kept, newest first.
+        log: where the metrics and sample answers go.
         optimizer: AdamW and its schedule.
         mesh: how devices share the work.
         distributed: how the processes of a run on several hosts find each other.
@@ -323,6 +348,7 @@ class RunConfig:
     checkpoint_every: int = 500
     keep: int = 2
     not_finite: Literal["stop", "skip"] = "stop"
+    log: LogConfig = field(default_factory=LogConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

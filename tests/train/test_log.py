@@ -1,9 +1,11 @@
 """What a run writes for TensorBoard, and what it does about steps that are not finite."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
-from train.run.events import read_values
+from train.run.events import EventWriter, read_values
 from train.run.log import RunLog
 
 
@@ -19,9 +21,10 @@ def metrics(loss=1.0, **more):
 @pytest.fixture
 def open_log(tmp_path):
     def open_log(**options):
-        return RunLog(tmp_path, **({"start": 0, "total": 100, "every": 2, "peak": None} | options))
+        return RunLog([writer], **({"start": 0, "total": 100, "every": 2, "peak": None} | options))
 
-    return open_log
+    with closing(EventWriter(tmp_path, start=0)) as writer:
+        yield open_log
 
 
 def test_every_step_is_written_once_it_is_read(open_log, tmp_path):

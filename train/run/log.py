@@ -1,11 +1,10 @@
-"""What a run tells: TensorBoard scalars of every step, and one live line of progress."""
+"""What a run tells: every step's metrics to its trackers, and the console how far it is."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.run.events import EventWriter
+from train.run.trackers import Tracker
 
 HEADLINE = {"loss": "loss {:.4f}", "grad_norm": "grad {:.3g}", "learning_rate": "lr {:.2e}"}
 _QUIET_SECONDS = 60
@@ -30,7 +29,7 @@ class RunLog:
 
     def __init__(
         self,
-        directory: Path,
+        trackers: Sequence[Tracker],
         *,
         start: int,
         total: int,
@@ -41,11 +40,12 @@ class RunLog:
         headline: Mapping[str, str] = MappingProxyType(HEADLINE),
         apart: Sequence[str] = (),
     ):
-        """Args: peak: FLOP/s of all devices together; None where unknown (no MFU is logged then).
-        not_finite: whether a step whose loss or gradient is not finite ends the run, or is
-        reported. examples: step -> the names of what each row of its batch holds, for that report.
-        headline: metrics that the line of progress shows, each with how it is written. apart:
-        phases of a step whose time is no part of the speed, since nothing is trained in it.
+        """Args: trackers: get the metrics and samples; whoever opened them closes them. peak:
+        FLOP/s of all devices together; None where unknown (no MFU is logged then). not_finite:
+        whether a step whose loss or gradient is not finite ends the run, or is reported. examples:
+        step -> the names of what each row of its batch holds, for that report. headline: metrics
+        that the line of progress shows, each with how it is written. apart: phases of a step whose
+        time is no part of the speed, since nothing is trained in it.
         """
         self.total, self.every, self.peak, self.not_finite, self.examples = (
             total,
@@ -56,7 +56,7 @@ class RunLog:
         )
         self._headline, self._apart = headline, apart
         self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
-        self._writer = EventWriter(directory, start=start) if jax.process_index() == 0 else None
+        self._trackers = trackers
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
         self._phases: dict[str, float] = {}
         self._skipped_in_a_row = 0
@@ -83,8 +83,8 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self._progress.stop()
-        if self._writer:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def print(self, message: str) -> None:
         """One line on the console, above the progress line."""
@@ -98,17 +98,15 @@ class RunLog:
             self.flush(timed=timed)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes values that belong to step `step`, by their TensorBoard names."""
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(name, float(value), step)
+        """Gives the trackers values that belong to step `step`, by name."""
+        numbers = {name: float(value) for name, value in values.items()}
+        for tracker in self._trackers:
+            tracker.scalars(step, numbers)
 
     def sample(self, step: int, name: str, text: str, image: np.ndarray | None) -> None:
-        """Writes a conversation (Markdown) and its image [H, W, 3] uint8."""
-        if self._writer:
-            self._writer.add_text(name, text, step)
-            if image is not None:
-                self._writer.add_image(name, image, step)
+        """Gives the trackers a conversation (Markdown) and its image [H, W, 3] uint8."""
+        for tracker in self._trackers:
+            tracker.sample(step, name, text, image)
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
@@ -149,7 +147,7 @@ class RunLog:
                 },
             )
             self._check(step, metrics)
-        if timed and self._writer:
+        if timed and jax.process_index() == 0:
             training = seconds - sum(self._phases.get(name, 0) for name in self._apart)
             speed = {
                 "tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / training
@@ -165,8 +163,8 @@ class RunLog:
                 last, {f"time/{name}": value / len(values) for name, value in times.items()}
             )
             self._report(last + 1, values[-1] | speed, seconds / len(values))
-        if self._writer:
-            self._writer.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         self._pending.clear()
         self.restart_clock()
 
