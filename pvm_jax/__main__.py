@@ -9,8 +9,15 @@ from typing import Literal
 
 import jax
 
-from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, question
-from pvm_jax.checkpoint.store import load
+from pvm_jax.apps.answer import (
+    Answerer,
+    ChatSession,
+    answer_file,
+    chat,
+    open_questions,
+    question,
+)
+from pvm_jax.checkpoint.store import find, load, read_branch, read_lora
 from pvm_jax.data.processor import Processor
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import local_path, make_local
@@ -158,10 +165,40 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def _answer(options: GenerateOptions) -> None:
-    mesh = tensor_mesh(options.tensor)
+    """Looks at all that is asked and all that is to be loaded before it loads the weights."""
     processor = Processor.from_pretrained(
         options.checkpoint, tags_as_text=options.tags_as_text or ()
     )
+    find(options.checkpoint)
+    if options.branch:
+        read_branch(find(options.branch))
+    if options.lora:
+        read_lora(find(options.lora))
+    questions, first = None, question(options.question, options.image)
+    if options.input and options.output:
+        made_by = {name: getattr(options, name) for name in _DECISIVE}
+        questions = open_questions(processor, options.input, options.output, made_by=made_by)
+        print(
+            f"{len(questions.left):,} of {len(questions.conversations):,} conversations to answer"
+            f" into {options.output}, at most {options.num_samples} x {options.max_new_tokens:,}"
+            " tokens each; the bar tells how long it takes",
+            file=sys.stderr,
+        )
+    else:
+        processor.encode([first], add_generation_prompt=True)
+    answerer, mesh = _answerer(options, processor)
+    with computing_on(mesh):
+        if questions:
+            answer_file(answerer, questions, options.batch_size)
+        elif options.chat:
+            chat(answerer, options.image, _lines(), sys.stdout)
+        else:
+            ChatSession(answerer, sys.stdout).ask(first)
+
+
+def _answerer(options: GenerateOptions, processor: Processor) -> tuple[Answerer, jax.sharding.Mesh]:
+    """The model, loaded, with its processor and settings; and the mesh that it is on."""
+    mesh = tensor_mesh(options.tensor)
     model = load(
         options.checkpoint,
         mesh=mesh,
@@ -178,17 +215,7 @@ def _answer(options: GenerateOptions) -> None:
     )
     if options.pvm == "off":
         model = without_pvm(model)
-    answerer = Answerer(model, processor, options.max_new_tokens, settings)
-    with computing_on(mesh):
-        if options.input and options.output:
-            made_by = {name: getattr(options, name) for name in _DECISIVE}
-            answer_file(
-                answerer, options.input, options.output, options.batch_size, made_by=made_by
-            )
-        elif options.chat:
-            chat(answerer, options.image, _lines(), sys.stdout)
-        else:
-            ChatSession(answerer, sys.stdout).ask(question(options.question, options.image))
+    return Answerer(model, processor, options.max_new_tokens, settings), mesh
 
 
 @command

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -156,15 +157,25 @@ def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: T
             waiting = []
 
 
-def answer_file(
-    answerer: Answerer, source: Path, target: Path, batch_size: int, *, made_by: Mapping[str, Any]
-) -> None:
-    """Answers the conversations at `source`, `batch_size` at a time, into the JSONL file `target`.
+@dataclass(frozen=True)
+class Questions:
+    """Conversations to answer into a file, all of them checked.
 
-    A line of it is {"source": place, "index": number from 0, "answers": [text of each sample],
-    "made_by": …}. A conversation's last turn, if it is the assistant's, is left out. What `target`
-    answers already is not asked again: an answer depends on its conversation, its index and the
-    settings alone, not on the others in its batch.
+    Attributes:
+        left: indices of those that the file does not answer yet.
+    """
+
+    conversations: Conversations
+    target: Path
+    made_by: Mapping[str, Any]
+    left: Sequence[int]
+
+
+def open_questions(
+    processor: Processor, source: Path, target: Path, *, made_by: Mapping[str, Any]
+) -> Questions:
+    """What is at `source` and not yet answered in the JSONL file `target`; no model is needed for
+    it. Of the pictures the headers are read.
 
     Args:
         made_by: what the answers depend on, by name, as JSON has it; lines made by anything else
@@ -174,32 +185,58 @@ def answer_file(
         FileNotFoundError: if there is nothing at `source`.
         ValueError: for a conversation that cannot be taken, naming its place; for a `target` that
             belongs to other data or other settings, which then is left as it is.
+        OSError: if `target` cannot be written.
     """
-    conversations = open_conversations(source)
+    conversations = open_conversations(source, every_column=True)
     answered = _answered(conversations, target, made_by)
     left = [index for index in range(len(conversations)) if index not in answered]
+    for index in left:
+        messages = conversations[index]
+        with conversations.naming(index):
+            processor.count(asked(messages), add_generation_prompt=True)
+    with target.open("a"):
+        return Questions(conversations, target, made_by, left)
+
+
+def answer_file(answerer: Answerer, questions: Questions, batch_size: int) -> None:
+    """Answers what is left of the questions, `batch_size` at a time.
+
+    A line of the file is {"source": place, "index": number from 0, "question": text of the last
+    turn, "record": the record's own columns, "answers": [text of each sample], "made_by": …}. A
+    conversation's last turn, if it is the assistant's, is left out. What the file answers already
+    is not asked again: an answer depends on its conversation, its index and the settings alone, not
+    on the others in its batch.
+    """
+    conversations, left = questions.conversations, questions.left
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     start, count = time.perf_counter(), 0
     with (
-        target.open("a", encoding="utf-8") as out,
+        questions.target.open("a", encoding="utf-8") as out,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
-        task = progress.add_task(target.name, total=len(conversations), completed=len(answered))
+        task = progress.add_task(
+            questions.target.name,
+            total=len(conversations),
+            completed=len(conversations) - len(left),
+        )
         for first in range(0, len(left), batch_size):
-            indices, examples = left[first : first + batch_size], []
+            indices, prompts, examples = left[first : first + batch_size], [], []
             for index in indices:
+                prompts.append(asked(conversations[index]))
                 with conversations.naming(index):
-                    prompt = asked(conversations[index])
-                    examples.append(answerer.processor.encode(prompt, add_generation_prompt=True))
-            for index, samples in zip(
-                indices, answerer.written(examples, seeds=indices), strict=True
+                    examples.append(
+                        answerer.processor.encode(prompts[-1], add_generation_prompt=True)
+                    )
+            for index, prompt, samples in zip(
+                indices, prompts, answerer.written(examples, seeds=indices), strict=True
             ):
-                answers = [answerer.processor.decode(tokens) for tokens in samples]
                 line = {
                     "source": conversations.where(index),
                     "index": index,
-                    "answers": answers,
-                    "made_by": made_by,
+                    "question": _text_of(prompt[-1]),
+                    "record": _in_json(conversations.columns(index)),
+                    "answers": [answerer.processor.decode(tokens) for tokens in samples],
+                    "made_by": questions.made_by,
                 }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += sum(map(len, samples))
@@ -211,8 +248,31 @@ def answer_file(
         " included"
     )
     print(
-        f"[{len(left)} answered: {speed}; {target} holds all {len(conversations)}]", file=sys.stderr
+        f"[{len(left)} answered: {speed}; {questions.target} holds all {len(conversations)}]",
+        file=sys.stderr,
     )
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def _in_json(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns as JSON holds them: a date as its text; without those that hold bytes."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bytes):
+            raise TypeError
+        return str(value)
+
+    kept = {}
+    for name, value in columns.items():
+        with suppress(TypeError):
+            kept[name] = json.loads(json.dumps(value, default=text))
+    return kept
 
 
 def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, Any]) -> set[int]:

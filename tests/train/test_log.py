@@ -70,6 +70,22 @@ def test_mfu_is_the_work_over_the_peak_and_the_live_line_shows_it(
     assert "ETA" in shown
 
 
+def test_the_console_fits_80_columns_with_step_loss_rate_and_eta_first(open_log, capsys):
+    gates = {f"gate/{layer}": np.float32(0.5) for layer in (8, 16, 24)}
+    with open_log(total=10**5, peak=1e9) as log:
+        for step in range(2):
+            log.add(step, metrics(step, flops=np.float32(3e6), **gates))
+    to_go, first, *rest = capsys.readouterr().out.splitlines()
+    assert to_go.startswith("99,998 steps to go: ")
+    assert max(map(len, (first, *rest))) <= 80
+    facts = ["step 2/100000", "loss 1.0000", "lr 1.00e-01", "tokens/s", "ETA"]
+    places = [first.find(fact) for fact in facts]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert all(line.startswith("  ") for line in rest)
+    assert "gate/24 +0.5000" in rest[-1]
+
+
 def test_a_step_that_is_not_finite_stops_the_run_and_names_its_examples(open_log):
     with open_log(examples=lambda step: [["a.jsonl:3", "b.jsonl:9"], [f"c.jsonl:{step}"]]) as log:
         log.add(6, metrics())

@@ -42,6 +42,13 @@ RESULTS: dict[Trainable, str] = {
     "all": "model",
 }
 
+_LEARNS: dict[Trainable, str] = {
+    "pvm": "the branch",
+    "lora": "a LoRA adapter",
+    "decoder": "decoder, head and branch",
+    "all": "the whole model",
+}
+
 STEPS = "steps"
 """A run's step checkpoints, in its directory."""
 
@@ -116,6 +123,7 @@ class Recipe:
     """What sets one kind of run apart from the others.
 
     Attributes:
+        name: what it is called on the console.
         prepare: (config, mesh, sources=the data's, opened, sizes_file=a path in `run_dir`) ->
             Prepared; runs before any step.
         train: (prepared, log, step_done) -> the state after the last step, or where the run was
@@ -125,6 +133,7 @@ class Recipe:
         every_column: whether the data are opened with it (`open_conversations`).
     """
 
+    name: str
     prepare: Callable[..., Prepared]
     train: Callable[[Any, RunLog, StepDone], TrainState]
     dry_steps: Callable[[Any, Console], None]
@@ -165,6 +174,10 @@ def run(config: RunConfig, recipe: Recipe) -> RunResult:
         FileExistsError: if the run in `run_dir` is finished.
         FloatingPointError: if the loss stops being finite (see RunConfig.not_finite).
     """
+    announce(
+        f"{purpose(config, recipe)}, into {Path(config.run_dir) / RESULTS[config.trainable]}. How"
+        " long it takes is told after the first steps"
+    )
     check_installed(config.log)
     mesh = make_mesh(**asdict(config.mesh))
     run_dir = Path(config.run_dir).absolute()
@@ -179,6 +192,22 @@ def run(config: RunConfig, recipe: Recipe) -> RunResult:
             opened_trackers(config, run_id(run_dir)) as trackers,
         ):
             return _train(config, recipe, mesh, result, sources, trackers)
+
+
+def purpose(config: RunConfig, recipe: Recipe) -> str:
+    """What a run does, in words."""
+    sources = [source.path for source in config.data.mixture]
+    return (
+        f"{recipe.name}: {_LEARNS[config.trainable]} of {config.checkpoint} learns from"
+        f" {sources[0] if len(sources) == 1 else f'{len(sources)} sources'}"
+        + ("" if config.max_steps is None else f", {config.max_steps:,} steps at most")
+    )
+
+
+def announce(line: str) -> None:
+    """The first line of every run, in process 0: what comes, before anything is loaded."""
+    console = Console(quiet=jax.process_index() != 0, highlight=False)
+    console.print(line, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _train(
