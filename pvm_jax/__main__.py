@@ -39,6 +39,7 @@ examples:
   python -m pvm_jax generate --checkpoint checkpoints/8b --image photo.jpg --chat
   python -m pvm_jax generate --checkpoint checkpoints/8b --pvm off \\
       --image photo.jpg "What does it say without the branch?"
+  python -m pvm_jax generate --checkpoint checkpoints/8b --video clip.mp4 "What happens?"
   python -m pvm_jax generate --checkpoint checkpoints/8b \\
       --input questions.jsonl --output answers.jsonl
   python -m pvm_jax generate --checkpoint checkpoints/8b \\
@@ -73,9 +74,10 @@ class GenerateOptions:
         lora: put this LoRA adapter beside the weights.
         pvm: "off": the same weights without the branch.
         image: image file; may be given several times.
+        video: video file, read at the checkpoint's frames a second; the same.
         tags_as_text: added tokens, as '<think>', that texts hold in letters: those that the branch
             or the adapter was trained with.
-        chat: ask line after line; the line '/image FILE' adds an image.
+        chat: ask line after line; the lines '/image FILE' and '/video FILE' add one.
         input: answer these conversations: JSONL or another format of the training data.
         output: JSONL file for the answers; what is there already is not asked again.
         batch_size: conversations of --input at a time.
@@ -96,6 +98,7 @@ class GenerateOptions:
     lora: str | None = None
     pvm: Literal["on", "off"] = "on"
     image: Sequence[str] = ()
+    video: Sequence[str] = ()
     tags_as_text: list[str] | None = None
     chat: bool = False
     input: Path | None = None
@@ -112,7 +115,9 @@ class GenerateOptions:
 
     def __post_init__(self):
         make_local(self, "checkpoint", "branch", "lora", "input", "output")
-        object.__setattr__(self, "image", [str(local_path(image)) for image in self.image])
+        for name in ("image", "video"):
+            paths = [str(local_path(path)) for path in getattr(self, name)]
+            object.__setattr__(self, name, paths)
         given = [name for name in ("question", "chat", "input") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
@@ -120,10 +125,10 @@ class GenerateOptions:
             )
         if bool(self.input) != bool(self.output):
             raise ValueError("--input and --output go together")
-        if self.input and self.image:
+        if self.input and (self.image or self.video):
             raise ValueError(
-                "--image goes with a question or --chat: the conversations of --input bring their"
-                " own images"
+                "--image and --video go with a question or --chat: the conversations of --input"
+                " bring their own"
             )
         if not self.input and self.num_samples != 1:
             raise ValueError("--num_samples goes with --input")
@@ -155,7 +160,7 @@ def generate(argv: Sequence[str]) -> None:
         description=generate.__doc__ or "",
         examples=EXAMPLES,
         by_place=["question"],
-        repeated=["image"],
+        repeated=["image", "video"],
     )
     if options.output is None:
         _answer(options)
@@ -174,7 +179,7 @@ def _answer(options: GenerateOptions) -> None:
         read_branch(find(options.branch))
     if options.lora:
         read_lora(find(options.lora))
-    questions, first = None, question(options.question, options.image)
+    questions, first = None, question(options.question, options.image, options.video)
     if options.input and options.output:
         made_by = {name: getattr(options, name) for name in _DECISIVE}
         questions = open_questions(processor, options.input, options.output, made_by=made_by)
@@ -191,7 +196,7 @@ def _answer(options: GenerateOptions) -> None:
         if questions:
             answer_file(answerer, questions, options.batch_size)
         elif options.chat:
-            chat(answerer, options.image, _lines(), sys.stdout)
+            chat(answerer, options.image, _lines(), sys.stdout, options.video)
         else:
             ChatSession(answerer, sys.stdout).ask(first)
 

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,12 +20,14 @@ from pvm_jax.data.example import Example
 from pvm_jax.data.image_files import image_size
 from pvm_jax.data.messages import asked
 from pvm_jax.data.processor import Processor
-from pvm_jax.data.stored import Conversations
+from pvm_jax.data.stored import Conversations, plain_columns
+from pvm_jax.data.video_files import VideoFile, outline
 from pvm_jax.generation import Chat, Settings, generate
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 IMAGE_COMMAND = "/image "
-"""What a chat's line begins with that adds an image to the next question."""
+VIDEO_COMMAND = "/video "
+"""What a chat's line begins with that adds an image or a video to the next question."""
 
 _LINE = b'{"source": '
 """What each line of a file of answers begins with."""
@@ -71,11 +72,13 @@ class Answerer:
         return [rows[row : row + samples] for row in range(0, len(rows), samples)]
 
 
-def question(text: str, images: Iterable[str | Path]) -> dict[str, Any]:
-    """The user's message: the images, then the text."""
-    content = [{"type": "image", "image": str(path)} for path in images] + [
-        {"type": "text", "text": text}
-    ]
+def question(
+    text: str, images: Iterable[str | Path], videos: Iterable[str | Path] = ()
+) -> dict[str, Any]:
+    """The user's message: the images, the video files, then the text."""
+    content = [{"type": "image", "image": str(path)} for path in images]
+    content += [{"type": "video", "video": str(path)} for path in videos]
+    content += [{"type": "text", "text": text}]
     return {"role": "user", "content": content}
 
 
@@ -130,31 +133,38 @@ class ChatSession:
         return answer
 
 
-def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: TextIO) -> None:
-    """Answers line after line. `/image FILE` adds an image to the next question; a question that is
-    refused may be put anew."""
-    conversation, waiting = ChatSession(answerer, out), list(images)
+def chat(
+    answerer: Answerer,
+    images: Sequence[str],
+    lines: Iterable[str],
+    out: TextIO,
+    videos: Sequence[str] = (),
+) -> None:
+    """Answers line after line. `/image FILE` and `/video FILE` add one to the next question; a
+    question that is refused may be put anew."""
+    conversation, waiting = ChatSession(answerer, out), (list(images), list(videos))
+    sampling = answerer.processor.video_settings.sampling
     for line in lines:
         line = line.strip()
-        if line.startswith(IMAGE_COMMAND):
-            path = line.removeprefix(IMAGE_COMMAND).strip()
-            try:
+        try:
+            if line.startswith(IMAGE_COMMAND):
+                path = line.removeprefix(IMAGE_COMMAND).strip()
                 image_size(path)
-                waiting.append(path)
-            except (OSError, ValueError) as error:
-                print(f"error: {error}", file=sys.stderr)
-        elif line.startswith("/"):
-            print(
-                f"error: {line.split()[0]} is no command; there is {IMAGE_COMMAND}FILE",
-                file=sys.stderr,
-            )
-        elif line:
-            try:
-                conversation.ask(question(line, waiting))
-            except (OSError, ValueError) as error:
-                print(f"error: {error}", file=sys.stderr)
-                continue
-            waiting = []
+                waiting[0].append(path)
+            elif line.startswith(VIDEO_COMMAND):
+                path = line.removeprefix(VIDEO_COMMAND).strip()
+                outline(VideoFile(path), sampling)
+                waiting[1].append(path)
+            elif line.startswith("/"):
+                raise ValueError(
+                    f"{line.split()[0]} is no command; there are {IMAGE_COMMAND}FILE and"
+                    f" {VIDEO_COMMAND}FILE"
+                )
+            elif line:
+                conversation.ask(question(line, *waiting))
+                waiting = ([], [])
+        except (OSError, ValueError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ def answer_file(answerer: Answerer, questions: Questions, batch_size: int) -> No
                     "source": conversations.where(index),
                     "index": index,
                     "question": _text_of(prompt[-1]),
-                    "record": _in_json(conversations.columns(index)),
+                    "record": plain_columns(conversations.columns(index)),
                     "answers": [answerer.processor.decode(tokens) for tokens in samples],
                     "made_by": questions.made_by,
                 }
@@ -258,21 +268,6 @@ def _text_of(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] for part in content if part.get("type") == "text")
-
-
-def _in_json(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns as JSON holds them: a date as its text; without those that hold bytes."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, bytes):
-            raise TypeError
-        return str(value)
-
-    kept = {}
-    for name, value in columns.items():
-        with suppress(TypeError):
-            kept[name] = json.loads(json.dumps(value, default=text))
-    return kept
 
 
 def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, Any]) -> set[int]:
