@@ -6,6 +6,7 @@ from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
 from pvm_jax.files.paths import make_local
+from train.mixture import Source, in_place, mixture_of
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
@@ -30,34 +31,6 @@ class Bucket:
                 f"data.buckets: needs tokens >= 1 and patches a multiple of 4, got {self.tokens}"
                 f" tokens, {self.patches} patches"
             )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the data's sources.
-
-    Attributes:
-        path: JSONL or Parquet file, `data/train-*.parquet`, or a directory: Parquet files, what
-            `datasets` saved, or what convert.dataset wrote (docs/data.md).
-        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random
-            half each time.
-    """
-
-    path: str
-    weight: float = 1.0
-
-    def __post_init__(self):
-        make_local(self, "path")
-        if not self.weight > 0:
-            raise ValueError(
-                f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
-            )
-
-
-def mixture_of(sources: str | list[str | Source]) -> list[Source]:
-    """One or several sources, each with its weight. Raises ValueError for a path that is a URL."""
-    several = [sources] if isinstance(sources, str) else sources
-    return [source if isinstance(source, Source) else Source(source) for source in several]
 
 
 @dataclass(frozen=True)
@@ -89,6 +62,7 @@ class ExamplesConfig:
     measure_anew: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "sources", in_place(self.sources))
         if not self.mixture:
             raise ValueError("data.sources: needs at least one path")
         if not self.buckets:
