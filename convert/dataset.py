@@ -17,16 +17,24 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import track
 
+from convert.embedding import embedded_message
 from convert.hub_dataset import fetch_dataset
 from convert.summary import Checked, Summary
 from pvm_jax import options
 from pvm_jax.checkpoint.directory import refuse_taken, write_aside
 from pvm_jax.data.conversations import check_learnable, open_conversations
-from pvm_jax.data.image_files import encoded_bytes, read_image
-from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, variables_of
+from pvm_jax.data.image_files import read_image
+from pvm_jax.data.messages import (
+    ChatMessages,
+    Messages,
+    asked,
+    parse,
+    variables_of,
+)
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
-from pvm_jax.data.stored import Conversations
+from pvm_jax.data.stored import Conversations, plain_columns
+from pvm_jax.data.video_files import Video
 from pvm_jax.files.hub import SETTINGS, model_directory, named_on_hub
 from pvm_jax.files.paths import local_path
 
@@ -63,6 +71,8 @@ class DatasetOptions:
         threads: examples read at the same time; by default one for each core.
         subset: of a data set of the Hub that has several.
         split: the same.
+        prompts: the conversations are for GRPO: each ends with the user's turn and has a solution,
+            or the assistant's turn at its end is that.
     """
 
     src: str
@@ -73,6 +83,7 @@ class DatasetOptions:
     threads: int | None = None
     subset: str | None = None
     split: str | None = None
+    prompts: bool = False
 
     def __post_init__(self):
         if self.max_tokens is not None and self.checkpoint is None:
@@ -101,6 +112,7 @@ def main(argv: Sequence[str]) -> None:
         threads=(os.cpu_count() or 1) if given.threads is None else given.threads,
         subset=given.subset,
         split=given.split,
+        prompts=given.prompts,
     )
 
 
@@ -114,11 +126,10 @@ def convert(
     threads: int = 1,
     subset: str | None = None,
     split: str | None = None,
+    prompts: bool = False,
 ) -> None:
-    """Writes the directory `dst`, and what was rejected and why to the file `dst`.rejected.jsonl;
-    prints a summary.
-
-    Every image is decoded once, so that none stops a training run later.
+    """Writes the directory `dst`, and what was rejected and why to `dst`.rejected.jsonl; prints a
+    summary. Every image is decoded once, so that none stops a training run later.
 
     Args:
         src: what `open_conversations` opens, or a text that names a data set of the Hub, of which
@@ -126,6 +137,7 @@ def convert(
         processor: measures every example; None: the sizes are left to the training run.
         max_tokens: longer examples are rejected.
         max_rejected: the share of rejects up to which the result is kept.
+        prompts: they are prompts, which GRPO measures itself; `processor` counts for `max_tokens`.
 
     Raises:
         FileNotFoundError, ValueError: if `src` cannot be opened, `processor` is missing for
@@ -143,7 +155,7 @@ def convert(
         summary = Summary()
         writer = ShardWriter(aside)
         for checked in _in_order(
-            conversations, _Check(conversations, processor, max_tokens), threads
+            conversations, _Check(conversations, processor, max_tokens, prompts), threads
         ):
             if isinstance(checked, Rejected):
                 summary.reject(checked.reason)
@@ -158,9 +170,10 @@ def convert(
                 f" --max_rejected allows a share of {max_rejected}; the reason of each is in"
                 f" {report_file}\n" + "\n".join(summary.reasons())
             )
-        if processor is not None:
+        measured_by = None if prompts or processor is None else processor.fingerprint
+        if measured_by:
             np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
-        _write_index(aside, source, summary, processor, shards)
+        _write_index(aside, source, summary, measured_by, shards)
     print(summary.describe(dst, report_file, measured=processor is not None))
 
 
@@ -168,13 +181,13 @@ def _write_index(
     directory: Path,
     source: str,
     summary: Summary,
-    processor: Processor | None,
+    measured_by: str | None,
     shards: list[dict[str, Any]],
 ) -> None:
     index = {
         "source": source,
         "examples": len(summary.sizes),
-        "measured_by": None if processor is None else processor.fingerprint,
+        "measured_by": measured_by,
         "videos": summary.videos,
         "shards": shards,
     }
@@ -187,10 +200,10 @@ def _opened(
     """The conversations, and what they are called."""
     if on_hub := named_on_hub(src, "dataset"):
         files, name = fetch_dataset(on_hub, subset=subset, split=split)
-        return open_conversations(files), name
+        return open_conversations(files, every_column=True), name
     if subset or split:
         raise ValueError(f"--subset and --split are of data sets of the Hub, and {src} is here")
-    conversations = open_conversations(src)
+    conversations = open_conversations(src, every_column=True)
     return conversations, str(conversations.path)
 
 
@@ -229,65 +242,41 @@ class _Check:
     conversations: Conversations
     processor: Processor | None
     max_tokens: int | None
+    prompts: bool
 
     def __call__(self, index: int) -> Checked | Rejected:
         try:
             messages = self.conversations[index]
             with self.conversations.naming(index):
-                embedded = ChatMessages(map(_embedded, messages), variables_of(messages))
-                return self._checked(embedded)
+                taken = self.processor.video_settings.sampling if self.processor else None
+                whole = [embedded_message(message, taken) for message in messages]
+                embedded = ChatMessages(whole, variables_of(messages))
+                return self._checked(embedded, self.conversations.columns(index))
         except ValueError as error:
             where = self.conversations.where(index)
             return Rejected(where, str(error).removeprefix(f"{where}: "))
 
-    def _checked(self, messages: Messages) -> Checked:
-        check_learnable(messages)
+    def _checked(self, messages: Messages, columns: Mapping[str, Any]) -> Checked:
+        asks = asked(messages) if self.prompts else messages
+        if not self.prompts:
+            check_learnable(messages)
+        elif "solution" not in columns and len(asks) == len(messages):
+            raise ValueError("a prompt needs a solution, or an assistant turn at its end")
         conversation = parse(messages, reserved=())
         sources = [source for _, source in conversation.images]
-        sources += [frame for _, video in conversation.videos for frame in video.frames]
-        video = bool(conversation.videos)
+        videos = [video for _, video in conversation.videos if isinstance(video, Video)]
+        sources += [frame for video in videos for frame in video.frames]
+        size = (0, 0)
         if self.processor is None:
             for source in sources:
                 read_image(source)
-            return Checked(pack_record(messages), (0, 0), len(sources), video)
-        example = self.processor.encode(messages)
-        if self.max_tokens is not None and len(example.input_ids) > self.max_tokens:
-            raise ValueError(
-                f"too long: {len(example.input_ids)} tokens, --max_tokens is {self.max_tokens}"
-            )
-        return Checked(
-            pack_record(messages),
-            (len(example.input_ids), example.num_patches),
-            len(sources),
-            video,
-        )
-
-
-def _embedded(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its images and frames read into it."""
-    if not isinstance(message.get("content"), list):
-        return message
-    return dict(message) | {"content": [_embedded_part(part) for part in message["content"]]}
-
-
-def _embedded_part(part: Any) -> Any:
-    if not isinstance(part, Mapping):
-        return part
-    part = {key: value for key, value in part.items() if value is not None}
-    if part.get("type") == "video" and isinstance(part.get("video"), list):
-        return part | {"video": [_embedded_image(frame) for frame in part["video"]]}
-    if part.get("type") in ("image", "image_url"):
-        source = image_source(part)
-        return part | {"type": "image", "image": _embedded_image(source)}
-    return part
-
-
-def _embedded_image(source: Any) -> dict[str, Any]:
-    """{"bytes": the file, "path": its name, for errors}."""
-    name = source.get("path") if isinstance(source, Mapping) else source
-    if not isinstance(name, str) or name.startswith("data:"):
-        return {"bytes": encoded_bytes(source), "path": None}
-    return {"bytes": encoded_bytes(source), "path": name.rpartition("/")[2]}
+        else:
+            example = self.processor.encode(asks, add_generation_prompt=self.prompts)
+            size = len(example.input_ids), example.num_patches
+        if self.max_tokens is not None and size[0] > self.max_tokens:
+            raise ValueError(f"too long: {size[0]} tokens, --max_tokens is {self.max_tokens}")
+        record = pack_record(messages, plain_columns(columns))
+        return Checked(record, size, len(sources), bool(conversation.videos))
 
 
 def _in_order(

@@ -9,8 +9,15 @@ from typing import Literal
 
 import jax
 
-from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, question
-from pvm_jax.checkpoint.store import load
+from pvm_jax.apps.answer import (
+    Answerer,
+    ChatSession,
+    answer_file,
+    chat,
+    open_questions,
+    question,
+)
+from pvm_jax.checkpoint.store import find, load, read_branch, read_lora
 from pvm_jax.data.processor import Processor
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import local_path, make_local
@@ -32,6 +39,7 @@ examples:
   python -m pvm_jax generate --checkpoint checkpoints/8b --image photo.jpg --chat
   python -m pvm_jax generate --checkpoint checkpoints/8b --pvm off \\
       --image photo.jpg "What does it say without the branch?"
+  python -m pvm_jax generate --checkpoint checkpoints/8b --video clip.mp4 "What happens?"
   python -m pvm_jax generate --checkpoint checkpoints/8b \\
       --input questions.jsonl --output answers.jsonl
   python -m pvm_jax generate --checkpoint checkpoints/8b \\
@@ -66,9 +74,10 @@ class GenerateOptions:
         lora: put this LoRA adapter beside the weights.
         pvm: "off": the same weights without the branch.
         image: image file; may be given several times.
+        video: video file, read at the checkpoint's frames a second; the same.
         tags_as_text: added tokens, as '<think>', that texts hold in letters: those that the branch
             or the adapter was trained with.
-        chat: ask line after line; the line '/image FILE' adds an image.
+        chat: ask line after line; the lines '/image FILE' and '/video FILE' add one.
         input: answer these conversations: JSONL or another format of the training data.
         output: JSONL file for the answers; what is there already is not asked again.
         batch_size: conversations of --input at a time.
@@ -89,6 +98,7 @@ class GenerateOptions:
     lora: str | None = None
     pvm: Literal["on", "off"] = "on"
     image: Sequence[str] = ()
+    video: Sequence[str] = ()
     tags_as_text: list[str] | None = None
     chat: bool = False
     input: Path | None = None
@@ -105,7 +115,9 @@ class GenerateOptions:
 
     def __post_init__(self):
         make_local(self, "checkpoint", "branch", "lora", "input", "output")
-        object.__setattr__(self, "image", [str(local_path(image)) for image in self.image])
+        for name in ("image", "video"):
+            paths = [str(local_path(path)) for path in getattr(self, name)]
+            object.__setattr__(self, name, paths)
         given = [name for name in ("question", "chat", "input") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
@@ -113,10 +125,10 @@ class GenerateOptions:
             )
         if bool(self.input) != bool(self.output):
             raise ValueError("--input and --output go together")
-        if self.input and self.image:
+        if self.input and (self.image or self.video):
             raise ValueError(
-                "--image goes with a question or --chat: the conversations of --input bring their"
-                " own images"
+                "--image and --video go with a question or --chat: the conversations of --input"
+                " bring their own"
             )
         if not self.input and self.num_samples != 1:
             raise ValueError("--num_samples goes with --input")
@@ -148,7 +160,7 @@ def generate(argv: Sequence[str]) -> None:
         description=generate.__doc__ or "",
         examples=EXAMPLES,
         by_place=["question"],
-        repeated=["image"],
+        repeated=["image", "video"],
     )
     if options.output is None:
         _answer(options)
@@ -158,10 +170,40 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def _answer(options: GenerateOptions) -> None:
-    mesh = tensor_mesh(options.tensor)
+    """Looks at all that is asked and all that is to be loaded before it loads the weights."""
     processor = Processor.from_pretrained(
         options.checkpoint, tags_as_text=options.tags_as_text or ()
     )
+    find(options.checkpoint)
+    if options.branch:
+        read_branch(find(options.branch))
+    if options.lora:
+        read_lora(find(options.lora))
+    questions, first = None, question(options.question, options.image, options.video)
+    if options.input and options.output:
+        made_by = {name: getattr(options, name) for name in _DECISIVE}
+        questions = open_questions(processor, options.input, options.output, made_by=made_by)
+        print(
+            f"{len(questions.left):,} of {len(questions.conversations):,} conversations to answer"
+            f" into {options.output}, at most {options.num_samples} x {options.max_new_tokens:,}"
+            " tokens each; the bar tells how long it takes",
+            file=sys.stderr,
+        )
+    else:
+        processor.encode([first], add_generation_prompt=True)
+    answerer, mesh = _answerer(options, processor)
+    with computing_on(mesh):
+        if questions:
+            answer_file(answerer, questions, options.batch_size)
+        elif options.chat:
+            chat(answerer, options.image, _lines(), sys.stdout, options.video)
+        else:
+            ChatSession(answerer, sys.stdout).ask(first)
+
+
+def _answerer(options: GenerateOptions, processor: Processor) -> tuple[Answerer, jax.sharding.Mesh]:
+    """The model, loaded, with its processor and settings; and the mesh that it is on."""
+    mesh = tensor_mesh(options.tensor)
     model = load(
         options.checkpoint,
         mesh=mesh,
@@ -178,17 +220,7 @@ def _answer(options: GenerateOptions) -> None:
     )
     if options.pvm == "off":
         model = without_pvm(model)
-    answerer = Answerer(model, processor, options.max_new_tokens, settings)
-    with computing_on(mesh):
-        if options.input and options.output:
-            made_by = {name: getattr(options, name) for name in _DECISIVE}
-            answer_file(
-                answerer, options.input, options.output, options.batch_size, made_by=made_by
-            )
-        elif options.chat:
-            chat(answerer, options.image, _lines(), sys.stdout)
-        else:
-            ChatSession(answerer, sys.stdout).ask(question(options.question, options.image))
+    return Answerer(model, processor, options.max_new_tokens, settings), mesh
 
 
 @command

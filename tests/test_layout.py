@@ -21,7 +21,7 @@ FLOORS = {
         "measure apps",
         "__main__ console",
     ],
-    "train": ["config published", "data step rewards", "run", "sft grpo", "fit"],
+    "train": ["config published mixture", "data step rewards", "run", "sft grpo", "fit"],
 }
 """What may import what: a room reads those of its own floor and of the floors before it."""
 PACKAGES = {

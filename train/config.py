@@ -6,9 +6,11 @@ from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
 from pvm_jax.files.paths import make_local
+from train.mixture import Source, in_place, mixture_of
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
 @dataclass(frozen=True)
@@ -29,34 +31,6 @@ class Bucket:
                 f"data.buckets: needs tokens >= 1 and patches a multiple of 4, got {self.tokens}"
                 f" tokens, {self.patches} patches"
             )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the data's sources.
-
-    Attributes:
-        path: JSONL or Parquet file, `data/train-*.parquet`, or a directory: Parquet files, what
-            `datasets` saved, or what convert.dataset wrote (docs/data.md).
-        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random
-            half each time.
-    """
-
-    path: str
-    weight: float = 1.0
-
-    def __post_init__(self):
-        make_local(self, "path")
-        if not self.weight > 0:
-            raise ValueError(
-                f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
-            )
-
-
-def mixture_of(sources: str | list[str | Source]) -> list[Source]:
-    """One or several sources, each with its weight. Raises ValueError for a path that is a URL."""
-    several = [sources] if isinstance(sources, str) else sources
-    return [source if isinstance(source, Source) else Source(source) for source in several]
 
 
 @dataclass(frozen=True)
@@ -88,6 +62,7 @@ class ExamplesConfig:
     measure_anew: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "sources", in_place(self.sources))
         if not self.mixture:
             raise ValueError("data.sources: needs at least one path")
         if not self.buckets:
@@ -208,6 +183,29 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where a run's curves and sample answers go; process 0 writes them.
+
+    Attributes:
+        to: "tensorboard" writes event files into run_dir/log; "wandb", "trackio" and "mlflow" need
+            the extra of their name, and are told where to log by their own environment variables.
+            What is tracked there is one run, however often it is stopped and goes on.
+        project: of the run there (MLflow's experiment).
+        name: of the run there; None: the directory's, of run_dir.
+    """
+
+    to: list[TrackerName] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "pvm-jax"
+    name: str | None = None
+
+    def __post_init__(self):
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"log.to names a tracker twice: {', '.join(self.to)}")
+        if not self.project or self.name == "":
+            raise ValueError("log.project and log.name must not be empty")
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices by kind of parallelism; -1 (at most once) takes what the others leave.
 
@@ -298,6 +296,7 @@ class RunConfig:
         log_every: steps between two reads of the metrics; every step's values are written then.
         checkpoint_every: steps between two checkpoints.
         keep: step checkpoints kept, newest first.
+        log: where the metrics and sample answers go.
         optimizer: AdamW and its schedule.
         mesh: how devices share the work.
         distributed: how the processes of a run on several hosts find each other.
@@ -323,6 +322,7 @@ class RunConfig:
     checkpoint_every: int = 500
     keep: int = 2
     not_finite: Literal["stop", "skip"] = "stop"
+    log: LogConfig = field(default_factory=LogConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

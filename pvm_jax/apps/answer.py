@@ -20,12 +20,14 @@ from pvm_jax.data.example import Example
 from pvm_jax.data.image_files import image_size
 from pvm_jax.data.messages import asked
 from pvm_jax.data.processor import Processor
-from pvm_jax.data.stored import Conversations
+from pvm_jax.data.stored import Conversations, plain_columns
+from pvm_jax.data.video_files import VideoFile, outline
 from pvm_jax.generation import Chat, Settings, generate
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 IMAGE_COMMAND = "/image "
-"""What a chat's line begins with that adds an image to the next question."""
+VIDEO_COMMAND = "/video "
+"""What a chat's line begins with that adds an image or a video to the next question."""
 
 _LINE = b'{"source": '
 """What each line of a file of answers begins with."""
@@ -70,11 +72,13 @@ class Answerer:
         return [rows[row : row + samples] for row in range(0, len(rows), samples)]
 
 
-def question(text: str, images: Iterable[str | Path]) -> dict[str, Any]:
-    """The user's message: the images, then the text."""
-    content = [{"type": "image", "image": str(path)} for path in images] + [
-        {"type": "text", "text": text}
-    ]
+def question(
+    text: str, images: Iterable[str | Path], videos: Iterable[str | Path] = ()
+) -> dict[str, Any]:
+    """The user's message: the images, the video files, then the text."""
+    content = [{"type": "image", "image": str(path)} for path in images]
+    content += [{"type": "video", "video": str(path)} for path in videos]
+    content += [{"type": "text", "text": text}]
     return {"role": "user", "content": content}
 
 
@@ -129,42 +133,59 @@ class ChatSession:
         return answer
 
 
-def chat(answerer: Answerer, images: Sequence[str], lines: Iterable[str], out: TextIO) -> None:
-    """Answers line after line. `/image FILE` adds an image to the next question; a question that is
-    refused may be put anew."""
-    conversation, waiting = ChatSession(answerer, out), list(images)
+def chat(
+    answerer: Answerer,
+    images: Sequence[str],
+    lines: Iterable[str],
+    out: TextIO,
+    videos: Sequence[str] = (),
+) -> None:
+    """Answers line after line. `/image FILE` and `/video FILE` add one to the next question; a
+    question that is refused may be put anew."""
+    conversation, waiting = ChatSession(answerer, out), (list(images), list(videos))
+    sampling = answerer.processor.video_settings.sampling
     for line in lines:
         line = line.strip()
-        if line.startswith(IMAGE_COMMAND):
-            path = line.removeprefix(IMAGE_COMMAND).strip()
-            try:
+        try:
+            if line.startswith(IMAGE_COMMAND):
+                path = line.removeprefix(IMAGE_COMMAND).strip()
                 image_size(path)
-                waiting.append(path)
-            except (OSError, ValueError) as error:
-                print(f"error: {error}", file=sys.stderr)
-        elif line.startswith("/"):
-            print(
-                f"error: {line.split()[0]} is no command; there is {IMAGE_COMMAND}FILE",
-                file=sys.stderr,
-            )
-        elif line:
-            try:
-                conversation.ask(question(line, waiting))
-            except (OSError, ValueError) as error:
-                print(f"error: {error}", file=sys.stderr)
-                continue
-            waiting = []
+                waiting[0].append(path)
+            elif line.startswith(VIDEO_COMMAND):
+                path = line.removeprefix(VIDEO_COMMAND).strip()
+                outline(VideoFile(path), sampling)
+                waiting[1].append(path)
+            elif line.startswith("/"):
+                raise ValueError(
+                    f"{line.split()[0]} is no command; there are {IMAGE_COMMAND}FILE and"
+                    f" {VIDEO_COMMAND}FILE"
+                )
+            elif line:
+                conversation.ask(question(line, *waiting))
+                waiting = ([], [])
+        except (OSError, ValueError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
-def answer_file(
-    answerer: Answerer, source: Path, target: Path, batch_size: int, *, made_by: Mapping[str, Any]
-) -> None:
-    """Answers the conversations at `source`, `batch_size` at a time, into the JSONL file `target`.
+@dataclass(frozen=True)
+class Questions:
+    """Conversations to answer into a file, all of them checked.
 
-    A line of it is {"source": place, "index": number from 0, "answers": [text of each sample],
-    "made_by": …}. A conversation's last turn, if it is the assistant's, is left out. What `target`
-    answers already is not asked again: an answer depends on its conversation, its index and the
-    settings alone, not on the others in its batch.
+    Attributes:
+        left: indices of those that the file does not answer yet.
+    """
+
+    conversations: Conversations
+    target: Path
+    made_by: Mapping[str, Any]
+    left: Sequence[int]
+
+
+def open_questions(
+    processor: Processor, source: Path, target: Path, *, made_by: Mapping[str, Any]
+) -> Questions:
+    """What is at `source` and not yet answered in the JSONL file `target`; no model is needed for
+    it. Of the pictures the headers are read.
 
     Args:
         made_by: what the answers depend on, by name, as JSON has it; lines made by anything else
@@ -174,32 +195,58 @@ def answer_file(
         FileNotFoundError: if there is nothing at `source`.
         ValueError: for a conversation that cannot be taken, naming its place; for a `target` that
             belongs to other data or other settings, which then is left as it is.
+        OSError: if `target` cannot be written.
     """
-    conversations = open_conversations(source)
+    conversations = open_conversations(source, every_column=True)
     answered = _answered(conversations, target, made_by)
     left = [index for index in range(len(conversations)) if index not in answered]
+    for index in left:
+        messages = conversations[index]
+        with conversations.naming(index):
+            processor.count(asked(messages), add_generation_prompt=True)
+    with target.open("a"):
+        return Questions(conversations, target, made_by, left)
+
+
+def answer_file(answerer: Answerer, questions: Questions, batch_size: int) -> None:
+    """Answers what is left of the questions, `batch_size` at a time.
+
+    A line of the file is {"source": place, "index": number from 0, "question": text of the last
+    turn, "record": the record's own columns, "answers": [text of each sample], "made_by": …}. A
+    conversation's last turn, if it is the assistant's, is left out. What the file answers already
+    is not asked again: an answer depends on its conversation, its index and the settings alone, not
+    on the others in its batch.
+    """
+    conversations, left = questions.conversations, questions.left
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     start, count = time.perf_counter(), 0
     with (
-        target.open("a", encoding="utf-8") as out,
+        questions.target.open("a", encoding="utf-8") as out,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
-        task = progress.add_task(target.name, total=len(conversations), completed=len(answered))
+        task = progress.add_task(
+            questions.target.name,
+            total=len(conversations),
+            completed=len(conversations) - len(left),
+        )
         for first in range(0, len(left), batch_size):
-            indices, examples = left[first : first + batch_size], []
+            indices, prompts, examples = left[first : first + batch_size], [], []
             for index in indices:
+                prompts.append(asked(conversations[index]))
                 with conversations.naming(index):
-                    prompt = asked(conversations[index])
-                    examples.append(answerer.processor.encode(prompt, add_generation_prompt=True))
-            for index, samples in zip(
-                indices, answerer.written(examples, seeds=indices), strict=True
+                    examples.append(
+                        answerer.processor.encode(prompts[-1], add_generation_prompt=True)
+                    )
+            for index, prompt, samples in zip(
+                indices, prompts, answerer.written(examples, seeds=indices), strict=True
             ):
-                answers = [answerer.processor.decode(tokens) for tokens in samples]
                 line = {
                     "source": conversations.where(index),
                     "index": index,
-                    "answers": answers,
-                    "made_by": made_by,
+                    "question": _text_of(prompt[-1]),
+                    "record": plain_columns(conversations.columns(index)),
+                    "answers": [answerer.processor.decode(tokens) for tokens in samples],
+                    "made_by": questions.made_by,
                 }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += sum(map(len, samples))
@@ -211,8 +258,16 @@ def answer_file(
         " included"
     )
     print(
-        f"[{len(left)} answered: {speed}; {target} holds all {len(conversations)}]", file=sys.stderr
+        f"[{len(left)} answered: {speed}; {questions.target} holds all {len(conversations)}]",
+        file=sys.stderr,
     )
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part.get("type") == "text")
 
 
 def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, Any]) -> set[int]:

@@ -1,5 +1,5 @@
-"""Conversations on disk, read at random: JSON files, Parquet, a directory saved by `datasets`, or
-shards of `convert.dataset`.
+"""Conversations on disk, read at random: JSON files, Parquet, WebDataset's tar files, a directory
+saved by `datasets`, or shards of `convert.dataset`.
 
 Every format holds records, as {"messages": [...], "images": [...]}: chat messages as TRL and
 Hugging Face have them, and the pictures that their {"type": "image"} parts show, in order.
@@ -17,6 +17,7 @@ from pvm_jax.data.messages import MARKS, Messages, is_learned
 from pvm_jax.data.shards import SHARDS_INDEX, Shards
 from pvm_jax.data.stored import Conversations, Joined
 from pvm_jax.data.tables import SAVED_INDEX, ParquetFiles, SavedDataset
+from pvm_jax.data.tars import TarFiles
 from pvm_jax.files.paths import local_path
 
 _IN_DIRECTORIES = (".jsonl", ".jsonl.gz")
@@ -67,6 +68,8 @@ def _several(path: Path, members: Sequence[Path], every_column: bool) -> Convers
         raise FileNotFoundError(f"{path}: no such file of conversations")
     if all(member.suffix == ".parquet" and member.is_file() for member in members):
         return ParquetFiles(path, members, every_column)
+    if all(member.suffix == ".tar" and member.is_file() for member in members):
+        return TarFiles(path, members)
     if members == [path]:
         return JsonFile(path)
     return Joined(path, [open_conversations(one, every_column=every_column) for one in members])
@@ -87,11 +90,12 @@ def _directory(path: Path, every_column: bool) -> Conversations:
     lines = [file for file in there if file.name.endswith(_IN_DIRECTORIES)]
     if files and lines:
         raise ValueError(f"{path} has *.parquet and *.jsonl files: choose one by a pattern")
-    files = files or lines
+    files = files or lines or [file for file in visible if file.suffix == ".tar"]
     if not files:
         raise ValueError(
             f"{path} is no directory of conversations: it has no {SHARDS_INDEX} (convert.dataset),"
-            f" no {SAVED_INDEX} (datasets.Dataset.save_to_disk) and no *.parquet or *.jsonl files"
+            f" no {SAVED_INDEX} (datasets.Dataset.save_to_disk) and no *.parquet, *.jsonl or *.tar"
+            " files"
         )
     unread = [file.name for file in there if file not in files and file.name not in _ABOUT_DATA]
     if unread:

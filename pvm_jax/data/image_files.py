@@ -45,7 +45,7 @@ def opened(source: Source) -> Iterator[tuple[Image.Image, str]]:
     elif isinstance(source, np.ndarray):
         image, name = _from_array(source), "the array"
     else:
-        file, name = _file(source)
+        file, name = file_of(source)
         try:
             image = Image.open(file)
         except UnidentifiedImageError as error:  # whose text names the object that holds it
@@ -122,7 +122,7 @@ def encoded_bytes(source: str | Path | bytes | Mapping[str, Any]) -> bytes:
     Raises:
         FileNotFoundError, ValueError: as `opened`, without looking inside.
     """
-    file, _ = _file(source)
+    file, _ = file_of(source)
     return file.getvalue() if isinstance(file, BytesIO) else file.read_bytes()
 
 
@@ -134,67 +134,78 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _file(source: Any) -> tuple[Path | BytesIO, str]:
-    """What PIL can open, and its name for errors."""
+def file_of(
+    source: Any, what: str = "image", most: int = MAX_FILE_BYTES
+) -> tuple[Path | BytesIO, str]:
+    """What a decoder can open of a `what` in a path, a URL or bytes, and its name for errors.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is none of them, or a file that does not end or has
+            more than `most` bytes.
+    """
     if isinstance(source, Mapping):
         if (encoded := source.get("bytes")) is not None:
             if not isinstance(encoded, bytes | bytearray | memoryview):
                 raise ValueError(
-                    f"an image's 'bytes' must be bytes, got {type(encoded).__name__} (for JSON: a"
-                    " data: URL)"
+                    f"{_article(what)}'s 'bytes' must be bytes, got {type(encoded).__name__} (for"
+                    " JSON: a data: URL)"
                 )
-            return BytesIO(encoded), str(source.get("path") or "the image in 'bytes'")
+            return BytesIO(encoded), str(source.get("path") or f"the {what} in 'bytes'")
         source = source.get("path")
     if isinstance(source, bytes):
-        return BytesIO(source), f"the image of {len(source)} bytes"
+        return BytesIO(source), f"the {what} of {len(source)} bytes"
     if isinstance(source, Path):
-        return _regular(source, str(source)), str(source)
+        return _regular(source, str(source), what, most), str(source)
     if not isinstance(source, str):
         raise ValueError(
-            "an image must be a path, a file:// or data: URL, encoded bytes, a PIL image, a uint8"
-            f" array or a mapping with 'bytes' or 'path', got {type(source).__name__}"
+            f"{_article(what)} must be a path, a file:// or data: URL, encoded bytes, a PIL image,"
+            f" a uint8 array or a mapping with 'bytes' or 'path', got {type(source).__name__}"
         )
     if not source:
-        raise ValueError("an image's path is empty")
+        raise ValueError(f"{_article(what)}'s path is empty")
     if source.startswith("data:"):
-        return _from_base64(source)
+        return _from_base64(source, what)
     if source.startswith("file://"):
         source = url2pathname(unquote(urlparse(source).path))
     elif "://" in source:
         raise ValueError(
-            f"{source}: images are not fetched over the network; download it and give the file's"
+            f"{source}: {what}s are not fetched over the network; download it and give the file's"
             " path"
         )
     path = Path.home() / source.removeprefix(HOME) if source.startswith(HOME) else Path(source)
-    return _regular(path, source), source
+    return _regular(path, source, what, most), source
 
 
-def _from_base64(url: str) -> tuple[BytesIO, str]:
+def _article(what: str) -> str:
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"
+
+
+def _from_base64(url: str, what: str) -> tuple[BytesIO, str]:
     header, _, payload = url.partition(",")
     if not header.endswith(";base64"):
-        raise ValueError(f"{header[:80]},…: a data URL of an image must be base64")
+        raise ValueError(f"{header[:80]},…: a data URL of {_article(what)} must be base64")
     try:
         encoded = base64.b64decode(re.sub(r"\s", "", payload), validate=True)
     except binascii.Error as error:
         raise ValueError(f"{header},…: not base64 ({error})") from error
-    return BytesIO(encoded), f"the image in a {header} URL"
+    return BytesIO(encoded), f"the {what} in a {header} URL"
 
 
-def _regular(path: Path, name: str) -> Path:
+def _regular(path: Path, name: str, what: str, most: int) -> Path:
     """`path`, if it is a file that ends."""
     try:
         status = path.stat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} does not exist") from error
     except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
-        raise ValueError(f"{name[:200]} cannot be read as an image: {error}") from error
+        raise ValueError(f"{name[:200]} cannot be read as {_article(what)}: {error}") from error
     if stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"{name} cannot be read as an image: it is a directory")
+        raise ValueError(f"{name} cannot be read as {_article(what)}: it is a directory")
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{name} cannot be read as an image: it is no regular file")
-    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{name} cannot be read as {_article(what)}: it is no regular file")
+    if status.st_size > most:
         raise ValueError(
-            f"{name} has {status.st_size / 2**30:.1f} GiB: an image file may have"
-            f" {MAX_FILE_BYTES / 2**30:g}"
+            f"{name} has {status.st_size / 2**30:.1f} GiB: {_article(what)} file may have"
+            f" {most / 2**30:g}"
         )
     return path

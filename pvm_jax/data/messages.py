@@ -14,12 +14,16 @@ import numpy as np
 
 from pvm_jax.data.boxes import Box, read_boxes
 from pvm_jax.data.image_files import Source
+from pvm_jax.data.video_files import Video, VideoFile
 from pvm_jax.files.json_file import is_number
 
 DEFAULT_FPS = 24.0
 
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 """Under which an image part holds its picture."""
+
+VIDEO_KEYS = ("video", "path", "url")
+"""Under which a video part holds its frames or its file."""
 
 MARKS = ("weight", "loss", "train", "trainable")
 """Keys of an assistant turn that say whether it is learned, in the words of OpenAI, ms-swift,
@@ -59,20 +63,6 @@ def variables_of(messages: Messages) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Video:
-    """The frames of a video, and the second at which each was taken."""
-
-    frames: Sequence[Source]
-    seconds: Sequence[float]
-
-    def moments(self, group: int) -> list[float]:
-        """The time of each group of frames, midway between its first and last; the last frame fills
-        up its group."""
-        seconds = [*self.seconds, *[self.seconds[-1]] * (-len(self.seconds) % group)]
-        return [(seconds[i] + seconds[i + group - 1]) / 2 for i in range(0, len(seconds), group)]
-
-
-@dataclass(frozen=True)
 class Conversation:
     """A parsed conversation.
 
@@ -86,7 +76,7 @@ class Conversation:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[tuple[str, Source]] = field(default_factory=list)
-    videos: list[tuple[str, Video]] = field(default_factory=list)
+    videos: list[tuple[str, Video | VideoFile]] = field(default_factory=list)
     boxes: list[list[Box]] = field(default_factory=list)
     unlearned: set[int] = field(default_factory=set)
     variables: dict[str, Any] = field(default_factory=dict)
@@ -304,14 +294,49 @@ def image_source(part: dict[str, Any]) -> Source:
     return source
 
 
-def _parse_video(part: dict[str, Any]) -> Video:
-    frames, fps, seconds = (part.pop(key, None) for key in ("video", "fps", "timestamps"))
-    if isinstance(frames, str | Path | bytes):
+def video_source(part: dict[str, Any]) -> Any:
+    """Takes the frames or the file out of a video part, which then is without it.
+
+    Raises:
+        ValueError: unless there is one of them.
+    """
+    given = [key for key in VIDEO_KEYS if key in part]
+    if len(given) != 1:
         raise ValueError(
-            "video files are not decoded here: give the list of frames, with their fps"
+            "a video part needs its file or its list of frames under 'video' (a file also under"
+            f" 'path' or 'url'), got {given or 'none'}"
         )
+    return part.pop(given[0])
+
+
+def video_file(source: Any, part: dict[str, Any]) -> VideoFile:
+    """A file with what the part says of its frames, which then is without it.
+
+    Raises:
+        ValueError: for what makes no sense.
+    """
+    fps, count = (part.pop(key, None) for key in ("fps", "num_frames"))
+    if fps is not None and count is not None:
+        raise ValueError("give fps or num_frames, not both")
+    if fps is not None and not (is_number(fps) and fps > 0):
+        raise ValueError(f"fps must be a positive number, got {fps!r}")
+    if count is not None and not (isinstance(count, int) and count > 1):
+        raise ValueError(f"num_frames must be a whole number of at least 2, got {count!r}")
+    return VideoFile(source, fps, count)
+
+
+def is_video_file(source: Any) -> bool:
+    """Whether a video's source is a file, and no list of frames."""
+    return isinstance(source, str | Path | bytes | Mapping)
+
+
+def _parse_video(part: dict[str, Any]) -> Video | VideoFile:
+    frames = video_source(part)
+    if is_video_file(frames):
+        return video_file(frames, part)
+    fps, seconds = (part.pop(key, None) for key in ("fps", "timestamps"))
     if not isinstance(frames, list | tuple | np.ndarray) or len(frames) == 0:
-        raise ValueError("a video part needs its list of frames under 'video'")
+        raise ValueError("a video part needs its file or its list of frames under 'video'")
     if seconds is None:
         if fps is None:
             warnings.warn(

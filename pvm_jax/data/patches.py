@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from pvm_jax.data.pixels import scale_of
+from pvm_jax.data.video_files import FrameSampling
 from pvm_jax.files.json_file import is_number
 
 MAX_ASPECT_RATIO = 200
@@ -191,15 +192,18 @@ class ImageSettings(PixelSettings):
 
 @dataclass(frozen=True)
 class VideoSettings(PixelSettings):
-    """Settings of `Qwen3VLVideoProcessor`. What it says of sampling frames is not read: a video
-    comes as its frames."""
+    """Settings of `Qwen3VLVideoProcessor`, `fps` and the two bounds for video files alone; of a
+    list of frames all are used."""
 
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 768
+    fps: float = FrameSampling.fps
+    min_frames: int = FrameSampling.min_frames
+    max_frames: int = FrameSampling.max_frames
 
     computes = PixelSettings.computes | {"video_processor_type": ("Qwen3VLVideoProcessor",)}
     refuses = ("min_pixels", "max_pixels")
-    sizes = (*PixelSettings.sizes, "max_video_tokens")
+    sizes = (*PixelSettings.sizes, "max_video_tokens", "min_frames", "max_frames")
     default_size: ClassVar[dict[str, int]] = {
         "shortest_edge": 128 * 32 * 32,
         "longest_edge": 768 * 32 * 32,
@@ -211,6 +215,13 @@ class VideoSettings(PixelSettings):
             raise ValueError(
                 f"cap_pixels_per_frame must be true or false, got {self.cap_pixels_per_frame!r}"
             )
+        if not (is_number(self.fps) and self.fps > 0):
+            raise ValueError(f"fps must be a finite number above 0, got {self.fps!r}")
+
+    @property
+    def sampling(self) -> FrameSampling:
+        """Which frames of a file are taken."""
+        return FrameSampling(self.fps, self.min_frames, self.max_frames)
 
     def resized(self, frames: int, height: int, width: int) -> tuple[int, int]:
         if frames < self.temporal_patch_size:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pvm_jax.data.image_files import HOME
-from pvm_jax.data.messages import IMAGE_KEYS
+from pvm_jax.data.messages import IMAGE_KEYS, VIDEO_KEYS
 
-_SOURCES = {"image": IMAGE_KEYS, "video": ("video",)}
+_SOURCES = {"image": IMAGE_KEYS, "video": VIDEO_KEYS}
 _WORDS = {"image": "pictures", "video": "videos"}
 
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\s]{48,}=*\s*")
@@ -218,7 +218,7 @@ def _filled(messages: Sequence[Message], kind: str, sources: list[Any]) -> Seque
 
 def _with_source(part: Mapping[str, Any], kind: str, source: Any) -> dict[str, Any]:
     part = {key: value for key, value in part.items() if key != "index"}
-    if kind == "video" and isinstance(source, Mapping):
+    if kind == "video" and isinstance(source, Mapping) and "video" in source:
         return part | dict(source)
     return part | {kind: source}
 
@@ -236,9 +236,16 @@ def _with_path(part: Any, root: Path) -> Any:
     if part.get("type") in ("image", "image_url"):
         given = [key for key in IMAGE_KEYS if key != "base64" and part.get(key) is not None]
         return dict(part) | {key: _absolute(part[key], root) for key in given}
-    if isinstance(part.get("video"), list):
-        return dict(part) | {"video": [_absolute(frame, root) for frame in part["video"]]}
+    if part.get("type") == "video":
+        given = [key for key in VIDEO_KEYS if part.get(key) is not None]
+        return dict(part) | {key: _absolute_video(part[key], root) for key in given}
     return part
+
+
+def _absolute_video(source: Any, root: Path) -> Any:
+    if isinstance(source, list):
+        return [_absolute(frame, root) for frame in source]
+    return _absolute(source, root)
 
 
 def _absolute(image: Any, root: Path) -> Any:

@@ -29,6 +29,7 @@ from pvm_jax.data.pixels import as_floats
 from pvm_jax.data.side_files import check_fits, pixel_settings, read_stop_tokens, visual_tokens
 from pvm_jax.data.tags import with_tags_as_text
 from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
+from pvm_jax.data.video_files import Outline, VideoFile, decoded, moments, outline
 from pvm_jax.files.paths import local_path
 
 CONTENT_TOKENS = tuple(
@@ -46,8 +47,9 @@ class Processor:
     A conversation is a list of messages {"role": …, "content": …}. Content is a string or a list of
     parts: {"type": "text", "text": …}, {"type": "image", "image": …} (also under "url" or "path")
     and {"type": "video", "video": [frame, …]} with the "fps" of these frames, or "timestamps" in
-    seconds, beside it. Images and frames are whatever `images.read_image` takes; all frames of a
-    video are used.
+    seconds, beside it. Images and frames are whatever `images.read_image` takes; all frames of such
+    a list are used. Of a file, {"type": "video", "video": path}, as many are taken a second as the
+    checkpoint says, or as "fps" beside it does; or "num_frames" in all.
 
     Attributes:
         tokenizer: the checkpoint's tokenizer.
@@ -217,19 +219,23 @@ class Processor:
             FileNotFoundError, ValueError: as `encode`, as far as the headers tell.
         """
         conversation = parse(messages, self._controls)
-        image_grids, video_grids = [], []
+        image_grids, video_grids, seconds = [], [], []
         for where, source in conversation.images:
             with naming(where):
                 image_grids.append(self.image_settings.grid(1, *image_size(source)))
         for where, video in conversation.videos:
             with naming(where):
-                video_grids.append(
-                    self.video_settings.grid(len(video.frames), *image_size(video.frames[0]))
-                )
+                if isinstance(video, VideoFile):
+                    shown = outline(video, self.video_settings.sampling)
+                else:
+                    shown = Outline(*image_size(video.frames[0]), list(video.seconds))
+                size = shown.height, shown.width
+                video_grids.append(self.video_settings.grid(len(shown.seconds), *size))
+                seconds.append(shown.seconds)
         segments = self._template.segments(
             conversation, add_generation_prompt=add_generation_prompt
         )
-        ids, _ = self._tokens(segments, conversation, image_grids, video_grids)
+        ids, _ = self._tokens(segments, conversation, image_grids, video_grids, seconds)
         return len(ids), sum(math.prod(grid) for grid in image_grids + video_grids)
 
     @property
@@ -264,6 +270,7 @@ class Processor:
 
     def _example(self, conversation: Conversation, segments: list[Segment]) -> Example:
         image_pixels, image_grids, video_pixels, video_grids, marks = [], [], [], [], []
+        seconds = []
         merge = self.image_settings.merge_size
         for (where, source), boxes in zip(conversation.images, conversation.boxes, strict=True):
             with naming(where):
@@ -274,12 +281,15 @@ class Processor:
             image_grids.append(grid)
         for where, video in conversation.videos:
             with naming(where):
+                if isinstance(video, VideoFile):
+                    video = decoded(video, self.video_settings.sampling)
                 pixels, grid = patches(
                     [read_image(frame) for frame in video.frames], self.video_settings
                 )
+            seconds.append(video.seconds)
             video_pixels.append(pixels)
             video_grids.append(grid)
-        ids, mask = self._tokens(segments, conversation, image_grids, video_grids)
+        ids, mask = self._tokens(segments, conversation, image_grids, video_grids, seconds)
         shown = np.flatnonzero(ids == self.tokenizer.convert_tokens_to_ids(self._image))
         return Example(
             input_ids=ids,
@@ -299,9 +309,10 @@ class Processor:
         conversation: Conversation,
         image_grids: list[Grid],
         video_grids: list[Grid],
+        seconds: Sequence[Sequence[float]],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [S] int64 with one placeholder per visual token, and which are learned [S]
-        bool."""
+        bool. `seconds`: of each video's frames."""
         text = "".join(text for text, _ in segments)
         for kind, token, grids in (
             ("image", self._image, image_grids),
@@ -312,18 +323,18 @@ class Processor:
                     f"the chat template wrote {text.count(token)} placeholders for {len(grids)}"
                     f" {kind}s: does it show the {kind}s of every role?"
                 )
-        images, videos = iter(image_grids), zip(video_grids, conversation.videos, strict=True)
+        images, videos = iter(image_grids), zip(video_grids, seconds, strict=True)
         lengths: list[int] = []
 
         def expand(match: re.Match[str]) -> str:
             if match[0] == self._image:
                 lengths.append(math.prod(next(images)) // self.image_settings.merge_size**2)
                 return self._image
-            (groups, rows, columns), (_, video) = next(videos)
+            (groups, rows, columns), taken = next(videos)
             lengths.extend([rows * columns // self.video_settings.merge_size**2] * groups)
-            moments = video.moments(self.video_settings.temporal_patch_size)
             return "".join(
-                f"<{moment:.1f} seconds>{self._start}{self._video}{self._end}" for moment in moments
+                f"<{moment:.1f} seconds>{self._start}{self._video}{self._end}"
+                for moment in moments(taken, self.video_settings.temporal_patch_size)
             )
 
         segments = [(self._placeholder.sub(expand, text), learned) for text, learned in segments]

@@ -1,8 +1,9 @@
 """Conversations in shards, as `convert.dataset` writes them: ArrayRecord files with the images
 inside."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgpack
@@ -78,13 +79,14 @@ def _sizes(file: Path, count: int) -> np.ndarray:
     return np.array(sizes)
 
 
-def pack_record(messages: Messages) -> bytes:
+def pack_record(messages: Messages, columns: Mapping[str, Any] = MappingProxyType({})) -> bytes:
     """One record of a shard as MessagePack: the messages, images as {"bytes": …, "path": …} in
-    their parts, and what the chat template gets besides."""
+    their parts, what the chat template gets besides, and the record's own columns."""
     variables = variables_of(messages)
     tools = {"tools": variables.pop("tools")} if "tools" in variables else {}
     others = {"chat_template_kwargs": variables} if variables else {}
-    record = msgpack.packb({"messages": list(messages), **tools, **others}, default=_as_digits)
+    whole = {**columns, "messages": list(messages), **tools, **others}
+    record = msgpack.packb(whole, default=_as_digits)
     assert record is not None
     return record
 

@@ -1,8 +1,9 @@
 """Stored conversations, each read when it is asked for: what all formats share."""
 
+import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -160,3 +161,18 @@ class Parts(Conversations):
         """Part of record `index`, and its place there."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         return part, index - (int(self._ends[part - 1]) if part else 0)
+
+
+def plain_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns as JSON holds them: a date as its text; without those that hold bytes."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, bytes):
+            raise TypeError
+        return str(value)
+
+    kept = {}
+    for name, value in columns.items():
+        with suppress(TypeError):
+            kept[name] = json.loads(json.dumps(value, default=text))
+    return kept

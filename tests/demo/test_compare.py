@@ -197,8 +197,7 @@ def test_cells_are_visual_tokens_in_reading_order():
 def test_gates_are_read_back_from_the_log_of_a_run_that_went_on(tmp_path):
     writer = EventWriter(tmp_path, start=0)
     for step, gate in ((0, 0.0), (1, 0.5), (2, 0.75), (2, -0.25)):
-        writer.add_scalar("gate/2", gate, step)
-        writer.add_scalar("train/loss", 1.0, step)
+        writer.scalars(step, {"gate/2": gate, "train/loss": 1.0})
     writer.close()
     assert curves.read_gates(tmp_path) == {"2": [0.0, 0.5, -0.25]}
     assert curves.read_gates(tmp_path, tmp_path / "none", tmp_path) == {"2": [0.0, 0.5, -0.25] * 2}

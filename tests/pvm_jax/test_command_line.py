@@ -48,7 +48,8 @@ def _line(index: int, text: str = "List ground", **part) -> str:
     image = {"type": "image", "image": f"{index}.png"} | part
     content = [image, {"type": "text", "text": text}]
     answer = {"role": "assistant", "content": "what it should say"}
-    return json.dumps({"messages": [{"role": "user", "content": content}, answer]}) + "\n"
+    messages = [{"role": "user", "content": content}, answer]
+    return json.dumps({"id": f"q{index}", "messages": messages, "solution": 7}) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,10 @@ def test_a_file_of_questions_is_answered_and_resumed(
         (f"{questions / 'questions.jsonl'}:{index + 1}", index, 2) for index in range(3)
     ]
     assert all(answer for line in lines for answer in line["answers"])
+    assert [line["record"] for line in lines] == [
+        {"id": f"q{index}", "solution": 7} for index in range(3)
+    ]
+    assert {line["question"] for line in lines} == {"List ground"}
     for torn in (b"\n", "“".encode()[:2]):  # the second in the middle of a character
         output.write_bytes(written[: written.index(torn, written.index(b"\n") + 1) + len(torn) - 1])
         main([*arguments, "--batch-size", "1"])

@@ -269,7 +269,7 @@ def test_events_that_cannot_be_written_name_their_directory(tmp_path):
     try:
         told = rf"{tmp_path / 'log'}.*cannot be written.*free space there"
         with pytest.raises(OSError, match=told):  # noqa: PT012
-            writer.add_scalar("train/loss", 1.0, 0)
+            writer.scalars(0, {"train/loss": 1.0})
             writer.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

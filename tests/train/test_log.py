@@ -1,9 +1,11 @@
 """What a run writes for TensorBoard, and what it does about steps that are not finite."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 
-from train.run.events import read_values
+from train.run.events import EventWriter, read_values
 from train.run.log import RunLog
 
 
@@ -19,9 +21,10 @@ def metrics(loss=1.0, **more):
 @pytest.fixture
 def open_log(tmp_path):
     def open_log(**options):
-        return RunLog(tmp_path, **({"start": 0, "total": 100, "every": 2, "peak": None} | options))
+        return RunLog([writer], **({"start": 0, "total": 100, "every": 2, "peak": None} | options))
 
-    return open_log
+    with closing(EventWriter(tmp_path, start=0)) as writer:
+        yield open_log
 
 
 def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
@@ -65,6 +68,22 @@ def test_mfu_is_the_work_over_the_peak_and_the_live_line_shows_it(
     assert "loss 3.0000" in shown
     assert "MFU" in shown
     assert "ETA" in shown
+
+
+def test_the_console_fits_80_columns_with_step_loss_rate_and_eta_first(open_log, capsys):
+    gates = {f"gate/{layer}": np.float32(0.5) for layer in (8, 16, 24)}
+    with open_log(total=10**5, peak=1e9) as log:
+        for step in range(2):
+            log.add(step, metrics(step, flops=np.float32(3e6), **gates))
+    to_go, first, *rest = capsys.readouterr().out.splitlines()
+    assert to_go.startswith("99,998 steps to go: ")
+    assert max(map(len, (first, *rest))) <= 80
+    facts = ["step 2/100000", "loss 1.0000", "lr 1.00e-01", "tokens/s", "ETA"]
+    places = [first.find(fact) for fact in facts]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert all(line.startswith("  ") for line in rest)
+    assert "gate/24 +0.5000" in rest[-1]
 
 
 def test_a_step_that_is_not_finite_stops_the_run_and_names_its_examples(open_log):

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from pvm_jax.data.conversations import stored_files
-from pvm_jax.data.image_files import encoded_bytes
+from pvm_jax.data.image_files import encoded_bytes, file_of
 from pvm_jax.data.messages import parse
 from pvm_jax.data.shards import Shards
 from pvm_jax.data.stored import Conversations
+from pvm_jax.data.video_files import MAX_FILE_BYTES, Video, VideoFile
 
 BLOCK_BYTES = 2**20
 MOST_BLOCKS = 2048
@@ -78,11 +79,27 @@ def _pictures(conversations: Conversations, index: int) -> bytes:
     except ValueError:
         return b""
     sources: list[Any] = [source for _, source in conversation.images]
-    sources += [frame for _, video in conversation.videos for frame in video.frames]
+    videos = [video for _, video in conversation.videos]
+    sources += [frame for one in videos if isinstance(one, Video) for frame in one.frames]
     found = hashlib.sha256()
+    for video in videos:
+        if isinstance(video, VideoFile):
+            found.update(_beginning(video))
     for source in sources:
         try:
             found.update(hashlib.sha256(encoded_bytes(source)).digest())
         except (OSError, ValueError):
             found.update(b"cannot be read")
     return found.digest()
+
+
+def _beginning(video: VideoFile) -> bytes:
+    """Of a video file, which is large: its length, its first MiB, and what is taken of it."""
+    taken = f"{video.fps} {video.num_frames}".encode()
+    try:
+        file, _ = file_of(video.source, "video", MAX_FILE_BYTES)
+    except (OSError, ValueError):
+        return b"cannot be read" + taken
+    if not isinstance(file, Path):
+        return hashlib.sha256(file.getvalue()).digest() + taken
+    return f"{file.stat().st_size} ".encode() + _block((file, 0)) + taken

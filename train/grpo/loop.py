@@ -248,6 +248,7 @@ _HEADLINE = {
     "policy/entropy": "entropy {:.2f}",
 }
 RECIPE = Recipe(
+    "GRPO",
     prepare,
     train,
     dry_steps,

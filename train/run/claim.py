@@ -3,6 +3,7 @@ there."""
 
 import json
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from train.data.loading import open_sources
 NOTE = "run.json"
 SIZES = "sizes.npy"
 """The lengths of the run's examples, in its directory."""
+_ID = "id"
 
 # What may change between a run and its continuation: none of it changes what is computed.
 _FREE_KEYS = {
@@ -29,6 +31,7 @@ _FREE_KEYS = {
     "distributed",
     "held_out",
     "keep",
+    "log",
     "log_every",
     "loss_chunk",
     "mesh",
@@ -78,6 +81,12 @@ def claimed(
         yield sources
 
 
+def run_id(run_dir: Path) -> str:
+    """What trackers know the run by that `run_dir` was claimed for: the same whenever it goes on.
+    (A run that began before runs had one has its directory's name.)"""
+    return json.loads((run_dir / NOTE).read_text()).get(_ID, run_dir.name)
+
+
 def _computed(config: Any, sources: Sequence[Conversations]) -> dict[str, Any]:
     """What a run with other values is another run than `config`'s by."""
     mine = {key: value for key, value in asdict(config).items() if key not in _FREE_KEYS}
@@ -97,7 +106,8 @@ def _take(config: Any, mine: dict[str, Any], run_dir: Path, steps: Path) -> None
         return
     try:
         (run_dir / SIZES).unlink(missing_ok=True)
-        aside.write_text(json.dumps(mine, indent=2) + "\n")
+        known = {_ID: run_id(run_dir) if begun else secrets.token_hex(4)}
+        aside.write_text(json.dumps(mine | known, indent=2) + "\n")
         os.replace(aside, note)
     except OSError as error:
         raise OSError(

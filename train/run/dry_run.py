@@ -10,7 +10,8 @@ from rich.table import Table
 from pvm_jax.model.parameters import by_path
 from pvm_jax.sharding import make_mesh
 from train.config import RunConfig
-from train.run.lifecycle import Recipe
+from train.run.lifecycle import Recipe, announce, purpose
+from train.run.trackers import check_installed
 from train.step.compile_ahead import device_bytes
 
 STEPS = 2
@@ -24,6 +25,8 @@ def dry_run(config: RunConfig, recipe: Recipe) -> None:
     Raises:
         What `train.run.lifecycle.run` would raise while it builds the same.
     """
+    announce(f"{purpose(config, recipe)}. A dry run: {STEPS} steps, and nothing is written")
+    check_installed(config.log)
     console = Console(quiet=jax.process_index() != 0, highlight=False)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH

@@ -7,7 +7,7 @@ full disk blocks the run.)
 
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,25 +36,24 @@ class EventWriter:
         self._write(session_log={"status": _protos.SessionLog.START}, step=start)
         self.flush()
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        """A point of the curve `name`."""
-        self._add(summary.scalar(name, value), step)
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """A point of each curve of `values`."""
+        for name, value in values.items():
+            self._add(summary.scalar(name, value), step)
 
-    def add_text(self, name: str, text: str, step: int) -> None:
-        """A text in Markdown."""
+    def sample(self, step: int, name: str, text: str, image: np.ndarray | None) -> None:
+        """A text in Markdown and its image [H, W, 3] uint8."""
         self._add(summary.text(name, text), step)
-
-    def add_image(self, name: str, image: np.ndarray, step: int) -> None:
-        """An image [H, W, 3] uint8."""
-        self._add(summary.image(name, image, rescale=1, dataformats="HWC"), step)
+        if image is not None:
+            self._add(summary.image(name, image, rescale=1, dataformats="HWC"), step)
 
     def flush(self) -> None:
         """Returns when all that was added is on the disk."""
         with self._explaining():
             self._events.flush()
 
-    def close(self) -> None:
-        """Flushes and closes the file."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flushes and closes the file, however the run ended."""
         with self._explaining():
             self._events.close()
 

@@ -25,9 +25,11 @@ from pvm_jax.sharding import make_mesh
 from train.config import RunConfig, Trainable
 from train.data.loading import PlannedExamples
 from train.run.checkpoints import TrainCheckpoints
-from train.run.claim import SIZES, claimed
+from train.run.claim import SIZES, claimed, run_id
+from train.run.events import EventWriter
 from train.run.log import RunLog
 from train.run.preemption import stop_requests
+from train.run.trackers import Tracker, check_installed, opened_trackers
 from train.step.flops import devices_peak_flops
 from train.step.program import Program
 from train.step.state import TrainState, split_model
@@ -38,6 +40,13 @@ RESULTS: dict[Trainable, str] = {
     "lora": "lora",
     "decoder": "model",
     "all": "model",
+}
+
+_LEARNS: dict[Trainable, str] = {
+    "pvm": "the branch",
+    "lora": "a LoRA adapter",
+    "decoder": "decoder, head and branch",
+    "all": "the whole model",
 }
 
 STEPS = "steps"
@@ -114,6 +123,7 @@ class Recipe:
     """What sets one kind of run apart from the others.
 
     Attributes:
+        name: what it is called on the console.
         prepare: (config, mesh, sources=the data's, opened, sizes_file=a path in `run_dir`) ->
             Prepared; runs before any step.
         train: (prepared, log, step_done) -> the state after the last step, or where the run was
@@ -123,6 +133,7 @@ class Recipe:
         every_column: whether the data are opened with it (`open_conversations`).
     """
 
+    name: str
     prepare: Callable[..., Prepared]
     train: Callable[[Any, RunLog, StepDone], TrainState]
     dry_steps: Callable[[Any, Console], None]
@@ -139,7 +150,8 @@ class RunResult:
         total: steps of the whole run.
         written: the branch, the adapter or the model that was trained; None where the run was told
             to stop before its last step: the same call goes on.
-        log: TensorBoard's directory; `train.run.events.read_values` reads it.
+        log: TensorBoard's directory; `train.run.events.read_values` reads it. Empty unless
+            config.log.to names tensorboard.
     """
 
     steps: int
@@ -155,11 +167,18 @@ def run(config: RunConfig, recipe: Recipe) -> RunResult:
 
     Raises:
         OSError: if another process trains in `run_dir`, or it cannot be written.
+        ImportError, RuntimeError: for a tracker of `config.log` that is not installed, or cannot be
+            opened.
         ValueError: as `recipe.prepare`, or if `run_dir` holds a run with another config or other
             data.
         FileExistsError: if the run in `run_dir` is finished.
         FloatingPointError: if the loss stops being finite (see RunConfig.not_finite).
     """
+    announce(
+        f"{purpose(config, recipe)}, into {Path(config.run_dir) / RESULTS[config.trainable]}. How"
+        " long it takes is told after the first steps"
+    )
+    check_installed(config.log)
     mesh = make_mesh(**asdict(config.mesh))
     run_dir = Path(config.run_dir).absolute()
     with claimed(config, run_dir, run_dir / STEPS, every_column=recipe.every_column) as sources:
@@ -168,12 +187,36 @@ def run(config: RunConfig, recipe: Recipe) -> RunResult:
             raise FileExistsError(
                 f"{result} exists: this run is finished; give another --run_dir to train again"
             )
-        with jax.set_mesh(mesh):
-            return _train(config, recipe, mesh, result, sources)
+        with (
+            jax.set_mesh(mesh),
+            opened_trackers(config, run_id(run_dir)) as trackers,
+        ):
+            return _train(config, recipe, mesh, result, sources, trackers)
+
+
+def purpose(config: RunConfig, recipe: Recipe) -> str:
+    """What a run does, in words."""
+    sources = [source.path for source in config.data.mixture]
+    return (
+        f"{recipe.name}: {_LEARNS[config.trainable]} of {config.checkpoint} learns from"
+        f" {sources[0] if len(sources) == 1 else f'{len(sources)} sources'}"
+        + ("" if config.max_steps is None else f", {config.max_steps:,} steps at most")
+    )
+
+
+def announce(line: str) -> None:
+    """The first line of every run, in process 0: what comes, before anything is loaded."""
+    console = Console(quiet=jax.process_index() != 0, highlight=False)
+    console.print(line, markup=False, soft_wrap=not console.is_terminal)
 
 
 def _train(
-    config: RunConfig, recipe: Recipe, mesh: Mesh, result: Path, sources: Sequence[Conversations]
+    config: RunConfig,
+    recipe: Recipe,
+    mesh: Mesh,
+    result: Path,
+    sources: Sequence[Conversations],
+    trackers: list[Tracker],
 ) -> RunResult:
     """The run in the directory of `result`, which this process has claimed."""
     run_dir, log_dir = result.parent, result.parent / "log"
@@ -192,8 +235,10 @@ def _train(
                 f"the run in {run_dir} has {work.done} steps behind it, and its data as they are"
                 f" now give {work.total}: give another --run_dir"
             )
+        if "tensorboard" in config.log.to and jax.process_index() == 0:
+            trackers.append(EventWriter(log_dir, start=work.done))
         with RunLog(
-            log_dir,
+            trackers,
             start=work.done,
             total=work.total,
             every=config.log_every,

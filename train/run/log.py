@@ -1,22 +1,28 @@
-"""What a run tells: TensorBoard scalars of every step, and one live line of progress."""
+"""What a run tells: every step's metrics to its trackers, and the console how far it is."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.text import Text
 
-from train.run.events import EventWriter
+from train.run.trackers import Tracker
 
-HEADLINE = {"loss": "loss {:.4f}", "grad_norm": "grad {:.3g}", "learning_rate": "lr {:.2e}"}
+FIRST = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
+HEADLINE = {"grad_norm": "grad {:.3g}"}
+_COLUMNS = 80
 _QUIET_SECONDS = 60
 _MOST_SKIPS = 10
 
@@ -30,7 +36,7 @@ class RunLog:
 
     def __init__(
         self,
-        directory: Path,
+        trackers: Sequence[Tracker],
         *,
         start: int,
         total: int,
@@ -41,11 +47,12 @@ class RunLog:
         headline: Mapping[str, str] = MappingProxyType(HEADLINE),
         apart: Sequence[str] = (),
     ):
-        """Args: peak: FLOP/s of all devices together; None where unknown (no MFU is logged then).
-        not_finite: whether a step whose loss or gradient is not finite ends the run, or is
-        reported. examples: step -> the names of what each row of its batch holds, for that report.
-        headline: metrics that the line of progress shows, each with how it is written. apart:
-        phases of a step whose time is no part of the speed, since nothing is trained in it.
+        """Args: trackers: get the metrics and samples; whoever opened them closes them. peak:
+        FLOP/s of all devices together; None where unknown (no MFU is logged then). not_finite:
+        whether a step whose loss or gradient is not finite ends the run, or is reported. examples:
+        step -> the names of what each row of its batch holds, for that report. headline: metrics
+        that the line of progress shows, each with how it is written. apart: phases of a step whose
+        time is no part of the speed, since nothing is trained in it.
         """
         self.total, self.every, self.peak, self.not_finite, self.examples = (
             total,
@@ -55,36 +62,29 @@ class RunLog:
             examples,
         )
         self._headline, self._apart = headline, apart
-        self.console = Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
-        self._writer = EventWriter(directory, start=start) if jax.process_index() == 0 else None
+        self.console = Console(quiet=jax.process_index() != 0, highlight=False)
+        self.console.soft_wrap = not self.console.is_terminal  # a file's lines stay whole
+        self._trackers = trackers
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
         self._phases: dict[str, float] = {}
         self._skipped_in_a_row = 0
         self._started = time.perf_counter()
         self._told = -math.inf
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[line]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task("train", total=total, completed=start, line="")
+        self._live = Live(console=self.console, auto_refresh=False)
+        self._estimated = False
 
     def __enter__(self) -> "RunLog":
         if not self.peak:
             kind = jax.devices()[0].device_kind
             self.print(f"MFU is not logged: train/step/flops.py does not know the peak of {kind!r}")
-        self._progress.start()
+        if self.console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._progress.stop()
-        if self._writer:
-            self._writer.close()
+        self._live.stop()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def print(self, message: str) -> None:
         """One line on the console, above the progress line."""
@@ -98,17 +98,15 @@ class RunLog:
             self.flush(timed=timed)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes values that belong to step `step`, by their TensorBoard names."""
-        if self._writer:
-            for name, value in values.items():
-                self._writer.add_scalar(name, float(value), step)
+        """Gives the trackers values that belong to step `step`, by name."""
+        numbers = {name: float(value) for name, value in values.items()}
+        for tracker in self._trackers:
+            tracker.scalars(step, numbers)
 
     def sample(self, step: int, name: str, text: str, image: np.ndarray | None) -> None:
-        """Writes a conversation (Markdown) and its image [H, W, 3] uint8."""
-        if self._writer:
-            self._writer.add_text(name, text, step)
-            if image is not None:
-                self._writer.add_image(name, image, step)
+        """Gives the trackers a conversation (Markdown) and its image [H, W, 3] uint8."""
+        for tracker in self._trackers:
+            tracker.sample(step, name, text, image)
 
     @contextmanager
     def phase(self, name: str, step: int | None = None) -> Iterator[None]:
@@ -149,7 +147,7 @@ class RunLog:
                 },
             )
             self._check(step, metrics)
-        if timed and self._writer:
+        if timed and jax.process_index() == 0:
             training = seconds - sum(self._phases.get(name, 0) for name in self._apart)
             speed = {
                 "tokens_per_second": sum(int(metrics["tokens"]) for metrics in values) / training
@@ -165,8 +163,8 @@ class RunLog:
                 last, {f"time/{name}": value / len(values) for name, value in times.items()}
             )
             self._report(last + 1, values[-1] | speed, seconds / len(values))
-        if self._writer:
-            self._writer.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         self._pending.clear()
         self.restart_clock()
 
@@ -192,16 +190,39 @@ class RunLog:
             )
 
     def _report(self, done: int, values: Mapping[str, Any], seconds_per_step: float) -> None:
-        line = "  ".join(written.format(values[name]) for name, written in self._headline.items())
-        line += "".join(
-            f"  {name} {value:+.4f}" for name, value in values.items() if name.startswith("gate/")
-        )
-        line += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        """How far the run is, on the live lines or, where there is no terminal, now and then."""
+        left = timedelta(seconds=round((self.total - done) * seconds_per_step))
+        if not self._estimated and done < self.total:
+            self._estimated = True
+            end = datetime.now() + left
+            self.print(
+                f"{self.total - done:,} steps to go: {left} at {seconds_per_step:.3g} s a step,"
+                f" until {end:%Y-%m-%d %H:%M}"
+            )
+        facts = [f"step {done}/{self.total}"]
+        facts += [written.format(values[name]) for name, written in FIRST.items()]
+        facts += [f"ETA {left}"]
+        facts += [written.format(values[name]) for name, written in self._headline.items()]
         if "mfu" in values:
-            line += f"  MFU {values['mfu']:.1%}"
+            facts.append(f"MFU {values['mfu']:.1%}")
+        facts += [
+            f"{name} {value:+.4f}" for name, value in values.items() if name.startswith("gate/")
+        ]
         if self.console.is_terminal:
-            self._progress.update(self._task, completed=done, line=line)
+            lines = in_columns(facts, min(self.console.width, _COLUMNS))
+            self._live.update(Text(lines, no_wrap=True), refresh=True)
         elif time.monotonic() - self._told > _QUIET_SECONDS or done == self.total:
             self._told = time.monotonic()
-            left = timedelta(seconds=round((self.total - done) * seconds_per_step))
-            self.print(f"step {done}/{self.total}  {line}  ETA {left}")
+            self.print(in_columns(facts, _COLUMNS))
+
+
+def in_columns(facts: Sequence[str], columns: int) -> str:
+    """The facts, two spaces between them, in lines of at most so many columns; the second line and
+    those after it are indented."""
+    lines = [facts[0]]
+    for fact in facts[1:]:
+        if len(lines[-1]) + 2 + len(fact) <= columns:
+            lines[-1] += f"  {fact}"
+        else:
+            lines.append(f"  {fact}")
+    return "\n".join(lines)

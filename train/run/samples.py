@@ -6,6 +6,7 @@ import numpy as np
 
 from pvm_jax.data.image_files import read_image
 from pvm_jax.data.messages import Messages, parse
+from pvm_jax.data.video_files import first_frame
 
 
 class Sample(NamedTuple):
@@ -39,9 +40,8 @@ def images_of(messages: Messages) -> np.ndarray | None:
     """All images, then each video's first frame, one beside the other: [H, W, 3] uint8; None where
     there is none."""
     conversation = parse(messages, ())
-    sources = [source for _, source in conversation.images] + [
-        video.frames[0] for _, video in conversation.videos
-    ]
+    sources = [source for _, source in conversation.images]
+    sources += [first_frame(video) for _, video in conversation.videos]
     if not sources:
         return None
     images = [np.asarray(read_image(source)) for source in sources]

@@ -146,7 +146,7 @@ def dry_steps(work: PreparedSFT, console: Console) -> None:
         )
 
 
-RECIPE = Recipe(prepare, train, dry_steps)
+RECIPE = Recipe("SFT", prepare, train, dry_steps)
 
 
 def run(config: SFTConfig) -> RunResult:

@@ -1,0 +1,75 @@
+"""Where examples come from: sources with their weights, and files that name several."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pvm_jax.files.paths import make_local
+from pvm_jax.files.yaml_file import read_yaml
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the data's sources.
+
+    Attributes:
+        path: JSONL, Parquet or tar file, `data/train-*.parquet`, a directory (what `datasets`
+            saved, or convert.dataset wrote), or a mixture file that names several (docs/data.md).
+        weight: how often an epoch reads the source: 2 is every example twice, 0.5 a fresh random
+            half each time.
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        make_local(self, "path")
+        if not self.weight > 0:
+            raise ValueError(
+                f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
+            )
+
+
+def mixture_of(sources: str | list[str | Source]) -> list[Source]:
+    """One or several sources, each with its weight; in the place of a mixture file (.yaml) what it
+    names, relative paths starting from it.
+
+    Raises:
+        FileNotFoundError, ValueError: for a mixture file that is not there or none; ValueError for
+            a path that is a URL.
+    """
+    several = [sources] if isinstance(sources, str) else sources
+    given = [source if isinstance(source, Source) else Source(source) for source in several]
+    return [one for source in given for one in _unfolded(source)]
+
+
+def _unfolded(source: Source) -> list[Source]:
+    if not _is_mixture(source.path):
+        return [source]
+    file = Path(source.path)
+    content = read_yaml(file)
+    entries = content.get("sources")
+    if content.keys() != {"sources"} or not isinstance(entries, list) or not entries:
+        raise ValueError(f"{file}: a mixture file has one key, sources: a list of paths")
+    found = []
+    for entry in entries:
+        values = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(values, dict) or not {"path"} <= values.keys() <= {"path", "weight"}:
+            raise ValueError(f"{file}: a source is a path, or path and weight, got {entry!r:.80}")
+        try:
+            one = Source(**values)
+            found.append(Source(str(file.parent / one.path), one.weight * source.weight))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
+    return found
+
+
+def in_place(sources: str | list[str | Source]) -> str | list[str | Source]:
+    """`sources`, with what mixture files name in their place: a run is told what it reads, and not
+    where that was written. Raises as `mixture_of`."""
+    named = [sources] if isinstance(sources, str) else sources
+    paths = [one.path if isinstance(one, Source) else one for one in named]
+    return [*mixture_of(sources)] if any(map(_is_mixture, paths)) else sources
+
+
+def _is_mixture(path: str) -> bool:
+    return path.endswith((".yaml", ".yml"))
