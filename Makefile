@@ -40,10 +40,10 @@ demo-grpo: $(READY)  ## refine what demo trained by GRPO, over three seeds; plot
 
 FIGURES := out/demo/report/figures
 figures: demo  ## the README's figures, out of the demo's report
-	cp $(FIGURES)/filler.svg $(FIGURES)/dilution.svg docs/
-	cp $(FIGURES)/looked_5.svg docs/looked.svg
+	cp $(FIGURES)/filler.svg $(FIGURES)/ahead.svg $(FIGURES)/dependency.svg docs/
+	cp $(FIGURES)/looked_3.svg docs/looked.svg
 
-compare: $(READY)  ## base, LoRA, full fine-tuning, the branch on the demo's task, three seeds (1 h)
+compare: $(READY)  ## base, LoRA, full fine-tuning, the branch on equal terms, three seeds (hours)
 	$(BIN)/python -m demo.compare
 
 regime: $(READY)  ## the branch's first stage with one thing at a time changed (1 h)

@@ -27,7 +27,7 @@ from pvm_jax.options import run_as_command
 
 TOKENS_PER_LINE = 3
 TITLE = "What the demo's model sees over a long answer"
-MEASURED = ("dilution", "accuracy", "ablations", "looked", "lens", "cost", "dependency")
+MEASURED = ("dilution", "accuracy", "samples", "ablations", "looked", "lens", "cost", "dependency")
 """What fits the demo's minutes. Its answers have no final answer, its pictures no boxes."""
 
 
@@ -56,7 +56,7 @@ class EvaluationSettings:
     size: int = 4
     long_scenes: int = 16
     shortest: int = 8
-    distance: int = 200
+    distance: int = 400
     looks: int = 6
     batch_size: int = 8
     seed: int = 10_000
