@@ -135,14 +135,15 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def file_of(
-    source: Any, what: str = "image", most: int = MAX_FILE_BYTES
+    source: Any, what: str = "image", most: int | None = None
 ) -> tuple[Path | BytesIO, str]:
     """What a decoder can open of a `what` in a path, a URL or bytes, and its name for errors.
 
     Raises:
         FileNotFoundError, ValueError: if it is none of them, or a file that does not end or has
-            more than `most` bytes.
+            more than `most` bytes (None: than an image may have).
     """
+    most = MAX_FILE_BYTES if most is None else most
     if isinstance(source, Mapping):
         if (encoded := source.get("bytes")) is not None:
             if not isinstance(encoded, bytes | bytearray | memoryview):

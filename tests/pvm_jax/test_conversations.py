@@ -288,7 +288,7 @@ def test_what_is_no_format_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file of conversations"):
         open_conversations(tmp_path / "train-*.parquet")
     with pytest.raises(
-        ValueError, match=r"has no dataset.json .*, no state.json .* no \*.parquet, \*.jsonl or \*.tar"
+        ValueError, match=r"has no dataset.json .*, no state.json .* no \*.parquet, \*.jsonl"
     ):
         open_conversations(tmp_path)
     datasets.DatasetDict({"train": as_dataset(), "test": as_dataset()}).save_to_disk(
