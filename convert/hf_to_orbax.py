@@ -3,6 +3,7 @@ convert.hf_to_orbax`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -325,16 +326,18 @@ def _read(
 
 def _fresh_branch(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """The parameters of an untrained branch, by path."""
-
-    @jax.jit
-    def make(key: jax.Array) -> nnx.State:
-        return nnx.as_pure(nnx.state(PersistentVisualMemory(config, rngs=nnx.Rngs(key))))
-
     keys = jax.random.split(jax.random.key(seed), len(config.text.pvm_layers))
     branch = {
-        str(layer): make(key) for layer, key in zip(config.text.pvm_layers, keys, strict=True)
+        str(layer): _fresh_memory(config, key)
+        for layer, key in zip(config.text.pvm_layers, keys, strict=True)
     }
     return {path: np.asarray(leaf) for path, leaf in by_path({"pvm": branch}).items()}
+
+
+@partial(jax.jit, static_argnames="config")
+def _fresh_memory(config: ModelConfig, key: jax.Array) -> nnx.State:
+    """The parameters of one layer's branch."""
+    return nnx.as_pure(nnx.state(PersistentVisualMemory(config, rngs=nnx.Rngs(key))))
 
 
 def _fresh(content: np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:

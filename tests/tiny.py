@@ -1,7 +1,7 @@
 """The tiny models that the tests share: configurations with few layers of every kind, models of
 them, and conversations that these read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,30 +72,40 @@ def golden_config(**options: Any) -> ModelConfig:
     return cut(ModelConfig.from_hf(GOLDEN, **options))
 
 
-def make_model(config: ModelConfig, *, gate: float | None = None) -> Qwen3VL:
-    """A model of `config` with fresh parameters, always the same; `gate`, if given, opens its
-    branches."""
-    model = nnx.jit(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))()
-    if gate is not None:
-        for branch in model.pvm.values():
-            branch.gate_alpha[...] = jnp.full(1, gate)
-    return model
+def filled(model: Qwen3VL, value: Callable[[str, tuple[int, ...]], Any]) -> Qwen3VL:
+    """`model` with `value(path, shape)` for every parameter; nothing is compiled for it."""
+    graphdef, params = nnx.split(model)
+
+    def fill(path, leaf):
+        return jnp.asarray(value(jax.tree_util.keystr(path), leaf.shape), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
+
+
+def make_model(config: ModelConfig, *, gate: float = 0) -> Qwen3VL:
+    """A model of `config` with parameters as fresh ones are, always the same; `gate`, if given,
+    opens its branches."""
+    rng = np.random.default_rng(0)
+
+    def value(path, shape):
+        if "gate_alpha" in path:
+            return np.full(shape, gate)
+        if "bias" in path:
+            return np.zeros(shape)
+        return np.ones(shape) if "norm" in path else rng.normal(0, 0.02, shape)
+
+    return filled(abstract_model(config), value)
 
 
 def randomized(config: ModelConfig = CONFIG, scale: float = 0.2) -> Qwen3VL:
     """Random, with gates that are open and norms that are not 1: nothing is neutral by accident."""
-    graphdef, params = nnx.split(abstract_model(config))
     rng = np.random.default_rng(1)
 
-    def fill(path, leaf):
-        mean = (
-            1.0
-            if any(name in jax.tree_util.keystr(path) for name in ("norm", "gate_alpha"))
-            else 0.0
-        )
-        return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), leaf.dtype)
+    def value(path, shape):
+        mean = 1.0 if "norm" in path or "gate_alpha" in path else 0.0
+        return mean + scale * rng.normal(size=shape)
 
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
+    return filled(abstract_model(config), value)
 
 
 def example(

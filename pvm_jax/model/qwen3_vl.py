@@ -229,12 +229,14 @@ def add_lora(
     if model.config.lora is not None:
         raise ValueError(f"the model has a LoRA adapter already: {model.config.lora}")
     adapted = abstract_model(replace(model.config, lora=lora))
-
-    def fresh() -> nnx.State:
-        backbone = abstract_model(model.config)
-        adapt(backbone, lora, rngs=nnx.Rngs(seed))
-        return nnx.as_pure(nnx.state(backbone, is_adapter))
-
     shardings = None if mesh is None else param_shardings(nnx.state(adapted, is_adapter), mesh)
-    adapters = jax.jit(fresh, out_shardings=shardings)()
+    fresh = jax.jit(_fresh_adapters, static_argnums=(0, 1, 2), out_shardings=shardings)
+    adapters = fresh(model.config, lora, seed)
     return nnx.merge(nnx.graphdef(adapted), nnx.as_pure(nnx.state(model)), adapters)
+
+
+def _fresh_adapters(config: ModelConfig, lora: LoRAConfig, seed: int) -> nnx.State:
+    """Those of a model of `config`."""
+    backbone = abstract_model(config)
+    adapt(backbone, lora, rngs=nnx.Rngs(seed))
+    return nnx.as_pure(nnx.state(backbone, is_adapter))

@@ -1,5 +1,4 @@
-"""`python -m pvm_jax generate` on the demo's checkpoint: one question, a chat, a file of
-questions."""
+"""`python -m pvm_jax generate`: one question, a chat, a file of questions."""
 
 import io
 import json
@@ -10,23 +9,36 @@ import jax.numpy as jnp
 import pytest
 
 from convert.hf_to_orbax import convert
+from demo.checkpoint import write_assets
 from demo.task import Mixture, draw, make_example
 from pvm_jax.__main__ import main
 from pvm_jax.checkpoint.store import load, save
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.side_files import read_stop_tokens
+from pvm_jax.model.qwen3_vl import Qwen3VL
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def demo_checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "checkpoint"
-    convert(Path(__file__).parents[2] / "demo" / "base", path)
-    return path
+def checkpoint(tmp_path_factory) -> Path:
+    """One layer with a silent branch, untrained; it reads the demo's tokens."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = tiny.randomized(tiny.cut(write_assets(folder / "hf").with_pvm((0,), 32)))
+    with_gate(model, 0)
+    save(folder / "checkpoint", model, assets=folder / "hf")
+    return folder / "checkpoint"
 
 
-def test_the_command_line_reads_a_real_image(demo_checkpoint, tmp_path, capsys):
+def with_gate(model: Qwen3VL, gate: float) -> None:
+    for branch in model.pvm.values():
+        branch.gate_alpha[...] = jnp.full(1, gate)
+
+
+def test_the_command_line_reads_a_real_image(tmp_path, capsys):
     """The shipped model lists a grid of digits that it was not trained on; most of what it says is
     there."""
+    demo_checkpoint = tmp_path / "checkpoint"
+    convert(Path(__file__).parents[2] / "demo" / "base", demo_checkpoint)
     scene = make_example(Mixture(sizes=(2,), digits="heldout", seed=5), 0).scene
     draw(scene).save(tmp_path / "grid.png")
     arguments = [
@@ -65,7 +77,7 @@ def questions(tmp_path_factory) -> Path:
 
 
 def test_a_file_of_questions_is_answered_and_resumed(
-    demo_checkpoint, questions, tmp_path, monkeypatch, capsys, refused
+    checkpoint, questions, tmp_path, monkeypatch, capsys, refused
 ):
     """Two samples a line. Started again behind a torn line, with other batches, the file is what it
     was."""
@@ -73,7 +85,7 @@ def test_a_file_of_questions_is_answered_and_resumed(
     arguments = [
         "generate",
         "--checkpoint",
-        str(demo_checkpoint),
+        str(checkpoint),
         "--input",
         str(questions / "questions.jsonl"),
     ]
@@ -120,13 +132,12 @@ def test_a_file_of_questions_is_answered_and_resumed(
         assert output.read_bytes() == foreign
 
 
-def test_without_the_branch_and_on_two_devices(demo_checkpoint, questions, tmp_path, capsys):
+def test_without_the_branch_and_on_two_devices(checkpoint, questions, tmp_path, capsys):
     """`--pvm off` says what the base does, whose branch is silent; `--tensor 2` what one device
     does."""
-    model = load(demo_checkpoint)
-    for branch in model.pvm.values():
-        branch.gate_alpha[...] = jnp.full(1, 4.0)
-    save(tmp_path / "loud", model, assets=demo_checkpoint)
+    model = load(checkpoint)
+    with_gate(model, 4)
+    save(tmp_path / "loud", model, assets=checkpoint)
     ask = [
         "generate",
         "--image",
@@ -137,19 +148,19 @@ def test_without_the_branch_and_on_two_devices(demo_checkpoint, questions, tmp_p
         "--checkpoint",
     ]
     said = []
-    for more in (["loud"], ["loud", "--tensor", "2"], ["loud", "--pvm", "off"], [demo_checkpoint]):
+    for more in (["loud"], ["loud", "--tensor", "2"], ["loud", "--pvm", "off"], [checkpoint]):
         main([*ask, str(tmp_path / more[0]), *more[1:]])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert said[0] != said[2] == said[3]
 
 
-def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, tmp_path, refused):
+def test_a_file_of_questions_is_refused_by_its_line(checkpoint, questions, tmp_path, refused):
     (questions / "bad.jsonl").write_text(_line(0) + _line(1, image="nowhere.png"))
     arguments = [
         "generate",
         "--checkpoint",
-        str(demo_checkpoint),
+        str(checkpoint),
         "--input",
         str(questions / "bad.jsonl"),
     ]
@@ -157,17 +168,17 @@ def test_a_file_of_questions_is_refused_by_its_line(demo_checkpoint, questions, 
     assert re.search(r"bad\.jsonl:2.*nowhere\.png", refused(main, [*arguments, *more]))
 
 
-def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypatch, capsys):
+def test_a_chat_takes_images_in_later_turns(checkpoint, questions, monkeypatch, capsys):
     """The first answer is the single question's; a refused line leaves the chat going; a later turn
     brings an image."""
     arguments = [
         "generate",
         "--checkpoint",
-        str(demo_checkpoint),
+        str(checkpoint),
         "--image",
         str(questions / "0.png"),
     ]
-    arguments += ["--max-new-tokens", "8"]
+    arguments += ["--max-new-tokens", "12"]  # as another test: compiled once
     main([*arguments, "List ground"])
     single = capsys.readouterr().out
     lines = [
@@ -203,13 +214,13 @@ def test_a_chat_takes_images_in_later_turns(demo_checkpoint, questions, monkeypa
         (["What?", "--tensor", "9"], "tensor must be 1 to 8"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused(demo_checkpoint, refused, wrong, named):
-    assert named in refused(main, ["generate", "--checkpoint", str(demo_checkpoint), *wrong])
+def test_arguments_that_do_not_go_together_are_refused(checkpoint, refused, wrong, named):
+    assert named in refused(main, ["generate", "--checkpoint", str(checkpoint), *wrong])
 
 
-def test_the_command_line_names_what_is_wrong(demo_checkpoint, tmp_path, refused):
-    ask = ["generate", "--checkpoint", str(demo_checkpoint), "What?"]
+def test_the_command_line_names_what_is_wrong(checkpoint, tmp_path, refused):
+    ask = ["generate", "--checkpoint", str(checkpoint), "What?"]
     assert "no.png" in refused(main, [*ask, "--image", str(tmp_path / "no.png")])
-    assert "is no LoRA adapter" in refused(main, [*ask, "--lora", str(demo_checkpoint)])
+    assert "is no LoRA adapter" in refused(main, [*ask, "--lora", str(checkpoint)])
     nowhere = ["generate", "--checkpoint", str(tmp_path / "nowhere"), "What?"]
     assert "nowhere" in refused(main, nowhere)

@@ -36,16 +36,10 @@ EVERYWHERE = LoRAConfig(rank=3, alpha=6, targets=".*")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A small model with every part in it, its gate open."""
-    config = tiny.cut(ModelConfig.from_hf(tiny.GOLDEN, remat="none"), layers=2, depth=2)
-    graphdef, params = nnx.split(abstract_model(config))
+    config = tiny.cut(ModelConfig.from_hf(tiny.GOLDEN, remat="none"), layers=2)
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("base") / "base"
-    save(
-        path,
-        nnx.merge(
-            graphdef,
-            jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), params),
-        ),
-    )
+    random = tiny.filled(abstract_model(config), lambda _, shape: rng.normal(0, 0.2, shape))
+    save(path, random)
     return path
 
 
@@ -81,9 +75,14 @@ def with_updates(model: Qwen3VL) -> Qwen3VL:
     return nnx.merge(graphdef, nnx.map_state(fill, params))
 
 
+def changed(leaf: nnx.Param, factor: float, term: float) -> nnx.Param:
+    value = factor * np.asarray(leaf[...]) + term
+    return leaf.replace(jnp.asarray(value, leaf.dtype))
+
+
 def dense(model: Qwen3VL) -> Qwen3VL:
     """The model without adapters that computes the same: W + alpha / rank B A."""
-    params = by_path(nnx.state(model))
+    params = jax.device_get(by_path(nnx.state(model)))
     plain, scale = abstract_model(replace(model.config, lora=None)), model.config.lora.scale
     graphdef, state = nnx.split(plain)
 
@@ -93,7 +92,7 @@ def dense(model: Qwen3VL) -> Qwen3VL:
         return (
             params[name]
             if a is None
-            else params[name] + scale * jnp.einsum("...or,...ri->...oi", b, a)
+            else jax.device_put(params[name] + scale * np.einsum("...or,...ri->...oi", b, a))
         )
 
     return nnx.merge(graphdef, nnx.map_state(weight, state))
@@ -222,19 +221,21 @@ class TestStored:
     def test_another_backbone_is_refused(self, adapter, model):
         graphdef, params = nnx.split(model)
         other = nnx.map_state(
-            lambda path, leaf: leaf.at[0].add(0.5) if path[-2] == "pos_embed" else leaf, params
+            lambda path, leaf: changed(leaf, 1, 0.5) if path[-2] == "pos_embed" else leaf, params
         )
         with pytest.raises(CheckpointError, match="was trained on the backbone"):
             load_lora(adapter, nnx.merge(graphdef, other))
 
     def test_another_branch_is_refused_unless_it_was_silent(self, base, adapter, model, tmp_path):
         graphdef, params = nnx.split(model)
-        other = nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params)
+        other = nnx.map_state(
+            lambda path, leaf: changed(leaf, 1, 1) if path[0] == "pvm" else leaf, params
+        )
         save_branch(tmp_path / "other", nnx.merge(graphdef, other))
         with pytest.raises(CheckpointError, match="was trained on the branch"):
             load(base, branch=tmp_path / "other", lora=adapter)
         silent = nnx.map_state(
-            lambda path, leaf: leaf * 0 if path[-1] == "gate_alpha" else leaf, params
+            lambda path, leaf: changed(leaf, 0, 0) if path[-1] == "gate_alpha" else leaf, params
         )
         save_lora(tmp_path / "lora", add_lora(nnx.merge(graphdef, silent), EVERYWHERE))
         assert (

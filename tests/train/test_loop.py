@@ -34,7 +34,7 @@ from train.sft.program import SFTProgram
 
 __all__ = ["hub"]
 STEPS = 6
-ONE_SHAPE = "--data.buckets=[{tokens: 48, patches: 8}]"
+TWO_SHAPES = "--data.buckets=[{tokens: 32, patches: 8}, {tokens: 48, patches: 8}]"
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,7 @@ def sft_run(workplace, monkeypatch):
         monkeypatch.setattr(RunLog, "add", stop)
         with runs.raising():
             sft.main(
-                runs.arguments(
-                    workplace, run_dir, "--distributed.num_processes=1", ONE_SHAPE, *arguments
-                )
+                runs.arguments(workplace, run_dir, "--distributed.num_processes=1", *arguments)
             )
         monkeypatch.undo()
         return losses
@@ -114,22 +112,24 @@ def test_a_model_and_data_of_the_hub_train_as_their_originals_and_the_result_is_
     assert hub.commits
 
 
+@pytest.mark.usefixtures("one_device")
 def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys):
-    """Its images are hidden from the decoder until after the step from which it goes on."""
-    hide = "--data.hide_images={until: 0.7}"
-    whole = sft_run("whole", "--checkpoint_every=100", hide)
+    """Its rows have two shapes; their images are hidden from the decoder until after the step from
+    which it goes on."""
+    hide = ("--data.hide_images={until: 0.7}", TWO_SHAPES)
+    whole = sft_run("whole", "--checkpoint_every=100", *hide)
     assert sorted(whole) == list(range(len(whole)))
     assert step_checkpoints(workplace / "whole") == [str(len(whole))]
     assert len(whole) >= STEPS - 1
     with pytest.raises(
         FileNotFoundError, match="nowhere"
     ):  # a start that failed does not hold the directory
-        sft_run("parts", hide, f"--checkpoint={workplace / 'nowhere'}")
-    before = sft_run("parts", hide, stop_at=2)
+        sft_run("parts", *hide, f"--checkpoint={workplace / 'nowhere'}")
+    before = sft_run("parts", *hide, stop_at=2)
     assert sorted(before) == [0, 1, 2]
     assert not (workplace / "parts" / "branch").exists()
     assert "stopped after step 3" in capsys.readouterr().out
-    after = sft_run("parts", hide)
+    after = sft_run("parts", *hide)
     assert sorted(after) == list(range(3, len(whole)))
     assert before | after == whole
     assert len(step_checkpoints(workplace / "parts")) == 2
@@ -144,11 +144,11 @@ def test_interrupted_run_continues_with_equal_losses(workplace, sft_run, capsys)
     assert list((workplace / "whole" / "log").glob("events.*"))
 
     with pytest.raises(FileExistsError, match="this run is finished"):
-        sft_run("whole", hide)
+        sft_run("whole", *hide)
     with pytest.raises(ValueError, match=r"another optimizer \(see .*run.json"):
-        sft_run("whole", hide, "--optimizer.learning_rate=1")
+        sft_run("whole", *hide, "--optimizer.learning_rate=1")
     with pytest.raises(ValueError, match=r"another data \(see .*run.json"):
-        sft_run("whole", "--data.hide_images={until: 0.6}")
+        sft_run("whole", *hide, "--data.hide_images={until: 0.6}")
 
 
 def step_checkpoints(run_dir):
@@ -168,7 +168,7 @@ def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace
     chex.assert_trees_all_equal(*(nnx.as_pure(nnx.state(model)) for model in trained))
     adapters = jax.tree.leaves(nnx.state(trained[0], is_adapter))
     assert adapters
-    assert all(np.any(adapter != 0) for adapter in adapters)  # B began at zero
+    assert all(np.asarray(adapter).any() for adapter in adapters)  # B began at zero
     with pytest.raises(ValueError, match="another lora"):
         sft_run("lora", *lora, "--lora.rank=3")
 
@@ -176,7 +176,7 @@ def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace
 def test_whole_model_is_written_when_more_than_the_branch_trains(workplace):
     data = DataConfig(str(workplace / "data.jsonl"), [Bucket(48, 8)])
     config = SFTConfig(str(workplace / "base"), "unused", data, trainable="decoder")
-    mesh = make_mesh()
+    mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         model = load(config.checkpoint, mesh=mesh)
         program = SFTProgram.of(config, model.config, 1, mesh)
@@ -253,21 +253,23 @@ def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys
     assert not (workplace / "dry").exists()
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_loss_that_is_not_finite_stops_the_run(workplace, sft_run):
     with pytest.raises(
         FloatingPointError, match=r"step 0: loss nan.*Its examples: .*data\.jsonl:\d+"
     ):
-        sft_run("nan", f"--checkpoint={workplace / 'broken'}")
+        sft_run("nan", f"--checkpoint={workplace / 'broken'}", "--max_steps=4")
     assert not [path for path in (workplace / "nan" / "steps").iterdir() if path.name.isdigit()]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_data_are_opened_once(workplace, sft_run, monkeypatch):
     """Opening scans all of a file."""
     opened, begin = [], JsonFile.__init__
     monkeypatch.setattr(
         JsonFile, "__init__", lambda self, path: opened.append(path) or begin(self, path)
     )
-    sft_run("once", "--max_steps=1")
+    sft_run("once", "--max_steps=4", stop_at=0)
     assert opened == [workplace / "data.jsonl"]
 
 

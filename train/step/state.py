@@ -229,4 +229,12 @@ def init_state(
 
 def cast(params: Any, dtype: str) -> Any:
     """Every leaf in `dtype`; leaves that have it already are passed on, not copied."""
-    return jax.tree.map(lambda x: x if x.dtype == dtype else x.astype(dtype), params)
+    leaves, tree = jax.tree.flatten(params)
+    others = {place: leaf for place, leaf in enumerate(leaves) if leaf.dtype != dtype}
+    done = _cast(others, dtype) if others else {}  # one program for all
+    return tree.unflatten([done.get(place, leaf) for place, leaf in enumerate(leaves)])
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(arrays: dict[int, jax.Array], dtype: str) -> dict[int, jax.Array]:
+    return {place: array.astype(dtype) for place, array in arrays.items()}

@@ -1,5 +1,5 @@
-"""What is measured in pieces, against whole matrices: every layer of the goldens' model written out
-once more, in NumPy."""
+"""What is measured in pieces, against whole matrices: every layer of a model like the goldens'
+written out once more, in NumPy."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from pvm_jax import Batch, load, without_pvm
+from pvm_jax import Batch, ModelConfig, without_pvm
 from pvm_jax.data.batch import hide_images, split_rows
 from pvm_jax.measure.ablations import silence
 from pvm_jax.measure.accuracy import answered, prompt_of, teacher_forced
@@ -27,6 +27,7 @@ from pvm_jax.measure.pictures import exchanged
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.decoder import DecoderLayer
 from pvm_jax.model.rope import mrope_angles
+from tests import tiny
 from tests.close import assert_close
 from tests.conftest import GOLDEN
 
@@ -46,9 +47,11 @@ class Dense(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def model(golden_checkpoints):
-    """The one with images of two sizes and a video, four queries a key."""
-    return load(golden_checkpoints["shape_4b"])
+def model():
+    """Of the goldens that with images of two sizes and a video, four queries a key, cut to a layer
+    of every kind; two have a branch."""
+    config = ModelConfig.from_hf(GOLDEN / "shape_4b", remat="none")
+    return tiny.randomized(tiny.cut(config, layers=3, text={"pvm_layers": (0, 2)}), 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +195,7 @@ def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(model, ex
 def test_a_token_settles_where_its_rank_is_first_0_for_good(model, examples):
     found = lens(model, examples, rows=2, chunk=CHUNK)
     for rank, settled in zip(
-        np.moveaxis(found.rank, 1, 2).reshape(-1, 5), found.settled.reshape(-1), strict=True
+        np.moveaxis(found.rank, 1, 2).reshape(-1, 3), found.settled.reshape(-1), strict=True
     ):
         if np.isfinite(settled):
             assert not rank[int(settled) :].any()
