@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +30,8 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
 from pvm_jax.files.hub import SETTINGS, model_directory, named_on_hub
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path, on_bucket
+from pvm_jax.files.writing import Growing, upload
 
 EXAMPLES = """
 examples:
@@ -135,7 +138,7 @@ def convert(
     """
     if max_tokens is not None and processor is None:
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
-    dst = local_path(dst)
+    dst = any_path(dst)
     refuse_taken(dst)
     conversations, source = _opened(src, subset, split)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
@@ -147,7 +150,7 @@ def convert(
         ):
             if isinstance(checked, Rejected):
                 summary.reject(checked.reason)
-                report.write(json.dumps(checked._asdict()) + "\n")
+                report.write(json.dumps(checked._asdict()).encode() + b"\n")
             else:
                 writer.write(checked.record)
                 summary.add(checked)
@@ -159,7 +162,9 @@ def convert(
                 f" {report_file}\n" + "\n".join(summary.reasons())
             )
         if processor is not None:
-            np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
+            sizes = BytesIO()
+            np.save(sizes, np.array(summary.sizes, np.int32))
+            (aside / SHARDS_SIZES).write_bytes(sizes.getvalue())
         _write_index(aside, source, summary, processor, shards)
     print(summary.describe(dst, report_file, measured=processor is not None))
 
@@ -205,10 +210,11 @@ def _explaining(dst: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _report(file: Path) -> Iterator[TextIO]:
+def _report(file: Path) -> Iterator[Growing]:
     """`file`, to be written; it vanishes if nothing was."""
+    file.unlink(missing_ok=True)
     try:
-        with open(file, "w") as report:
+        with Growing(file) as report:
             yield report
     finally:
         if file.exists() and not file.stat().st_size:
@@ -329,6 +335,9 @@ class ShardWriter:
         self._shards: list[dict[str, Any]] = []
         self._open: ArrayRecordWriter | None = None
         self._bytes = 0
+        # ArrayRecord writes on this machine alone.
+        self._spool = TemporaryDirectory() if on_bucket(directory) else None
+        self._where = directory if self._spool is None else Path(self._spool.name)
 
     def write(self, record: bytes) -> None:
         writer = self._open or self._begin()
@@ -341,7 +350,7 @@ class ShardWriter:
     def _begin(self) -> ArrayRecordWriter:
         name = f"shard-{len(self._shards):05d}.array_record"
         self._shards.append({"file": name, "examples": 0})
-        self._open, self._bytes = ArrayRecordWriter(str(self.directory / name), _WRITER_OPTIONS), 0
+        self._open, self._bytes = ArrayRecordWriter(str(self._where / name), _WRITER_OPTIONS), 0
         return self._open
 
     def close(self) -> list[dict[str, Any]]:
@@ -350,6 +359,9 @@ class ShardWriter:
         if self._open is not None:
             self._open.close()
             self._open = None
+            if self._where != self.directory:
+                name = self._shards[-1]["file"]
+                upload(self._where / name, self.directory / name)
         return self._shards
 
 

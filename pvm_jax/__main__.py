@@ -13,7 +13,7 @@ from pvm_jax.apps.answer import Answerer, ChatSession, answer_file, chat, questi
 from pvm_jax.checkpoint.store import load
 from pvm_jax.data.processor import Processor
 from pvm_jax.files.lock import sole_writer
-from pvm_jax.files.paths import local_path, make_local
+from pvm_jax.files.paths import any_path, checkpoint_path, make_paths
 from pvm_jax.generation import Settings
 from pvm_jax.measure.report.command import Request, measure_checkpoint
 from pvm_jax.model.qwen3_vl import without_pvm
@@ -104,8 +104,9 @@ class GenerateOptions:
     tensor: int = 1
 
     def __post_init__(self):
-        make_local(self, "checkpoint", "branch", "lora", "input", "output")
-        object.__setattr__(self, "image", [str(local_path(image)) for image in self.image])
+        make_paths(self, "checkpoint", "branch", "lora", of=checkpoint_path)
+        make_paths(self, "input", "output")
+        object.__setattr__(self, "image", [str(any_path(image)) for image in self.image])
         given = [name for name in ("question", "chat", "input") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.files.paths import make_local
+from pvm_jax.files.paths import checkpoint_path, make_paths
 
 Config = TypeVar("Config")
 Trainable = Literal["pvm", "lora", "decoder", "all"]
@@ -46,7 +46,7 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
-        make_local(self, "path")
+        make_paths(self, "path")
         if not self.weight > 0:
             raise ValueError(
                 f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
@@ -328,7 +328,7 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
-        make_local(self, "checkpoint", "run_dir", "branch")
+        make_paths(self, "checkpoint", "run_dir", "branch", of=checkpoint_path)
         for name in (
             "accumulation",
             "epochs",

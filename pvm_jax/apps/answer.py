@@ -1,7 +1,6 @@
 """What `python -m pvm_jax generate` does: one question, a chat, or a file of conversations."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from pvm_jax.data.image_files import image_size
 from pvm_jax.data.messages import asked
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.writing import Growing, write_whole
 from pvm_jax.generation import Chat, Settings, generate
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -181,7 +181,7 @@ def answer_file(
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     start, count = time.perf_counter(), 0
     with (
-        target.open("a", encoding="utf-8") as out,
+        Growing(target) as out,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         task = progress.add_task(target.name, total=len(conversations), completed=len(answered))
@@ -201,7 +201,7 @@ def answer_file(
                     "answers": answers,
                     "made_by": made_by,
                 }
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 count += sum(map(len, samples))
             out.flush()
             progress.advance(task, len(indices))
@@ -244,5 +244,5 @@ def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, 
             f"{target}:{len(lines) + 1} answers no conversation of {conversations.path}: {advice}"
         )
     if torn:
-        os.truncate(target, sum(len(line) + 1 for line in lines))
+        write_whole(target, b"".join(line + b"\n" for line in lines))
     return answered

@@ -14,6 +14,7 @@ from pvm_jax.data.image_files import encoded_bytes
 from pvm_jax.data.messages import parse
 from pvm_jax.data.shards import Shards
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.cache import local_copies
 
 BLOCK_BYTES = 2**20
 MOST_BLOCKS = 2048
@@ -32,9 +33,10 @@ def contents_of(conversations: Conversations, threads: int) -> str:
     found = hashlib.sha256()
     with ThreadPoolExecutor(threads) as pool:
         files = stored_files(conversations.path)
-        for file in files:
-            found.update(f"{file.name} {file.stat().st_size}\n".encode())
-        for digest in pool.map(_block, _spread(list(_blocks(files)), MOST_BLOCKS)):
+        copies = local_copies(files)
+        for file, copy in zip(files, copies, strict=True):
+            found.update(f"{file.name} {copy.stat().st_size}\n".encode())
+        for digest in pool.map(_block, _spread(list(_blocks(copies)), MOST_BLOCKS)):
             found.update(digest)
         if not isinstance(conversations, Shards):  # these hold their pictures themselves
             for digest in pool.map(_pictures, *_records(conversations)):
