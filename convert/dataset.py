@@ -29,6 +29,7 @@ from pvm_jax.data.messages import ChatMessages, Messages, image_source, parse, v
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.hub import SETTINGS, model_directory, named_on_hub
 from pvm_jax.files.paths import any_path, on_bucket
 from pvm_jax.files.writing import Growing, upload
@@ -203,6 +204,8 @@ def _opened(
 def _explaining(dst: Path) -> Iterator[None]:
     try:
         yield
+    except BucketError:
+        raise
     except (OSError, RuntimeError) as error:  # ArrayRecord says the latter of a full disk
         raise OSError(
             f"{dst} cannot be written ({error}): free space there, or choose another place"

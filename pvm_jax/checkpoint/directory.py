@@ -13,6 +13,7 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from pvm_jax.config import ModelConfig
+from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.cache import SETTINGS_SUFFIXES
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import any_path, on_bucket
@@ -109,7 +110,10 @@ def _discard(directory: Path) -> None:
     """Removes a directory into which Orbax's threads may write for a moment after one of them has
     failed."""
     for _ in range(20):
-        remove_tree(directory)
+        try:
+            remove_tree(directory)
+        except BucketError:
+            return  # it is marked as unfinished
         time.sleep(0.05)
         if not directory.exists():
             return

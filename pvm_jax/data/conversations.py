@@ -105,7 +105,7 @@ def _directory(path: Path, every_column: bool) -> Conversations:
 
 def _matching(path: Path) -> list[Path]:
     if on_bucket(path):
-        *_, bucket, _ = path.parents  # behind it is the directory of all buckets of its kind
+        *_, bucket, _, _ = path.parents
         return sorted(bucket.glob(str(path.relative_to(bucket))))
     return [Path(found) for found in sorted(glob(str(path), recursive=True))]
 

@@ -187,8 +187,9 @@ def _from_base64(url: str) -> tuple[BytesIO, str]:
 
 
 def _regular(path: Path, name: str) -> Path:
-    """`path`, if it is a file that ends."""
+    """`path`, or its copy here, if it is a file that ends."""
     try:
+        path = local_copy(path)
         status = path.stat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} does not exist") from error
@@ -205,4 +206,4 @@ def _regular(path: Path, name: str) -> Path:
             f"{name} has {status.st_size / 2**30:.1f} GiB: an image file may have"
             f" {MAX_FILE_BYTES / 2**30:g}"
         )
-    return local_copy(path)
+    return path

@@ -59,7 +59,7 @@ def local_copy(file: Path, *, keep: bool = False) -> Path:
     if not isinstance(file, BucketPath):
         return file
     info = file.info()
-    if info is None:
+    if info is None or info["type"] == "directory":
         raise FileNotFoundError(f"{file} does not exist")
     version = [str(info.get(key)) for key in ("generation", "ETag", "etag", "mtime", "size")]
     name = hashlib.sha256("\n".join([str(file), *version]).encode()).hexdigest()

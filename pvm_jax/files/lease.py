@@ -4,12 +4,14 @@ Who finds it there watches it: if it changes, its holder is alive; if it does no
 and the lock is free. No clocks are compared.
 """
 
+import hashlib
 import os
 import socket
 import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import Self
 
 from pvm_jax.files.bucket import BucketPath
@@ -49,7 +51,7 @@ class Lease:
                 continue
             self._watch(before)
             # Of several who have seen the same lock, one may take it over.
-            ticket = BucketPath(f"{self._file}.{before.split()[-2][:8]}")
+            ticket = BucketPath(f"{self._file}.{hashlib.sha256(before.encode()).hexdigest()[:8]}")
             try:
                 ticket.create(b"")
             except FileExistsError:
@@ -92,12 +94,15 @@ class Lease:
         except FileNotFoundError:
             return None
 
+    def _is_mine(self) -> bool:
+        return (self._content() or "").startswith(self._mine)
+
     def _renew(self) -> None:
         beat = 0
         while not self._end.wait(BEAT):
             beat += 1
             try:
-                if not (self._content() or "").startswith(self._mine):
+                if not self._is_mine():
                     print(
                         f"error: {self._file} was taken by another process, since this one was not"
                         " heard of: it ends",
@@ -115,4 +120,6 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._thread.join()
-        self._file.unlink(missing_ok=True)
+        with suppress(OSError):  # left behind, it is taken over some beats later
+            if self._is_mine():
+                self._file.unlink(missing_ok=True)

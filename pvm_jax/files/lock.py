@@ -50,7 +50,8 @@ def sole_writer(
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+            if not on_bucket(file):  # where the lease does it
+                file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
 
 
 def _acquired(file: Path) -> Any:

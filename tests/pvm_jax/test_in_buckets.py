@@ -126,6 +126,13 @@ class TestData:
         with pytest.raises(ValueError, match=gone), lines.naming(0):
             processor.encode(lines[0])
 
+    def test_a_picture_that_is_not_given_is_no_reject(self, there, bucket, storage):
+        storage.fault = lambda method, path: 403 if path.endswith("3.png") else None
+        with pytest.raises(BucketError, match=f"{there}/data.jsonl:4: .*/3.png is closed to this"):
+            dataset.convert(there / "data.jsonl", bucket / "shards", max_rejected=1)
+        storage.fault = lambda method, path: None
+        assert not (bucket / "shards").exists()
+
     def test_tables(self, workplace, bucket, tmp_path):
         datasets = pytest.importorskip("datasets")
         rows = [

@@ -14,6 +14,7 @@ from pvm_jax.data.image_files import encoded_bytes
 from pvm_jax.data.messages import parse
 from pvm_jax.data.shards import Shards
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.cache import local_copies
 
 BLOCK_BYTES = 2**20
@@ -85,6 +86,8 @@ def _pictures(conversations: Conversations, index: int) -> bytes:
     for source in sources:
         try:
             found.update(hashlib.sha256(encoded_bytes(source)).digest())
+        except BucketError:
+            raise
         except (OSError, ValueError):
             found.update(b"cannot be read")
     return found.digest()

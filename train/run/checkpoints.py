@@ -21,6 +21,10 @@ _STATE = "state"
 """The step's own identity, in what it carries; steps that were written before lack it."""
 
 
+_REMEDY = {
+    False: "Make room there, or the directory writable",
+    True: "Make the bucket writable again",
+}
 _COMMITTED = "commit_success.txt"
 """What Orbax writes last into a step in a bucket."""
 
@@ -198,7 +202,7 @@ class TrainCheckpoints:
             )
             raise CheckpointError(
                 f"{self.directory}: step {self._last} could not be written: {reason_of(error)}."
-                f" Make room there, or the directory writable: the same command then {then}"
+                f" {_REMEDY[on_bucket(self.directory)]}: the same command then {then}"
             ) from error
 
     @contextmanager

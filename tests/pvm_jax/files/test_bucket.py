@@ -1,7 +1,7 @@
 """Paths in a bucket: what pathlib's methods do there, and what they say when the bucket fails."""
 
+import os
 import threading
-import time
 
 import pytest
 
@@ -114,16 +114,33 @@ def test_no_network_is_told_soon(bucket, storage, monkeypatch):
 class TestLock:
     @pytest.fixture(autouse=True)
     def quick(self, monkeypatch):
-        monkeypatch.setattr(lease, "BEAT", 0.1)
+        monkeypatch.setattr(lease, "BEAT", 0.3)
+        lost = []
+        monkeypatch.setattr(os, "_exit", lost.append)
+        yield
+        assert not lost
 
     def test_a_second_writer_is_refused_and_a_third_is_not(self, bucket):
-        with sole_writer(bucket / "run", lock=bucket / "run" / ".lock"):
-            with pytest.raises(OSError, match="/run is being written by another process: wait"):
-                sole_writer(bucket / "run", lock=bucket / "run" / ".lock").__enter__()
-            time.sleep(0.3)
+        refusal = pytest.raises(OSError, match="/run is being written by another process: wait")
+        with sole_writer(bucket / "run", lock=bucket / "run" / ".lock"), refusal:
+            sole_writer(bucket / "run", lock=bucket / "run" / ".lock").__enter__()
         with sole_writer(bucket / "run", lock=bucket / "run" / ".lock"):
             pass
         assert not (bucket / "run").exists()
+
+    def test_who_was_not_heard_of_ends(self, bucket, monkeypatch, capsys):
+        ended = threading.Event()
+
+        def end(status):
+            ended.set()
+            raise SystemExit(status)  # of the thread
+
+        monkeypatch.setattr(os, "_exit", end)
+        with sole_writer(bucket / "a"):
+            (bucket / ".a.lock").write_text("host 1 another 1")
+            assert ended.wait(30)
+        assert "was taken by another process" in capsys.readouterr().err
+        assert (bucket / ".a.lock").read_text() == "host 1 another 1"
 
     def test_that_of_a_process_that_was_killed_is_taken_once(self, bucket):
         (bucket / ".a.lock").write_text("host 1 of_a_dead_process 7")
