@@ -365,9 +365,10 @@ def explaining_damage(root: Path) -> Iterator[None]:
     except (CheckpointError, BucketError, MemoryError, jax.errors.JaxRuntimeError):
         raise  # none of the files' faults
     except Exception as error:
+        silent = "The bucket gives no answer (try again), or files" if on_bucket(root) else "Files"
         raise CheckpointError(
-            f"{root / PARAMS} cannot be read: {reason_of(error)}. Files are damaged or missing:"
-            " write or copy this checkpoint again"
+            f"{root / PARAMS} cannot be read: {reason_of(error)}. {silent} are damaged or"
+            " missing: write or copy this checkpoint again"
         ) from error
 
 

@@ -36,11 +36,19 @@ def same(one, other) -> bool:
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
-class TestCheckpoint:
-    @pytest.fixture(scope="class")
-    def model(self):
-        return make_model(CONFIG)
+@pytest.fixture(scope="module")
+def model():
+    return make_model(CONFIG)
 
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_workplace(root, examples=6)
+    return root
+
+
+class TestCheckpoint:
     def test_is_written_and_read(self, model, bucket, storage):
         save(bucket / "ck", model)
         assert same(load(bucket / "ck"), model)
@@ -87,12 +95,6 @@ class TestCheckpoint:
 
 
 class TestData:
-    @pytest.fixture(scope="class")
-    def workplace(self, tmp_path_factory):
-        root = tmp_path_factory.mktemp("data")
-        write_workplace(root, examples=6)
-        return root
-
     @pytest.fixture
     def there(self, workplace, bucket):
         """The data beside their pictures, in the bucket."""
