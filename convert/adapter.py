@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from convert.layout import adapter_layout, parameter_tree, sources
 from convert.merge import part_arrays
@@ -21,8 +21,10 @@ from convert.store import open_arrays, stored_identity
 from pvm_jax.checkpoint.directory import PEFT, CheckpointError, compare_shapes, write_aside
 from pvm_jax.checkpoint.store import explaining_damage, find, read_lora, write_lora
 from pvm_jax.config import LoRAConfig, ModelConfig
+from pvm_jax.files.cache import local_copy
 from pvm_jax.files.hub import model_directory
 from pvm_jax.files.json_file import JsonObject, read_json
+from pvm_jax.files.writing import write_whole
 from pvm_jax.model.parameters import part_of
 from pvm_jax.options import command, parse
 
@@ -137,7 +139,7 @@ def to_peft(src: str | Path, dst: str | Path, *, base_model: str | None = None) 
         "inference_mode": True,
     }
     with write_aside(dst) as aside:
-        save_file(tensors, aside / _TENSORS, metadata={"format": "pt"})
+        write_whole(aside / _TENSORS, save(tensors, {"format": "pt"}))
         (aside / PEFT).write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{dst}: {len(tensors)} tensors")
 
@@ -211,7 +213,7 @@ def _tensors(directory: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise FileNotFoundError(f"{directory} has no {_TENSORS} (pickled weights are not read)")
     try:
-        return load_file(file)
+        return load_file(local_copy(file))
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,8 +37,10 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations, plain_columns
 from pvm_jax.data.video_files import Video
+from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.hub import SETTINGS, model_directory, named_on_hub
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path, on_bucket
+from pvm_jax.files.writing import Growing, upload
 
 EXAMPLES = """
 examples:
@@ -147,19 +151,18 @@ def convert(
     """
     if max_tokens is not None and processor is None:
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
-    dst = local_path(dst)
+    dst = any_path(dst)
     refuse_taken(dst)
     conversations, source = _opened(src, subset, split)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
+    check = _Check(conversations, processor, max_tokens, prompts)
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = Summary()
         writer = ShardWriter(aside)
-        for checked in _in_order(
-            conversations, _Check(conversations, processor, max_tokens, prompts), threads
-        ):
+        for checked in _in_order(conversations, check, threads):
             if isinstance(checked, Rejected):
                 summary.reject(checked.reason)
-                report.write(json.dumps(checked._asdict()) + "\n")
+                report.write(json.dumps(checked._asdict()).encode() + b"\n")
             else:
                 writer.write(checked.record)
                 summary.add(checked)
@@ -172,7 +175,9 @@ def convert(
             )
         measured_by = None if prompts or processor is None else processor.fingerprint
         if measured_by:
-            np.save(aside / SHARDS_SIZES, np.array(summary.sizes, np.int32))
+            sizes = BytesIO()
+            np.save(sizes, np.array(summary.sizes, np.int32))
+            (aside / SHARDS_SIZES).write_bytes(sizes.getvalue())
         _write_index(aside, source, summary, measured_by, shards)
     print(summary.describe(dst, report_file, measured=processor is not None))
 
@@ -211,6 +216,8 @@ def _opened(
 def _explaining(dst: Path) -> Iterator[None]:
     try:
         yield
+    except BucketError:
+        raise
     except (OSError, RuntimeError) as error:  # ArrayRecord says the latter of a full disk
         raise OSError(
             f"{dst} cannot be written ({error}): free space there, or choose another place"
@@ -218,10 +225,11 @@ def _explaining(dst: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _report(file: Path) -> Iterator[TextIO]:
+def _report(file: Path) -> Iterator[Growing]:
     """`file`, to be written; it vanishes if nothing was."""
+    file.unlink(missing_ok=True)
     try:
-        with open(file, "w") as report:
+        with Growing(file) as report:
             yield report
     finally:
         if file.exists() and not file.stat().st_size:
@@ -318,6 +326,9 @@ class ShardWriter:
         self._shards: list[dict[str, Any]] = []
         self._open: ArrayRecordWriter | None = None
         self._bytes = 0
+        # ArrayRecord writes on this machine alone.
+        self._spool = TemporaryDirectory() if on_bucket(directory) else None
+        self._where = directory if self._spool is None else Path(self._spool.name)
 
     def write(self, record: bytes) -> None:
         writer = self._open or self._begin()
@@ -330,7 +341,7 @@ class ShardWriter:
     def _begin(self) -> ArrayRecordWriter:
         name = f"shard-{len(self._shards):05d}.array_record"
         self._shards.append({"file": name, "examples": 0})
-        self._open, self._bytes = ArrayRecordWriter(str(self.directory / name), _WRITER_OPTIONS), 0
+        self._open, self._bytes = ArrayRecordWriter(str(self._where / name), _WRITER_OPTIONS), 0
         return self._open
 
     def close(self) -> list[dict[str, Any]]:
@@ -339,6 +350,9 @@ class ShardWriter:
         if self._open is not None:
             self._open.close()
             self._open = None
+            if self._where != self.directory:
+                name = self._shards[-1]["file"]
+                upload(self._where / name, self.directory / name)
         return self._shards
 
 

@@ -32,13 +32,14 @@ from pvm_jax.checkpoint.directory import (
     copy_assets,
     refuse_peft,
     refuse_taken,
+    refuse_unfinished,
     write_aside,
     write_config,
 )
 from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.hub import SETTINGS, fetch, named_on_hub
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path, checkpoint_path
 from pvm_jax.hf_config import read_config
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
@@ -133,10 +134,10 @@ def convert(
             config.json that is not computed here, and for a tokenizer that cannot be read or knows
             ids for which the model has no row.
     """
-    dst, on_hub = local_path(dst), named_on_hub(src)
+    dst, on_hub = checkpoint_path(dst), named_on_hub(src)
     refuse_taken(dst)
-    src = fetch(on_hub, SETTINGS) if on_hub else local_path(src)
-    refuse_peft(src)
+    src = fetch(on_hub, SETTINGS) if on_hub else any_path(src)
+    _refuse_other(src)
     original = read_config(src)
     asked = _Branch(tuple(pvm_layers or ()) or None, pvm_hidden_size, pvm_visibility)
     config, bare = _config(original, asked, plain=plain)
@@ -162,6 +163,12 @@ def convert(
             copy_assets(src, aside)
             write_config(aside, config, original)
             _write(aside, arrays, reader, stored=stored, branch=branch, advance=advance)
+
+
+def _refuse_other(src: Path) -> None:
+    """Raises a CheckpointError for half an export, and for an adapter of peft."""
+    refuse_unfinished(src)
+    refuse_peft(src)
 
 
 class _Branch(NamedTuple):

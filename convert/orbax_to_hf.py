@@ -1,6 +1,5 @@
 """An Orbax checkpoint back to a Hugging Face directory: `python -m convert.orbax_to_hf`."""
 
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,8 @@ from pvm_jax.checkpoint.directory import (
 from pvm_jax.checkpoint.store import explaining_damage, find
 from pvm_jax.config import ModelConfig
 from pvm_jax.files.hub import check_name, make_model, push
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path, local_path
+from pvm_jax.files.writing import copy_file
 from pvm_jax.hf_config import read_config
 from pvm_jax.options import command, parse
 
@@ -130,7 +130,7 @@ def _convert_and_push(options: ExportOptions, how: dict[str, Any]) -> None:
         config,
         base_model=options.base_model,
         parts={part: find(path) for part, path in parts.items() if path is not None},
-        report=None if options.report is None else local_path(options.report),
+        report=None if options.report is None else any_path(options.report),
     )
     model = make_model(options.push_to_hub or "", private=options.private)
     convert(**how)
@@ -167,7 +167,7 @@ def convert(
         raise ValueError(
             f"--plain leaves the branch out that --branch {branch} puts in: give one of them"
         )
-    root, dst = find(src), local_path(dst)
+    root, dst = find(src), any_path(dst)
     config = ModelConfig.from_hf(root)
     arrays: Arrays = open_arrays(root)
     found = {path: tuple(array.shape) for path, array in arrays.items()}
@@ -202,7 +202,7 @@ def _write_config_and_code(
     kept = {key: value for key, value in original.items() if key != "auto_map"}
     if config.text.pvm_layers:
         kept["auto_map"] = AUTO_MAP
-        shutil.copyfile(CODE, directory / CODE.name)
+        copy_file(CODE, directory / CODE.name)
     write_config(directory, config, kept)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from pvm_jax import options
 from pvm_jax.data.conversations import stored_files
-from pvm_jax.files.paths import make_local
+from pvm_jax.files.paths import local_path, make_paths
 
 EXAMPLES = """
 examples:
@@ -76,7 +76,7 @@ class PublishedOptions:
     seed: int = 0
 
     def __post_init__(self):
-        make_local(self, "src", "dst")
+        make_paths(self, "src", "dst", of=local_path)
         if self.name not in {**PROMPTS, **SFT}:
             raise ValueError(f"name must be one of {', '.join([*PROMPTS, *SFT])}, got {self.name}")
         if (self.count is not None and self.count < 1) or self.held_out < 0:

@@ -19,7 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pvm_jax.checkpoint.directory import CheckpointError
+from pvm_jax.files.cache import local_copies, local_copy
 from pvm_jax.files.json_file import JsonObject, read_json
+from pvm_jax.files.paths import on_bucket
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,7 +57,9 @@ class SafetensorsReader:
         """
         self.tensors: dict[str, Stored] = {}
         index = _index(directory)
-        for name in sorted(set(index.values())) if index else [SINGLE]:
+        names = sorted(set(index.values())) if index else [SINGLE]
+        local_copies([directory / name for name in names])
+        for name in names:
             for tensor, stored in _header(directory / name).items():
                 if first := self.tensors.get(tensor):
                     raise CheckpointError(
@@ -76,7 +80,7 @@ class SafetensorsReader:
     def __enter__(self) -> Self:
         for file in {stored.file for stored in self.tensors.values()}:
             self._descriptors[file] = self._open.enter_context(
-                open(file, "rb", buffering=0)
+                open(local_copy(file, keep=True), "rb", buffering=0)
             ).fileno()
         return self
 
@@ -127,15 +131,16 @@ def write_safetensors(
     """
     files = _split(tensors, _size(max_shard_size))
     for filename, names in files.items():
-        with open(directory / filename, "wb") as file:
+        with (directory / filename).open("wb") as file:
             file.write(_encode_header({name: tensors[name] for name in names}))
             left = sum(tensors[name].nbytes for name in names)
             while left:
                 piece = next(chunks)
                 file.write(_bytes(np.ascontiguousarray(piece)))
                 left -= piece.nbytes
-            file.flush()
-            os.fsync(file.fileno())
+            if not on_bucket(directory):
+                file.flush()
+                os.fsync(file.fileno())
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
@@ -243,12 +248,13 @@ def _places(index: Path) -> dict[str, str]:
 
 
 def _header(file: Path) -> dict[str, Stored]:
+    copy = local_copy(file, keep=True)
     try:
-        with safe_open(file, "numpy"):  # checks that the header fits the file
+        with safe_open(copy, "numpy"):  # checks that the header fits the file
             pass
     except SafetensorError as error:
         raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
-    with open(file, "rb") as raw:
+    with open(copy, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = JsonObject(json.loads(raw.read(length)), str(file))
     stored = {}

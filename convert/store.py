@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from pvm_jax.checkpoint.checksums import verify_checksums
 from pvm_jax.checkpoint.identity import checksum_part, identity
 from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
+from pvm_jax.files.paths import on_bucket
 
 # A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
 BLOCK_BYTES = 8 * 2**20
@@ -123,7 +124,8 @@ def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]
 
 
 def _location(directory: Path, path: str) -> dict:
-    kvstore = {"driver": "ocdbt", "base": f"file://{directory.absolute() / PARAMS / 'state'}/"}
+    place = f"{directory.absolute() / PARAMS / 'state'}/"
+    kvstore = {"driver": "ocdbt", "base": place if on_bucket(directory) else f"file://{place}"}
     return {"driver": "zarr3", "kvstore": kvstore | {"path": f"{path.replace('/', '.')}/"}}
 
 

@@ -20,7 +20,7 @@ from pvm_jax.apps.answer import (
 from pvm_jax.checkpoint.store import find, load, read_branch, read_lora
 from pvm_jax.data.processor import Processor
 from pvm_jax.files.lock import sole_writer
-from pvm_jax.files.paths import local_path, make_local
+from pvm_jax.files.paths import any_path, checkpoint_path, make_paths
 from pvm_jax.generation import Settings
 from pvm_jax.measure.report.command import Request, measure_checkpoint
 from pvm_jax.model.qwen3_vl import without_pvm
@@ -114,9 +114,10 @@ class GenerateOptions:
     tensor: int = 1
 
     def __post_init__(self):
-        make_local(self, "checkpoint", "branch", "lora", "input", "output")
+        make_paths(self, "checkpoint", "branch", "lora", of=checkpoint_path)
+        make_paths(self, "input", "output")
         for name in ("image", "video"):
-            paths = [str(local_path(path)) for path in getattr(self, name)]
+            paths = [str(any_path(path)) for path in getattr(self, name)]
             object.__setattr__(self, name, paths)
         given = [name for name in ("question", "chat", "input") if getattr(self, name)]
         if len(given) != 1:
@@ -201,7 +202,9 @@ def _answer(options: GenerateOptions) -> None:
             ChatSession(answerer, sys.stdout).ask(first)
 
 
-def _answerer(options: GenerateOptions, processor: Processor) -> tuple[Answerer, jax.sharding.Mesh]:
+def _answerer(
+    options: GenerateOptions, processor: Processor
+) -> tuple[Answerer, jax.sharding.Mesh | None]:
     """The model, loaded, with its processor and settings; and the mesh that it is on."""
     mesh = tensor_mesh(options.tensor)
     model = load(

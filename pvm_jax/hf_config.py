@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pvm_jax.files.json_file import JsonObject, read_json
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path
 
 MODEL_TYPE = "qwen3_vl"
 SPECIAL_TOKENS = (
@@ -140,7 +140,7 @@ def read_config(config: Mapping[str, Any] | str | Path) -> JsonObject:
         return config
     if isinstance(config, Mapping):
         return JsonObject(config, "config.json")
-    path = local_path(config)
+    path = any_path(config)
     return read_json(path / "config.json" if path.is_dir() else path)
 
 

@@ -19,6 +19,7 @@ import pytest
 from convert.hf_to_orbax import convert
 from pvm_jax import Qwen3VL, load
 from pvm_jax.options import Main
+from tests.bucket_server import bucket, storage  # noqa: F401
 
 # Tests send it: a shell starts jobs in the background with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, TypeVar
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.files.paths import make_local
+from pvm_jax.files.paths import checkpoint_path, make_paths
 from train.mixture import Source, in_place, mixture_of
 
 Config = TypeVar("Config")
@@ -328,7 +328,7 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
-        make_local(self, "checkpoint", "run_dir", "branch")
+        make_paths(self, "checkpoint", "run_dir", "branch", of=checkpoint_path)
         for name in (
             "accumulation",
             "epochs",

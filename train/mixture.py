@@ -1,9 +1,9 @@
 """Where examples come from: sources with their weights, and files that name several."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from pvm_jax.files.paths import make_local
+from pvm_jax.files.paths import any_path, make_paths, on_bucket
 from pvm_jax.files.yaml_file import read_yaml
 
 
@@ -22,7 +22,7 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
-        make_local(self, "path")
+        make_paths(self, "path")
         if not self.weight > 0:
             raise ValueError(
                 f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
@@ -45,19 +45,21 @@ def mixture_of(sources: str | list[str | Source]) -> list[Source]:
 def _unfolded(source: Source) -> list[Source]:
     if not _is_mixture(source.path):
         return [source]
-    file = Path(source.path)
+    file = any_path(source.path)
     content = read_yaml(file)
     entries = content.get("sources")
     if content.keys() != {"sources"} or not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: a mixture file has one key, sources: a list of paths")
     found = []
     for entry in entries:
-        values = {"path": entry} if isinstance(entry, str) else entry
+        values: Any = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(values, dict) or not {"path"} <= values.keys() <= {"path", "weight"}:
             raise ValueError(f"{file}: a source is a path, or path and weight, got {entry!r:.80}")
         try:
             one = Source(**values)
-            found.append(Source(str(file.parent / one.path), one.weight * source.weight))
+            path = any_path(one.path)
+            path = path if on_bucket(path) else file.parent / path
+            found.append(Source(str(path), one.weight * source.weight))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error
     return found

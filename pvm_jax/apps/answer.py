@@ -1,7 +1,6 @@
 """What `python -m pvm_jax generate` does: one question, a chat, or a file of conversations."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from pvm_jax.data.messages import asked
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations, plain_columns
 from pvm_jax.data.video_files import VideoFile, outline
+from pvm_jax.files.writing import Growing, write_whole
 from pvm_jax.generation import Chat, Settings, generate
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -204,8 +204,8 @@ def open_questions(
         messages = conversations[index]
         with conversations.naming(index):
             processor.count(asked(messages), add_generation_prompt=True)
-    with target.open("a"):
-        return Questions(conversations, target, made_by, left)
+    Growing(target).close()  # it can be written
+    return Questions(conversations, target, made_by, left)
 
 
 def answer_file(answerer: Answerer, questions: Questions, batch_size: int) -> None:
@@ -221,7 +221,7 @@ def answer_file(answerer: Answerer, questions: Questions, batch_size: int) -> No
     columns = (*Progress.get_default_columns()[:3], MofNCompleteColumn(), TimeRemainingColumn())
     start, count = time.perf_counter(), 0
     with (
-        questions.target.open("a", encoding="utf-8") as out,
+        Growing(questions.target) as out,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         task = progress.add_task(
@@ -248,7 +248,7 @@ def answer_file(answerer: Answerer, questions: Questions, batch_size: int) -> No
                     "answers": [answerer.processor.decode(tokens) for tokens in samples],
                     "made_by": questions.made_by,
                 }
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 count += sum(map(len, samples))
             out.flush()
             progress.advance(task, len(indices))
@@ -299,5 +299,5 @@ def _answered(conversations: Conversations, target: Path, made_by: Mapping[str, 
             f"{target}:{len(lines) + 1} answers no conversation of {conversations.path}: {advice}"
         )
     if torn:
-        os.truncate(target, sum(len(line) + 1 for line in lines))
+        write_whole(target, b"".join(line + b"\n" for line in lines))
     return answered

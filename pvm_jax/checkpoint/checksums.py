@@ -1,7 +1,8 @@
 """SHA256SUMS beside a checkpoint's arrays, as `sha256sum --check` reads it: a flipped bit is
 noticed.
 
-Arrays that conversion writes need none: their chunks carry their own checksums. Orbax's do not.
+Arrays that conversion writes need none: their chunks carry their own checksums. Orbax's do not. In
+a bucket, whose service keeps and compares its own, none are written, and names alone are compared.
 """
 
 import hashlib
@@ -14,12 +15,16 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from pvm_jax.checkpoint.directory import CheckpointError
+from pvm_jax.files.paths import on_bucket
 
 CHECKSUMS = "SHA256SUMS"
 
 
 def write_checksums(root: Path, folder: str) -> None:
-    """Writes the checksum of every file below `root / folder` into `root`."""
+    """Writes the checksum of every file below `root / folder` into `root`, unless it is in a
+    bucket."""
+    if on_bucket(root):
+        return
     names = [
         file.relative_to(root).as_posix()
         for file in sorted((root / folder).rglob("*"))
@@ -47,9 +52,13 @@ def verify_checksums(root: Path) -> None:
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     mine = sorted(expected)[jax.process_index() :: jax.process_count()]
-    there = [name for name in mine if (root / name).is_file()]
-    found = dict(zip(there, _digests(root, there), strict=True))
-    damaged = [name for name in mine if found.get(name) != expected[name]]
+    if on_bucket(root):
+        there = {str(file) for file in root.rglob("*")}
+        damaged = [name for name in mine if str(root / name) not in there]
+    else:
+        there = [name for name in mine if (root / name).is_file()]
+        found = dict(zip(there, _digests(root, there), strict=True))
+        damaged = [name for name in mine if found.get(name) != expected[name]]
     # All raise, or those without a damaged file would wait for the others for ever.
     count = int(np.sum(process_allgather(np.array(len(damaged)))))
     if count:

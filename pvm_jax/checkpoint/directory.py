@@ -3,7 +3,6 @@ processor's files."""
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +13,17 @@ import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
 from pvm_jax.config import ModelConfig
+from pvm_jax.files.bucket import BucketError
+from pvm_jax.files.cache import SETTINGS_SUFFIXES
 from pvm_jax.files.lock import sole_writer
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path, on_bucket
+from pvm_jax.files.writing import copy_file, remove_tree
 
 _MAX_LINES = 100
+UNFINISHED = "UNFINISHED"
+"""The file that says of a directory in a bucket that it is not whole."""
 PEFT = "adapter_config.json"
 """What makes a directory an adapter of the peft library."""
-_ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
 class CheckpointError(ValueError):
@@ -39,18 +42,20 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     """A directory to fill beside `path`, which takes its place when the block ends well and
     vanishes when it does not.
 
+    In a bucket, which renames nothing, it is `path` itself, and the file UNFINISHED is in it until
+    the end.
+
     Raises:
         FileExistsError: if `path` is there and not an empty directory.
         OSError: if another process writes there.
-        ValueError: for a URL (`local_path`).
+        ValueError: for a URL that is no bucket's (`any_path`).
     """
-    target = local_path(path).absolute()
+    target = any_path(path).absolute()
     with sole_writer(target):
         refuse_taken(target)
         aside, primary = aside_of(target), jax.process_index() == 0
         if primary:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            _begin(aside)
         sync_global_devices(f"made {aside}")
         try:
             yield aside
@@ -60,12 +65,41 @@ def write_aside(path: str | Path) -> Iterator[Path]:
             raise
         sync_global_devices(f"wrote {aside}")
         if primary:
-            os.replace(aside, target)
+            _finish(aside, target)
         sync_global_devices(f"finished {target}")
 
 
+def _begin(aside: Path) -> None:
+    """Makes it, empty; what an interrupted write left there is removed."""
+    remove_tree(aside)
+    aside.mkdir(parents=True)
+    if on_bucket(aside):
+        (aside / UNFINISHED).write_text("being written, or left by a process that was ended\n")
+
+
+def _finish(aside: Path, target: Path) -> None:
+    if on_bucket(aside):
+        (aside / UNFINISHED).unlink()
+    else:
+        os.replace(aside, target)
+
+
+def refuse_unfinished(directory: Path) -> None:
+    """Raises a CheckpointError for what `write_aside` did not finish."""
+    aside = aside_of(directory)
+    left = aside / UNFINISHED if on_bucket(directory) else aside
+    if left.exists():
+        raise CheckpointError(
+            f"{directory} was never finished: {left} is what an interrupted write left. Run it"
+            " again"
+        )
+
+
 def refuse_taken(target: Path) -> None:
-    """Raises FileExistsError if `target` is there and not an empty directory."""
+    """Raises FileExistsError if `target` is there and not an empty directory, nor what an
+    interrupted write left in a bucket."""
+    if on_bucket(target) and (target / UNFINISHED).exists():
+        return
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(
             f"{target.absolute()} exists and is not empty: choose another place or remove it"
@@ -76,7 +110,10 @@ def _discard(directory: Path) -> None:
     """Removes a directory into which Orbax's threads may write for a moment after one of them has
     failed."""
     for _ in range(20):
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            remove_tree(directory)
+        except BucketError:
+            return  # it is marked as unfinished
         time.sleep(0.05)
         if not directory.exists():
             return
@@ -85,10 +122,10 @@ def _discard(directory: Path) -> None:
 def copy_assets(source: str | Path, target: Path) -> None:
     """Copies the tokenizer's, processor's and generation's files, not the weights, their index or
     config.json."""
-    for file in sorted(local_path(source).iterdir()):
+    for file in sorted(any_path(source).iterdir()):
         own = file.name == "config.json" or file.name.endswith(".index.json")
-        if file.is_file() and file.suffix in _ASSET_SUFFIXES and not own:
-            shutil.copyfile(file, target / file.name)
+        if file.is_file() and file.suffix in SETTINGS_SUFFIXES and not own:
+            copy_file(file, target / file.name)
 
 
 def write_config(directory: Path, config: ModelConfig, original: Mapping[str, Any]) -> None:
@@ -166,4 +203,4 @@ def refuse_peft(directory: Path) -> None:
 
 def aside_of(target: Path) -> Path:
     """Where `write_aside` fills what becomes `target`."""
-    return target.with_name(f".{target.name}.partial")
+    return target if on_bucket(target) else target.with_name(f".{target.name}.partial")

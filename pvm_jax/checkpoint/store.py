@@ -3,7 +3,8 @@ train/run/checkpoints.py.)
 
 A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face
 names them, `params/`, an Orbax pytree of the model's parameters (paths as in model/qwen3_vl.py),
-and its checksums. It lives on a local or mounted file system.
+and its checksums. It lives on a local or mounted file system, or in a bucket (gs://), into which
+all processes of a run write by TensorStore's own driver.
 """
 
 import math
@@ -23,18 +24,19 @@ from orbax.checkpoint import v1 as ocp
 from pvm_jax.checkpoint.checksums import verify_checksums, write_checksums
 from pvm_jax.checkpoint.directory import (
     CheckpointError,
-    aside_of,
     compare_shapes,
     copy_assets,
     reason_of,
     refuse_peft,
+    refuse_unfinished,
     write_aside,
     write_config,
 )
 from pvm_jax.checkpoint.identity import backbone_identity, branch_identity
 from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, dtype_name
 from pvm_jax.data.side_files import read_stop_tokens
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.bucket import BucketError
+from pvm_jax.files.paths import checkpoint_path, on_bucket
 from pvm_jax.hf_config import read_config
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
@@ -74,9 +76,9 @@ def load(
         FileNotFoundError: if there is nothing at `path`.
         CheckpointError: if it is no checkpoint, an unfinished one or one of other shapes; if the
             branch or the adapter was trained on another backbone.
-        ValueError: for another dtype, or a URL (`pvm_jax.files.paths.local_path`).
+        ValueError: for another dtype, or a URL (`pvm_jax.files.paths.checkpoint_path`).
     """
-    branch, lora = (part and local_path(part) for part in (branch, lora))  # refused at once
+    branch, lora = (part and checkpoint_path(part) for part in (branch, lora))  # refused at once
     root = find(path)
     for key, argument, what in (
         (_BRANCH_KEY, "branch", "a PVM branch"),
@@ -118,7 +120,7 @@ def save(path: str | Path, model: Qwen3VL, *, assets: str | Path | None = None) 
             "this model has a LoRA adapter, which is stored apart from its backbone: save_lora; "
             "python -m convert.orbax_to_hf --lora writes the two as one"
         )
-    with write_aside(path) as aside:
+    with write_aside(checkpoint_path(path)) as aside:
         if jax.process_index() == 0:
             original = {} if assets is None else dict(read_config(assets))
             original.pop(_BRANCH_KEY, None)
@@ -141,7 +143,7 @@ def save_branch(path: str | Path, model: Qwen3VL) -> None:
         raise ValueError("this model has no PVM branch to save (config.text.pvm_layers is empty)")
     params = nnx.to_pure_dict(nnx.state(model))
     made_for = {"backbone": backbone_identity(params)}
-    with write_aside(path) as aside:
+    with write_aside(checkpoint_path(path)) as aside:
         if jax.process_index() == 0:
             write_config(aside, model.config, {_BRANCH_KEY: made_for})
         _write(aside, {"pvm": params["pvm"]})
@@ -189,7 +191,7 @@ def write_lora(path: str | Path, config: ModelConfig, adapter: dict, made_for: M
     Raises:
         FileExistsError: if `path` holds something.
     """
-    with write_aside(path) as aside:
+    with write_aside(checkpoint_path(path)) as aside:
         if jax.process_index() == 0:
             lora = {} if config.lora is None else asdict(config.lora)
             write_config(aside, config, {_LORA_KEY: {**lora, "made_for": dict(made_for)}})
@@ -280,20 +282,18 @@ def find(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError, CheckpointError: saying what is there instead.
-        ValueError: for a URL (`local_path`).
+        ValueError: as `checkpoint_path`.
     """
-    root = local_path(path).absolute()
+    root = checkpoint_path(path).absolute()
+    if on_bucket(root):
+        refuse_unfinished(root)
     if (
         (root / "config.json").is_file()
         and (root / PARAMS).is_dir()
         and ocp.is_orbax_checkpoint(str(root / PARAMS))
     ):
         return root
-    if aside_of(root).exists():
-        raise CheckpointError(
-            f"{root} was never finished: {aside_of(root)} is what an interrupted write left. Run it"
-            " again"
-        )
+    refuse_unfinished(root)
     if not root.is_dir():
         raise FileNotFoundError(f"no checkpoint directory at {root}")
     refuse_peft(root)
@@ -362,12 +362,13 @@ def explaining_damage(root: Path) -> Iterator[None]:
     CheckpointError."""
     try:
         yield
-    except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):  # none of the files' faults
-        raise
+    except (CheckpointError, BucketError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # none of the files' faults
     except Exception as error:
+        silent = "The bucket gives no answer (try again), or files" if on_bucket(root) else "Files"
         raise CheckpointError(
-            f"{root / PARAMS} cannot be read: {reason_of(error)}. Files are damaged or missing:"
-            " write or copy this checkpoint again"
+            f"{root / PARAMS} cannot be read: {reason_of(error)}. {silent} are damaged or"
+            " missing: write or copy this checkpoint again"
         ) from error
 
 
@@ -378,9 +379,9 @@ def _write(directory: Path, params: dict[str, Any]) -> None:
         if jax.process_index() == 0:
             write_checksums(directory, PARAMS)
     except Exception as error:  # whatever the layers below say about a disk
+        then = "Give" if on_bucket(directory) else "Make room there and give"
         raise CheckpointError(
-            f"{directory} could not be written: {reason_of(error)}. Make room there and give the"
-            " same command again"
+            f"{directory} could not be written: {reason_of(error)}. {then} the same command again"
         ) from error
 
 

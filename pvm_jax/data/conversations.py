@@ -9,7 +9,7 @@ docs/data.md has an example of each, and the other conventions.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from glob import glob, has_magic
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pvm_jax.data.json_files import JsonFile
@@ -18,7 +18,7 @@ from pvm_jax.data.shards import SHARDS_INDEX, Shards
 from pvm_jax.data.stored import Conversations, Joined
 from pvm_jax.data.tables import SAVED_INDEX, ParquetFiles, SavedDataset
 from pvm_jax.data.tars import TarFiles
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path, on_bucket
 
 _IN_DIRECTORIES = (".jsonl", ".jsonl.gz")
 _MAY_HOLD_DATA = re.compile(
@@ -43,14 +43,14 @@ def open_conversations(
         ValueError: if what is there holds no conversation or is none of the formats.
         ImportError: if it takes pyarrow, and that is not installed.
     """
-    if not isinstance(path, str | Path):
-        given = [local_path(one) for one in path]
+    if not isinstance(path, str | PurePath):
+        given = [any_path(one) for one in path]
         if not given:
             raise ValueError("no path of conversations is given")
         if len(given) != 1:
             return _several(Path(", ".join(map(str, given))), given, every_column)
         (path,) = given
-    path = local_path(path)
+    path = any_path(path)
     if has_magic(str(path)) and not path.exists():
         return _several(path, _matching(path), every_column)
     if path.is_file():
@@ -108,12 +108,15 @@ def _directory(path: Path, every_column: bool) -> Conversations:
 
 
 def _matching(path: Path) -> list[Path]:
+    if on_bucket(path):
+        *_, bucket, _, _ = path.parents
+        return sorted(bucket.glob(str(path.relative_to(bucket))))
     return [Path(found) for found in sorted(glob(str(path), recursive=True))]
 
 
 def stored_files(path: str | Path) -> list[Path]:
     """The file at `path`, or those of the pattern or in the directory, but hidden ones; sorted."""
-    path = local_path(path)
+    path = any_path(path)
     if path.is_dir():
         files = list(path.glob("[!.]*"))
     else:

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import unquote, urlparse
 from urllib.request import url2pathname
@@ -20,6 +20,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
+
+from pvm_jax.files.bucket import BucketError
+from pvm_jax.files.cache import local_copy
+from pvm_jax.files.paths import BUCKETS, any_path
 
 MAX_FILE_BYTES = 2**30
 
@@ -155,8 +159,8 @@ def file_of(
         source = source.get("path")
     if isinstance(source, bytes):
         return BytesIO(source), f"the {what} of {len(source)} bytes"
-    if isinstance(source, Path):
-        return _regular(source, str(source), what, most), str(source)
+    if isinstance(source, PurePath):
+        return _regular(any_path(source), str(source), what, most), str(source)
     if not isinstance(source, str):
         raise ValueError(
             f"{_article(what)} must be a path, a file:// or data: URL, encoded bytes, a PIL image,"
@@ -168,10 +172,12 @@ def file_of(
         return _from_base64(source, what)
     if source.startswith("file://"):
         source = url2pathname(unquote(urlparse(source).path))
+    elif source.startswith(BUCKETS):
+        return _regular(any_path(source), source, what, most), source
     elif "://" in source:
         raise ValueError(
-            f"{source}: {what}s are not fetched over the network; download it and give the file's"
-            " path"
+            f"{source}: {what}s are not fetched over the network but from buckets; download it and"
+            " give the file's path"
         )
     path = Path.home() / source.removeprefix(HOME) if source.startswith(HOME) else Path(source)
     return _regular(path, source, what, most), source
@@ -193,11 +199,14 @@ def _from_base64(url: str, what: str) -> tuple[BytesIO, str]:
 
 
 def _regular(path: Path, name: str, what: str, most: int) -> Path:
-    """`path`, if it is a file that ends."""
+    """`path`, or its copy here, if it is a file that ends."""
     try:
+        path = local_copy(path)
         status = path.stat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} does not exist") from error
+    except BucketError:
+        raise
     except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
         raise ValueError(f"{name[:200]} cannot be read as {_article(what)}: {error}") from error
     if stat.S_ISDIR(status.st_mode):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.cache import local_copies
 from pvm_jax.files.json_file import once
 
 _GZIP = b"\x1f\x8b"
@@ -42,7 +43,7 @@ class JsonFile(Conversations):
             ValueError: if it holds none, or is no JSON file.
         """
         self.path = path
-        self._file = _opened(path)
+        self._file = _opened(path, *local_copies([path]))
         if not os.fstat(self._file).st_size:
             raise ValueError(f"{path} is empty")
         with mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) as content:
@@ -72,9 +73,9 @@ class JsonFile(Conversations):
             raise ValueError(f"{error}{advice}") from error
 
 
-def _opened(path: Path) -> int:
-    """A descriptor of the file's content, unpacked."""
-    with open(path, "rb") as file:
+def _opened(path: Path, copy: Path) -> int:
+    """A descriptor of the content of the file at `path`, which is here as `copy`, unpacked."""
+    with open(copy, "rb") as file:
         head = file.read(8)
         if kind := next((name for begin, name in _OTHERS.items() if head.startswith(begin)), None):
             raise ValueError(f"{path} is compressed by {kind}: unpack it, or use gzip")
@@ -82,7 +83,7 @@ def _opened(path: Path) -> int:
             return os.dup(file.fileno())
     with tempfile.TemporaryFile() as unpacked:
         try:
-            with gzip.open(path) as file:
+            with gzip.open(copy) as file:
                 shutil.copyfileobj(file, unpacked)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked: {error}") from error

@@ -30,7 +30,7 @@ from pvm_jax.data.side_files import check_fits, pixel_settings, read_stop_tokens
 from pvm_jax.data.tags import with_tags_as_text
 from pvm_jax.data.tokenizer import read_chat_template, read_tokenizer
 from pvm_jax.data.video_files import Outline, VideoFile, decoded, moments, outline
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path
 
 CONTENT_TOKENS = tuple(
     f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad") for end in ("start", "end")
@@ -109,7 +109,7 @@ class Processor:
                 computed here; for a tokenizer without visual tokens, or with more ids than the
                 model has rows; for a tag that is none.
         """
-        folder = local_path(path)
+        folder = any_path(path)
         tokenizer = with_tags_as_text(read_tokenizer(folder), tags_as_text)
         stops = [
             tokenizer.added_tokens_decoder.get(token)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pvm_jax.data.messages import Messages, variables_of
 from pvm_jax.data.stored import Parts
+from pvm_jax.files.cache import local_copies, local_copy
 from pvm_jax.files.json_file import read_json
 
 SHARDS_INDEX = "dataset.json"
@@ -56,7 +57,7 @@ def _opened(files: Sequence[Path]) -> Any:
     from grain.sources import ArrayRecordDataSource  # import pvm_jax need not wait for it
 
     try:
-        return ArrayRecordDataSource([str(file) for file in files])
+        return ArrayRecordDataSource([str(file) for file in local_copies(files)])
     except (RuntimeError, ValueError) as error:
         if len(files) > 1:  # it does not say which
             for file in files:
@@ -68,7 +69,7 @@ def _sizes(file: Path, count: int) -> np.ndarray:
     """(tokens, patches) of every conversation, [N, 2] int32."""
     try:
         # Mapped, a header cannot ask for more than the file holds.
-        sizes = np.lib.format.open_memmap(file, mode="r")
+        sizes = np.lib.format.open_memmap(local_copy(file), mode="r")
     except Exception as error:  # the header is parsed as Python, which raises whatever it meets
         raise ValueError(f"{file} is no whole array of NumPy: {error}") from error
     if sizes.shape != (count, 2) or sizes.dtype != np.int32 or (sizes < 0).any():

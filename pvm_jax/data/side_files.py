@@ -10,7 +10,7 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.data.patches import ImageSettings, PixelSettings, VideoSettings
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.json_file import JsonObject, read_json_if_any
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path
 
 _VISUAL_TOKENS = {
     "image_token": "<|image_pad|>",
@@ -70,7 +70,7 @@ def read_stop_tokens(
     Raises:
         ValueError: naming file and key, if they cannot be read.
     """
-    folder = local_path(checkpoint)
+    folder = any_path(checkpoint)
     config = read_json_if_any(folder / "config.json")
     text = config.object("text_config", None) or JsonObject({}, config.file)
     for source in (read_json_if_any(folder / "generation_config.json"), text, config):

@@ -4,6 +4,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from pvm_jax.data.conventions import COLUMNS, record_messages
 from pvm_jax.data.messages import ChatMessages
+from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.json_file import JsonObject
 
 
@@ -70,10 +72,12 @@ class Conversations(Sequence[ChatMessages]):
     @contextmanager
     def naming(self, index: int) -> Iterator[None]:
         """Turns what conversation `index` is refused for into a ValueError that names its place,
-        once."""
+        once; what a bucket does not give stays a BucketError."""
         where = f"{self.where(index)}: "
         try:
             yield
+        except BucketError as error:  # not the record's fault
+            raise BucketError(f"{where}{str(error).removeprefix(where)}") from error
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}{str(error).removeprefix(where)}") from error
         except RecursionError as error:
@@ -83,6 +87,10 @@ class Conversations(Sequence[ChatMessages]):
 
     def _root(self, index: int) -> Path:
         """What relative image paths of conversation `index` start from."""
+        return self._folder
+
+    @cached_property
+    def _folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
 
 

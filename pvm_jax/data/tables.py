@@ -13,6 +13,7 @@ import numpy as np
 
 from pvm_jax.data.conventions import COLUMNS, TURNS, concerns
 from pvm_jax.data.stored import Parts
+from pvm_jax.files.cache import local_copies
 from pvm_jax.files.json_file import read_json
 
 ROW_GROUP_CACHE_BYTES = 512 * 2**20
@@ -36,7 +37,7 @@ class ParquetFiles(Parts):
             raise FileNotFoundError(f"{path}: no such Parquet file")
         self.path, self._every_column = path, every_column
         parquet = _pyarrow("parquet")
-        self._open = [_checked(file, parquet.ParquetFile) for file in files]
+        self._open = _checked(files, parquet.ParquetFile)
         for file, opened in zip(files, self._open, strict=True):
             _check_columns(file, opened.schema_arrow.names)
         metadata = [opened.metadata for opened in self._open]
@@ -77,7 +78,7 @@ class SavedDataset(Parts):
         or another table."""
         self.path = path
         files = self.files_of(read_json(path / SAVED_INDEX), "_data_files", "filename")
-        tables = [_checked(file, _mapped_batches) for file in files]
+        tables = _checked(files, _mapped_batches)
         for file, batches in zip(files, tables, strict=True):
             if batches:
                 _check_columns(file, batches[0].schema.names)
@@ -102,12 +103,15 @@ def _pyarrow(part: str) -> ModuleType:
         ) from error
 
 
-def _checked(file: Path, read: Callable[[Path], Any]) -> Any:
-    """`read(file)`, what pyarrow refuses named."""
-    try:
-        return read(file)
-    except (_pyarrow("lib").ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+def _checked(files: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
+    """`read(file)` of each, what pyarrow refuses named."""
+    opened = []
+    for file, copy in zip(files, local_copies(files), strict=True):
+        try:
+            opened.append(read(copy))
+        except (_pyarrow("lib").ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+    return opened
 
 
 def _mapped_batches(file: Path) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pvm_jax.data.messages import IMAGE_KEYS, VIDEO_KEYS
 from pvm_jax.data.stored import Parts
 from pvm_jax.data.video_files import VIDEO_SUFFIXES
+from pvm_jax.files.cache import local_copies
 from pvm_jax.files.json_file import once
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -42,7 +43,7 @@ class TarFiles(Parts):
         self.path = path
         self._samples: list[tuple[str, list[Member]]] = []
         self._descriptors, lengths = [], []
-        for file in files:
+        for file in local_copies(files):
             found = _samples(file)
             self._samples += found
             lengths.append([len(found)])

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pvm_jax.files.bucket import BucketError
+from pvm_jax.files.cache import copied_settings
 from pvm_jax.files.json_file import JsonObject, read_json, read_json_if_any
 from pvm_jax.hf_config import check_model_type, read_config
 
@@ -52,9 +55,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if kind is not None and kind not in _CLASSES:
         settings.refuse("tokenizer_class", f"must be {' or '.join(_CLASSES)}, got {kind!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        with TemporaryDirectory() as copies:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(copied_settings(folder, copies)), local_files_only=True, trust_remote_code=False
+            )
+    except BucketError:
+        raise
     except Exception as error:  # the reader of tokenizer.json raises Exception itself
         for name in _FILES:
             if (folder / name).exists():

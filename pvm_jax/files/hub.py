@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path
 
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 """A model's files that are no weights."""
@@ -71,10 +71,10 @@ def model_directory(given: str | Path, files: Sequence[str]) -> Path:
 
     Raises:
         OSError: if the Hub does not give them.
-        ValueError: for another URL (`local_path`).
+        ValueError: for another URL (`any_path`).
     """
     on_hub = named_on_hub(given)
-    return local_path(given) if on_hub is None else fetch(on_hub, files)
+    return any_path(given) if on_hub is None else fetch(on_hub, files)
 
 
 def fetch(of: HfUri, files: Sequence[str], *, beside: Path | None = None) -> Path:

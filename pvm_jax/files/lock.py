@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.bucket import BucketPath
+from pvm_jax.files.lease import Lease
+from pvm_jax.files.paths import any_path, on_bucket
 
 
 @contextmanager
@@ -17,7 +20,7 @@ def sole_writer(
     """Keeps every other process that asks for the same from writing to `target` during the block.
 
     Process 0 of several asks for all. The kernel holds the lock: that of a process that was killed
-    is free at once.
+    is free at once; in a bucket, after half a minute (`pvm_jax.files.lease`).
 
     Args:
         lock: the file that is locked and vanishes with the block; None: `.NAME.lock` beside
@@ -26,24 +29,34 @@ def sole_writer(
 
     Raises:
         OSError: if another process writes there, or the lock cannot be made.
-        ValueError: for a URL (`local_path`).
+        ValueError: for a URL that is no bucket's (`any_path`).
     """
-    path = local_path(target).absolute()
+    path = any_path(target).absolute()
     if jax.process_index() != 0:
         yield
         return
     file = path.with_name(f".{path.name}.lock") if lock is None else lock
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(file, timeout=0).acquire()
-    except Timeout as error:
+        held = _acquired(file)
+    except TimeoutError as error:
         raise OSError(
             f"{target} is being written by another process: wait until it has ended, or {otherwise}"
         ) from error
     except OSError as error:
-        raise OSError(f"{target} cannot be written ({error}): {otherwise}") from error
+        missing = on_bucket(file) and isinstance(error, FileNotFoundError)
+        reason = "there is no such bucket" if missing else error
+        raise OSError(f"{target} cannot be written ({reason}): {otherwise}") from error
     with held:
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+            if not on_bucket(file):  # where the lease does it
+                file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+
+
+def _acquired(file: Path) -> Any:
+    """The lock, held; as a context it lets go at its end."""
+    if isinstance(file, BucketPath):
+        return Lease(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file, timeout=0).acquire()

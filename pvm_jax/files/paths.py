@@ -1,43 +1,79 @@
-"""A path as a user writes it."""
+"""A path as a user writes it: of this machine, or of a bucket."""
 
 import os
 import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Any, cast
 
+from pvm_jax.files.bucket import SCHEMES, BucketPath
+
+BUCKETS = tuple(f"{scheme}://" for scheme in SCHEMES)
+"""How a bucket's path begins."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # as Path writes it too, which keeps one slash
 
 
-def local_path(path: str | Path) -> Path:
-    """`path` with `~` for the home directory; what is on no local or mounted file system is
-    refused.
+def any_path(path: str | PurePath) -> Path:
+    """`path` with `~` for the home directory; of gs://, s3:// and az:// a BucketPath, which has the
+    methods of Path (and is called one here, so that they are used alike).
 
     Raises:
-        ValueError: for a URL (gs://, s3://, hf://, https://), the home of a user who is not known
-            here, and an empty text, which would be the working directory.
+        ValueError: for another URL (hf://, https://), the home of a user who is not known here, and
+            an empty text, which would be the working directory.
     """
     text = str(path)
     if path == "":
         raise ValueError("a path is empty: the working directory is called .")
     if found := _URL.match(text):
-        raise ValueError(
-            f"{found[1]}://{text[found.end() :]} is a URL: give a path of this machine, of a"
-            " mounted bucket (docs/tpu.md) or of a copy of the files"
-        )
+        url = f"{found[1]}://{text[found.end() :]}"
+        if found[1] not in SCHEMES:
+            raise ValueError(
+                f"{url} is a URL: give a path of this machine, of a bucket (gs://, s3://, az://) or"
+                " of a copy of the files"
+            )
+        if not text[found.end() :].strip("/"):
+            raise ValueError(f"{url} names no bucket")
+        return cast(Path, BucketPath(url))
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(f"{text}: there is no such user here; ./{text} is a file of this name")
     return Path(expanded)
 
 
-def make_local(options: Any, *names: str) -> None:
-    """Puts `local_path` of these fields of a frozen dataclass in their place: str stays str; None
-    stays. Raises ValueError as that does, naming the field."""
+def local_path(path: str | PurePath) -> Path:
+    """`any_path` of what must be of this machine. Raises ValueError for a bucket's too."""
+    found = any_path(path)
+    if on_bucket(found):
+        raise ValueError(f"{found} is in a bucket: this must be a path of this machine")
+    return found
+
+
+def checkpoint_path(path: str | PurePath) -> Path:
+    """`any_path` of a checkpoint. Raises ValueError for a bucket into which Orbax writes nothing:
+    s3://, az://."""
+    found = any_path(path)
+    if on_bucket(found) and not str(found).startswith("gs://"):
+        raise ValueError(
+            f"{found}: Orbax reads and writes checkpoints on file systems and in gs:// alone: mount"
+            " the bucket, or copy the checkpoint"
+        )
+    return found
+
+
+def on_bucket(path: PurePath) -> bool:
+    """Whether `any_path` gave a path in a bucket."""
+    return isinstance(path, BucketPath)
+
+
+def make_paths(options: Any, *names: str, of: Callable[[str | PurePath], Path] = any_path) -> None:
+    """Puts `of` these fields of a frozen dataclass in their place: str stays str; None stays.
+    Raises ValueError as that does, naming the field."""
     for name in names:
         value = getattr(options, name)
         if value is None:
             continue
         try:
-            object.__setattr__(options, name, type(value)(local_path(value)))
+            found = of(value)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        object.__setattr__(options, name, str(found) if isinstance(value, str) else found)

@@ -86,7 +86,7 @@ OPAQUE = ("tools", "arguments", "chat_template_kwargs")
 CONTENTS = (
     *VALUES,
     *("<image>", "<video>", "<|im_end|>", "<|im_", "a.png", "/dev/zero", "data:,", "assistant"),
-    *("gs://b/a.png", " ", "user", "tool", "gpt", "human", "system"),
+    *("ftp://b/a.png", " ", "user", "tool", "gpt", "human", "system"),
     *({"type": "text", "text": "x"}, {"type": "image"}, {"type": "image", "image": "b.png"}),
     *({"bytes": "x"}, {"url": "a.png"}, ["a.png"], ["a.png", "b.png"], CALL, [CALL]),
     *({"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}),

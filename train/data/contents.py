@@ -15,6 +15,8 @@ from pvm_jax.data.messages import parse
 from pvm_jax.data.shards import Shards
 from pvm_jax.data.stored import Conversations
 from pvm_jax.data.video_files import MAX_FILE_BYTES, Video, VideoFile
+from pvm_jax.files.bucket import BucketError
+from pvm_jax.files.cache import local_copies
 
 BLOCK_BYTES = 2**20
 MOST_BLOCKS = 2048
@@ -33,9 +35,10 @@ def contents_of(conversations: Conversations, threads: int) -> str:
     found = hashlib.sha256()
     with ThreadPoolExecutor(threads) as pool:
         files = stored_files(conversations.path)
-        for file in files:
-            found.update(f"{file.name} {file.stat().st_size}\n".encode())
-        for digest in pool.map(_block, _spread(list(_blocks(files)), MOST_BLOCKS)):
+        copies = local_copies(files)
+        for file, copy in zip(files, copies, strict=True):
+            found.update(f"{file.name} {copy.stat().st_size}\n".encode())
+        for digest in pool.map(_block, _spread(list(_blocks(copies)), MOST_BLOCKS)):
             found.update(digest)
         if not isinstance(conversations, Shards):  # these hold their pictures themselves
             for digest in pool.map(_pictures, *_records(conversations)):
@@ -88,6 +91,8 @@ def _pictures(conversations: Conversations, index: int) -> bytes:
     for source in sources:
         try:
             found.update(hashlib.sha256(encoded_bytes(source)).digest())
+        except BucketError:
+            raise
         except (OSError, ValueError):
             found.update(b"cannot be read")
     return found.digest()

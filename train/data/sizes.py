@@ -4,6 +4,7 @@ an earlier start."""
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from pvm_jax.data.conversations import size_of
 from pvm_jax.data.messages import Messages, shows_video
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.writing import write_whole
 
 NO_VIDEOS = "shows a video: set data.videos to true"
 """Said of an example whose batch has room for images alone."""
@@ -95,13 +97,13 @@ def cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
         OSError: naming `file`, where it cannot be written.
     """
     if file and file.exists():
-        return np.load(file)
+        return np.load(BytesIO(file.read_bytes()))
     array = make()
     if file and jax.process_index() == 0:
-        aside = file.with_suffix(".partial.npy")
+        content = BytesIO()
+        np.save(content, array)
         try:
-            np.save(aside, array)
-            aside.replace(file)
+            write_whole(file, content.getvalue())
         except OSError as error:
             raise OSError(
                 f"{file} cannot be written ({error}): free space there, or give another --run_dir"

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.files.hub import model_directory
+from pvm_jax.files.paths import any_path
 from pvm_jax.options import command, given_options, parse
 from pvm_jax.sharding import make_mesh
 from train.fit import grpo, sft
@@ -127,7 +128,7 @@ def read_model_config(config: FitConfig | FitGRPOConfig) -> ModelConfig:
     if config.model:
         source = model_directory(config.model, ["config.json"])
     else:
-        source = Path(config.checkpoint)
+        source = any_path(config.checkpoint)
     if source.exists():
         model_config = ModelConfig.from_hf(source)
     elif config.model:
@@ -140,7 +141,7 @@ def read_model_config(config: FitConfig | FitGRPOConfig) -> ModelConfig:
             f"no checkpoint at {source}: say what it will be, as in --model 8b or --model"
             " DIR/config.json"
         )
-    if config.branch and not (config.model and not Path(config.branch).exists()):
+    if config.branch and not (config.model and not any_path(config.branch).exists()):
         return model_config.with_branch_of(ModelConfig.from_hf(config.branch).text)
     if config.model and not model_config.text.pvm_layers:
         return model_config.with_pvm()  # as convert.hf_to_orbax would

@@ -15,9 +15,18 @@ from pvm_jax.checkpoint.directory import CheckpointError, reason_of
 from pvm_jax.checkpoint.identity import exact_identity
 from pvm_jax.checkpoint.store import orbax_context
 from pvm_jax.config import ModelConfig
+from pvm_jax.files.paths import any_path, on_bucket
 
 _STATE = "state"
 """The step's own identity, in what it carries; steps that were written before lack it."""
+
+
+_REMEDY = {
+    False: "Make room there, or the directory writable",
+    True: "Make the bucket writable again",
+}
+_COMMITTED = "commit_success.txt"
+"""What Orbax writes last into a step in a bucket."""
 
 
 class TrainCheckpoints:
@@ -64,9 +73,12 @@ class TrainCheckpoints:
         self._best = best
         model = {key: value for key, value in config.to_hf().items() if key != "dtype"}
         self._run = {"model": model, "backbone": backbone}
-        self.directory = Path(directory).absolute()
-        if self.directory.exists() and not (
-            self.directory.is_dir() and os.access(self.directory, os.W_OK)
+        self.directory = any_path(directory).absolute()
+        in_bucket = on_bucket(self.directory)  # where the claim of the run has been written already
+        if (
+            not in_bucket
+            and self.directory.exists()
+            and not (self.directory.is_dir() and os.access(self.directory, os.W_OK))
         ):
             raise OSError(
                 f"{self.directory} is no directory that can be written: a run's steps go there"
@@ -184,16 +196,13 @@ class TrainCheckpoints:
             yield
         except Exception as error:  # whatever the layers below say about a disk
             # Orbax has forgotten the steps that this save was to replace; they are still there.
-            there = (
-                [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
-            )
-            whole = max((int(name) for name in there if name.isdigit()), default=None)
+            whole = max(whole_steps(self.directory), default=None)
             then = (
                 "starts anew" if whole is None else f"continues from step {whole}, which is whole"
             )
             raise CheckpointError(
                 f"{self.directory}: step {self._last} could not be written: {reason_of(error)}."
-                f" Make room there, or the directory writable: the same command then {then}"
+                f" {_REMEDY[on_bucket(self.directory)]}: the same command then {then}"
             ) from error
 
     @contextmanager
@@ -208,6 +217,16 @@ class TrainCheckpoints:
                 " another run's, or its files are damaged; if so, remove this directory: the same"
                 f" command then {then}"
             ) from error
+
+
+def whole_steps(directory: Path) -> list[int]:
+    """The steps in `directory` that were written to their end."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return [
+        int(step.name)
+        for step in found
+        if step.name.isdigit() and not (on_bucket(step) and not (step / _COMMITTED).exists())
+    ]
 
 
 def _difference(saved: Any, mine: Any) -> str:

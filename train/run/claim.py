@@ -2,7 +2,6 @@
 there."""
 
 import json
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,10 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from pvm_jax.data.stored import Conversations
 from pvm_jax.files.lock import sole_writer
+from pvm_jax.files.writing import write_whole
 from train.data.contents import contents_of
 from train.data.loading import open_sources
+from train.run.checkpoints import whole_steps
 
 NOTE = "run.json"
 SIZES = "sizes.npy"
@@ -98,8 +99,8 @@ def _computed(config: Any, sources: Sequence[Conversations]) -> dict[str, Any]:
 def _take(config: Any, mine: dict[str, Any], run_dir: Path, steps: Path) -> None:
     """Writes the note, and forgets the sizes of other examples, where there is no run or the user
     says to measure anew."""
-    note, aside = run_dir / NOTE, run_dir / f".{NOTE}.partial"
-    begun = steps.is_dir() and any(path.name.isdigit() for path in steps.iterdir())
+    note = run_dir / NOTE
+    begun = bool(whole_steps(steps))
     other = _changed(mine, note) if note.exists() else list(mine)
     new_data = config.data.measure_anew and not set(other) - {"contents"}
     if (begun and not new_data) or not (other or new_data):
@@ -107,8 +108,7 @@ def _take(config: Any, mine: dict[str, Any], run_dir: Path, steps: Path) -> None
     try:
         (run_dir / SIZES).unlink(missing_ok=True)
         known = {_ID: run_id(run_dir) if begun else secrets.token_hex(4)}
-        aside.write_text(json.dumps(mine | known, indent=2) + "\n")
-        os.replace(aside, note)
+        write_whole(note, (json.dumps(mine | known, indent=2) + "\n").encode())
     except OSError as error:
         raise OSError(
             f"run_dir {run_dir} cannot be written ({error}): give another --run_dir, or free space"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from pvm_jax.files.paths import on_bucket
+
+_MOST_SENT = 2**20
+"""Bytes of a file that are sent to a bucket again and again; then another one begins."""
 _protos: Any = event_pb2  # its classes are made while it is imported
 
 
@@ -32,7 +37,7 @@ class EventWriter:
         """
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(directory / "events"))
+        self._begin()
         self._write(session_log={"status": _protos.SessionLog.START}, step=start)
         self.flush()
 
@@ -51,11 +56,28 @@ class EventWriter:
         """Returns when all that was added is on the disk."""
         with self._explaining():
             self._events.flush()
+            if self._spool is not None:
+                self._send(Path(self._spool.name))
 
     def close(self, *, failed: bool = False) -> None:
         """Flushes and closes the file, however the run ended."""
+        self.flush()
         with self._explaining():
             self._events.close()
+
+    def _begin(self) -> None:
+        """A new file; of a bucket, to which nothing can be appended, it is written here first."""
+        self._spool = TemporaryDirectory() if on_bucket(self._directory) else None
+        where = self._directory if self._spool is None else Path(self._spool.name)
+        self._events = EventsWriter(str(where / "events"))
+
+    def _send(self, spool: Path) -> None:
+        (file,) = spool.iterdir()
+        (self._directory / file.name).write_bytes(file.read_bytes())
+        if file.stat().st_size > _MOST_SENT:
+            self._events.close()
+            time.sleep(1)  # files are named by the second
+            self._begin()
 
     def _add(self, content: Any, step: int) -> None:
         self._write(summary=content, step=step)

@@ -1,7 +1,6 @@
 """A training run from checkpoint to result, whatever its steps are: claim the directory, load, go
 on after an interruption, train, write the result."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,8 @@ from pvm_jax.checkpoint.store import load, save, save_branch, save_lora
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.paths import any_path
+from pvm_jax.files.writing import copy_file
 from pvm_jax.model.qwen3_vl import Qwen3VL, add_lora
 from pvm_jax.sharding import make_mesh
 from train.config import RunConfig, Trainable
@@ -174,13 +175,13 @@ def run(config: RunConfig, recipe: Recipe) -> RunResult:
         FileExistsError: if the run in `run_dir` is finished.
         FloatingPointError: if the loss stops being finite (see RunConfig.not_finite).
     """
+    result = any_path(config.run_dir) / RESULTS[config.trainable]
     announce(
-        f"{purpose(config, recipe)}, into {Path(config.run_dir) / RESULTS[config.trainable]}. How"
-        " long it takes is told after the first steps"
+        f"{purpose(config, recipe)}, into {result}. How long it takes is told after the first steps"
     )
     check_installed(config.log)
     mesh = make_mesh(**asdict(config.mesh))
-    run_dir = Path(config.run_dir).absolute()
+    run_dir = any_path(config.run_dir).absolute()
     with claimed(config, run_dir, run_dir / STEPS, every_column=recipe.every_column) as sources:
         result = run_dir / RESULTS[config.trainable]
         if result.exists():
@@ -312,7 +313,7 @@ def assets_of(config: RunConfig) -> Iterator[str]:
         yield config.checkpoint
         return
     with TemporaryDirectory() as folder:
-        shutil.copyfile(Path(config.checkpoint) / "config.json", Path(folder) / "config.json")
+        copy_file(any_path(config.checkpoint) / "config.json", Path(folder) / "config.json")
         copy_assets(config.checkpoint, Path(folder))
         processor = Processor.from_pretrained(config.checkpoint, tags_as_text=config.tags_as_text)
         processor.tokenizer.save_pretrained(folder)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from pvm_jax.files.paths import any_path, on_bucket
 from train.config import LogConfig, RunConfig
 
 STEP = "step"
@@ -72,7 +73,7 @@ def opened_trackers(config: RunConfig, run_id: str) -> Iterator[list[Tracker]]:
     failed = True
     try:
         if jax.process_index() == 0:
-            name = config.log.name or Path(config.run_dir).absolute().name
+            name = config.log.name or any_path(config.run_dir).absolute().name
             for kind in config.log.to:
                 if kind in TRACKERS:
                     opened.append(_opened(kind, config, name, run_id))
@@ -132,7 +133,9 @@ class _WandB(Tracker):
     def __init__(self, config: RunConfig, name: str, run_id: str):
         import wandb  # pyright: ignore[reportMissingImports]
 
-        folder = Path(config.run_dir).absolute() / "log"
+        run_dir = any_path(config.run_dir)
+        # What it keeps on this machine stays there where the run is in a bucket.
+        folder = Path("wandb" if on_bucket(run_dir) else run_dir / "log").absolute()
         folder.mkdir(parents=True, exist_ok=True)
         self._images, self._html = wandb.Image, wandb.Html
         self._run = wandb.init(

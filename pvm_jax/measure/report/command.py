@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from rich.console import Console
@@ -17,7 +16,8 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.data.stored import Conversations
 from pvm_jax.files.lock import sole_writer
-from pvm_jax.files.paths import make_local
+from pvm_jax.files.paths import checkpoint_path, make_paths
+from pvm_jax.files.writing import check_writable
 from pvm_jax.measure.ablations import silence, with_filler
 from pvm_jax.measure.decision import final_after
 from pvm_jax.measure.pictures import partners
@@ -80,7 +80,8 @@ class Request:
     tensor: int = 1
 
     def __post_init__(self):
-        make_local(self, "checkpoint", "data", "output", "branch", "lora", "against")
+        make_paths(self, "checkpoint", "branch", "lora", "against", of=checkpoint_path)
+        make_paths(self, "data", "output")
         if unknown := [name for name in self.only if name not in MEASUREMENTS]:
             raise ValueError(
                 f"--only: there is no measurement {', '.join(map(repr, unknown))}, but"
@@ -179,8 +180,7 @@ def report_on(
             anything is measured.
     """
     check_matplotlib()
-    output.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=output).close()  # a folder that is there may still take no file
+    check_writable(output)
     sections = measure(models, task, only)
     path = write_report(
         sections,

@@ -1,4 +1,5 @@
-"""Paths as users write them: ~ is the home directory, a URL is refused before anything starts."""
+"""Paths as users write them: ~ is the home directory, gs:// a bucket; another URL is refused before
+anything starts."""
 
 from pathlib import Path
 
@@ -11,22 +12,54 @@ from pvm_jax.checkpoint.directory import write_aside
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.processor import Processor
 from pvm_jax.files.lock import sole_writer
-from pvm_jax.files.paths import local_path
+from pvm_jax.files.paths import any_path, checkpoint_path, local_path, on_bucket
 from pvm_jax.measure.report.command import Request
 from train.config import Bucket, DataConfig, Source
 from train.grpo.config import EvaluationConfig
 from train.sft.config import HeldOutConfig, SFTConfig
 
-URLS = ["gs://bucket/ck", "s3://b/x.jsonl", "hf://org/model", "https://host/x", "file:///tmp/x"]
+URLS = ["ftp://bucket/ck", "hf://org/model", "https://host/x", "file:///tmp/x"]
 
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("written", [str, Path])
 def test_a_url_is_named_as_it_was_written(url, written):
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        local_path(written(url))
+        any_path(written(url))
     shown = url.replace("file:///tmp", "file://tmp")
     assert str(error.value).startswith(f"{shown} is a URL: give a path of this machine")
+
+
+@pytest.mark.parametrize("written", [str, Path])
+def test_a_path_of_a_bucket(written):
+    path = any_path(written("gs://bucket/run/steps"))
+    assert on_bucket(path)
+    assert not on_bucket(any_path("run/steps"))
+    assert str(path) == f"{path}" == "gs://bucket/run/steps"
+    assert str(path.absolute()) == str(path)
+    assert str(path.parent / "x.y") == "gs://bucket/run/x.y"
+    assert (path.name, path.suffix, any_path(path)) == ("steps", "", path)
+    config = SFTConfig("gs://bucket/ck", "gs://bucket/run", DataConfig("s3://b/d", [Bucket(8, 4)]))
+    assert (config.checkpoint, config.run_dir) == ("gs://bucket/ck", "gs://bucket/run")
+    assert [source.path for source in config.data.mixture] == ["s3://b/d"]
+    options = GenerateOptions("gs://b/ck", input=Path("s3://b/q"), output=Path("gs://b/a"))
+    assert (str(options.input), str(options.output)) == ("s3://b/q", "gs://b/a")
+
+
+def test_what_a_bucket_cannot_take():
+    for url in ("gs://", "s3:///"):
+        with pytest.raises(ValueError, match="names no bucket"):
+            any_path(url)
+    with pytest.raises(
+        ValueError, match="gs://bucket/x is in a bucket: this must be a path of this"
+    ):
+        local_path("gs://bucket/x")
+    with pytest.raises(
+        ValueError, match="s3://b/ck: Orbax reads and writes checkpoints on file sys"
+    ):
+        checkpoint_path("s3://b/ck")
+    with pytest.raises(ValueError, match="run_dir: s3://b/run: Orbax reads"):
+        SFTConfig("ck", "s3://b/run", DATA)
 
 
 def test_home(monkeypatch, tmp_path):
@@ -73,6 +106,6 @@ DOORS = {
 @pytest.mark.parametrize("door", DOORS)
 def test_no_door_takes_a_url(door, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="gs://bucket/x is a URL"):
-        DOORS[door]("gs://bucket/x")
+    with pytest.raises(ValueError, match="https://bucket/x is a URL"):
+        DOORS[door]("https://bucket/x")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,135 @@
+"""Every path in a bucket: converted, trained by two processes that are killed while they write a
+step, asked and measured as on a local disk, bit for bit."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from convert import dataset, hf_to_orbax, orbax_to_hf
+from pvm_jax import load
+from pvm_jax.__main__ import main
+from pvm_jax.data.processor import Processor
+from tests.pvm_jax.test_in_buckets import put
+from tests.tiny import CONFIG
+from tests.train import runs
+from train.run.checkpoints import TrainCheckpoints, whole_steps
+from train.run.events import read_starts
+
+STEPS = 8
+
+
+def prepare(place, target):
+    """The checkpoint of the Hugging Face directory in `place`, and its data in shards."""
+    hf_to_orbax.convert(place / "export", target / "ck")
+    processor = Processor.from_pretrained(target / "ck")
+    dataset.convert(place / "data.jsonl", target / "shards", processor)
+
+
+def started(root, place, name):
+    paths = {"checkpoint": "ck", "run_dir": "run", "data.sources": "shards"}
+    options = [f"--{key}={place / value}" for key, value in paths.items()]
+    return runs.start(root, name, *options, f"--max_steps={STEPS}", "--epochs=6", processes=2)
+
+
+def ask_and_measure(place):
+    """What the trained branch answers, and the report's numbers."""
+    model = [f"--checkpoint={place / 'ck'}", f"--branch={place / 'run' / 'branch'}"]
+    questions = [f"--input={place / 'shards'}", f"--output={place / 'answers.jsonl'}"]
+    main(["generate", *model, *questions, "--max_new_tokens=8", "--batch_size=16"])
+    what = ["--only", "accuracy", f"--data={place / 'shards'}", f"--output={place / 'report'}"]
+    main(["measure", *model, *what, "--limit=4"])
+    lines = (place / "answers.jsonl").read_bytes().splitlines()
+    report = json.loads((place / "report" / "report.json").read_bytes())
+    return [json.loads(line)["answers"] for line in lines], report["sections"]
+
+
+SAVES = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tests.tiny import CONFIG
+from train.config import DistributedConfig
+from train.run.checkpoints import TrainCheckpoints
+from train.run.distributed import joined
+
+address, process, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+with joined(DistributedConfig(address, 2, process), with_traceback=True):
+    sharding = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
+    with TrainCheckpoints(directory, CONFIG, "backbone") as checkpoints:
+        for step in (2, 4):
+            part = lambda index: np.full((8, 4), step, np.float32)[index]
+            checkpoints.save(step, {"w": jax.make_array_from_callback((8, 4), sharding, part)})
+"""
+
+
+def test_two_processes_that_are_killed_while_they_write_a_step(bucket, storage):
+    """SIGKILL comes with the first request to write after the step's first file is there."""
+    steps, written = bucket / "run" / "steps", storage.buckets[bucket.name]
+    processes, address = [], f"127.0.0.1:{runs.free_port()}"
+
+    def fault(method, path):
+        if method != "POST" or not any(key.startswith("run/steps/4/") for key in [*written]):
+            return None
+        for process in processes:
+            process.kill()
+        return 503
+
+    storage.fault = fault
+    for number in range(2):
+        words = [sys.executable, "-c", SAVES, address, str(number), str(steps)]
+        environment = runs.environment(devices=1)
+        processes.append(subprocess.Popen(words, cwd=runs.ROOT, env=environment))
+    assert [process.wait(600) for process in processes] == [-signal.SIGKILL] * 2
+    storage.fault = lambda method, path: None
+    torn = [key for key in written if key.startswith("run/steps/4/")]
+    assert torn
+    assert whole_steps(steps) == [2]
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    abstract = {"w": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=sharding)}
+    with TrainCheckpoints(steps, CONFIG, "backbone") as checkpoints:
+        assert checkpoints.steps == [2]
+        state = checkpoints.restore(abstract)
+        np.testing.assert_array_equal(state["w"], np.full((8, 4), 2))
+        checkpoints.save(4, state)
+    assert whole_steps(steps) == [2, 4]
+
+
+@pytest.mark.slow
+def test_as_on_a_disk(bucket, tmp_path):
+    here = tmp_path / "here"
+    runs.write_workplace(tmp_path, examples=32)
+    orbax_to_hf.convert(tmp_path / "base", tmp_path / "export")
+    put(tmp_path / "export", bucket / "export")
+    for file in [tmp_path / "data.jsonl", *tmp_path.glob("*.png")]:
+        (bucket / file.name).write_bytes(file.read_bytes())
+    prepare(tmp_path, here)
+    prepare(bucket, bucket)
+    runs.finish(tmp_path, "here", started(tmp_path, here, "here"))
+
+    processes = started(tmp_path, bucket, "there")
+    steps, end = bucket / "run" / "steps", time.monotonic() + 300
+    while not (steps / "4").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.wait()
+    whole = whole_steps(steps)
+    print("killed with whole steps", whole, "of", sorted(step.name for step in steps.iterdir()))
+    assert whole[-1] in (2, 4)
+    runs.finish(tmp_path, "there", started(tmp_path, bucket, "there"))
+
+    assert read_starts(bucket / "run" / "log") == [0, whole[-1]]
+    assert runs.losses(bucket, "run") == runs.losses(here, "run")
+    assert whole_steps(steps) == whole_steps(here / "run" / "steps") == [STEPS - 2, STEPS]
+    trained = [load(at / "ck", branch=at / "run" / "branch") for at in (here, bucket)]
+    for mine, other in zip(*(jax.tree.leaves(nnx.state(one)) for one in trained), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert ask_and_measure(here) == ask_and_measure(bucket)
