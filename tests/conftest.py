@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 from convert.hf_to_orbax import convert
 from pvm_jax import Qwen3VL, load
@@ -47,10 +48,18 @@ def golden_checkpoints(tmp_path_factory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
+@pytest.fixture(scope="session")
+def loaded() -> dict[str, Qwen3VL]:
+    """The reference models that a test has asked for."""
+    return {}
+
+
 @pytest.fixture
-def golden_model(golden, golden_checkpoints) -> Qwen3VL:
-    """The model of `golden`, through conversion and loading."""
-    return load(golden_checkpoints[golden.name])
+def golden_model(golden, golden_checkpoints, loaded) -> Qwen3VL:
+    """The model of `golden`, through conversion and loading; its arrays are all tests'."""
+    if golden.name not in loaded:
+        loaded[golden.name] = load(golden_checkpoints[golden.name])
+    return nnx.merge(*nnx.split(loaded[golden.name]))
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from safetensors.numpy import load_file
 
 from convert import hf_to_orbax, orbax_to_hf, store
 from convert.merge import Update
-from pvm_jax import LoRAConfig, add_lora, load, save, save_branch, save_lora
+from pvm_jax import LoRAConfig, ModelConfig, add_lora, load, save, save_branch, save_lora
 from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.identity import backbone_identity
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
+from tests import tiny
 from tests.close import assert_close
 from tests.conftest import GOLDEN
 from tests.convert.directories import read_tensors
@@ -27,8 +28,11 @@ LORA = LoRAConfig(rank=3, alpha=6, targets=".*")
 
 
 @pytest.fixture(scope="module")
-def base(golden_checkpoints):
-    return golden_checkpoints["shape_8b"]
+def base(tmp_path_factory):
+    """Two decoder layers, the last with an open branch, and one of the tower."""
+    path = tmp_path_factory.mktemp("base") / "base"
+    save(path, tiny.randomized(tiny.cut(ModelConfig.from_hf(tiny.GOLDEN), layers=2)))
+    return path
 
 
 def changed(model, filter, seed=0):
@@ -98,7 +102,8 @@ def test_sums_are_rounded_once_to_the_stored_dtype():
     np.testing.assert_array_equal(merged, exact[2:4].astype(np.float32).astype(weight.dtype))
 
 
-def test_stored_identity_is_that_of_the_loaded(base, monkeypatch):
+def test_stored_identity_is_that_of_the_loaded(golden_checkpoints, monkeypatch):
+    base = golden_checkpoints["shape_8b"]
     expected = backbone_identity(nnx.state(load(base)))
     for size in (store.BLOCK_BYTES, 2**12):
         monkeypatch.setattr(store, "BLOCK_BYTES", size)
