@@ -11,7 +11,7 @@ from flax import nnx
 
 from convert import dataset, hf_to_orbax, orbax_to_hf
 from pvm_jax import load, save
-from pvm_jax.apps.answer import answer_file
+from pvm_jax.apps.answer import answer_file, open_questions
 from pvm_jax.checkpoint.checksums import CHECKSUMS
 from pvm_jax.checkpoint.directory import UNFINISHED, CheckpointError, write_aside
 from pvm_jax.data.conversations import open_conversations
@@ -169,6 +169,7 @@ class Echo:
     """In place of a model: answers every question with itself."""
 
     class processor:
+        count = staticmethod(lambda messages, **_: len(messages))
         encode = staticmethod(lambda messages, **_: messages)
         decode = staticmethod(str)
 
@@ -186,12 +187,16 @@ def test_answers_go_on_where_they_ended(bucket):
     line = {"messages": [{"role": "user", "content": "q"}]}
     (bucket / "q.jsonl").write_text(f"{json.dumps(line)}\n" * 5)
     target = bucket / "answers.jsonl"
+
+    def questions():
+        return open_questions(Echo.processor, bucket / "q.jsonl", target, made_by={"a": 1})
+
     with pytest.raises(KeyboardInterrupt):
-        answer_file(Echo(2), bucket / "q.jsonl", target, 2, made_by={"a": 1})
+        answer_file(Echo(2), questions(), 2)
     first = target.read_bytes()
     assert first.count(b"\n") == 4
     target.write_bytes(first + b'{"source": ')
-    answer_file(Echo(), bucket / "q.jsonl", target, 2, made_by={"a": 1})
+    answer_file(Echo(), questions(), 2)
     assert target.read_bytes().startswith(first)
     indices = [json.loads(line)["index"] for line in target.read_bytes().splitlines()]
     assert indices == list(range(5))
