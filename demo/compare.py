@@ -66,15 +66,7 @@ def main(
     """
     if unknown := [name for name in only or () if name not in TABLES]:
         raise ValueError(f"--only: there is no table {unknown[0]!r}, but {', '.join(TABLES)}")
-    claim(
-        results,
-        {
-            "base": hashlib.sha256(Path(BASE, "model.safetensors").read_bytes()).hexdigest(),
-            "terms": asdict(terms),
-            "curves": asdict(curves),
-            "methods": {name: asdict(method) for name, method in METHODS.items()},
-        },
-    )
+    claim(results, terms_of(terms, curves))
     # Seeds and rates share their programs, which are compiled once for all of these processes.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "programs").absolute()))
     plain = out / "plain"
@@ -89,6 +81,16 @@ def main(
                 training = Training(name, seed, rate, words, replay)
                 measured.append(work(training, curves=curves, table=table))
             write_report(measured, asdict(terms), results)
+
+
+def terms_of(terms: Terms, curves: Curves) -> dict[str, Any]:
+    """What all results of a folder have in common, the base among it."""
+    return {
+        "base": hashlib.sha256(Path(BASE, "model.safetensors").read_bytes()).hexdigest(),
+        "terms": asdict(terms),
+        "curves": asdict(curves),
+        "methods": {name: asdict(method) for name, method in METHODS.items()},
+    }
 
 
 def claim(results: Path, terms: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@ spreads and paired differences."""
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,6 +223,11 @@ def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
         compare.claim(tmp_path / "results", {"steps": 1})
     with pytest.raises(ValueError, match=r"on other terms \(see .*terms\.json\): give "):
         compare.claim(tmp_path / "results", {"steps": 2})
+
+
+def test_the_shipped_results_are_of_the_shipped_base_and_on_these_terms(tmp_path):
+    shutil.copy("demo/results/terms.json", tmp_path)
+    compare.claim(tmp_path, compare.terms_of(Terms(), Curves()))
 
 
 def test_the_best_rate_is_that_of_the_best_mean():
