@@ -220,13 +220,13 @@ class TrainCheckpoints:
 
 
 def whole_steps(directory: Path) -> list[int]:
-    """The steps in `directory` that were written to their end."""
+    """The steps in `directory` that were written to their end, in order."""
     found = directory.iterdir() if directory.is_dir() else ()
-    return [
+    return sorted(
         int(step.name)
         for step in found
         if step.name.isdigit() and not (on_bucket(step) and not (step / _COMMITTED).exists())
-    ]
+    )
 
 
 def _difference(saved: Any, mine: Any) -> str:

@@ -66,6 +66,8 @@ def claimed(
         ValueError: if it holds another run, or its data have changed and `data.measure_anew` does
             not say to go on; else as `open_conversations`.
     """
+    # All are connected before one of them may have to watch an old lock.
+    sync_global_devices("connected")
     with sole_writer(run_dir, lock=run_dir / ".lock", otherwise="give another --run_dir"):
         sources = open_sources(config.data, every_column=every_column)
         mine = _computed(config, sources)
