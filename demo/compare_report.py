@@ -104,10 +104,6 @@ def _about(methods: Methods) -> str:
     return table(["", *methods], rows)
 
 
-def mean_tokens(ones: Sequence[Measured]) -> float:
-    return float(np.mean([one.tokens for one in ones]))
-
-
 def _differences(methods: Methods) -> str:
     """Of the branch that looks first against the better of its rivals, at each number of words."""
     names = (LOOKS_FIRST, *RIVALS)
@@ -115,9 +111,7 @@ def _differences(methods: Methods) -> str:
     rows = []
     for curve in (BETWEEN, AHEAD, WRITTEN):
         for words in methods[UNTRAINED][0].curves.get(curve, {}):
-            of = {
-                name: values(methods[name][:seeds], curve, words) for name in (LOOKS_FIRST, *RIVALS)
-            }
+            of = {name: values(methods[name][:seeds], curve, words) for name in names}
             rival = max(RIVALS, key=lambda name: of[name].mean())
             difference = of[LOOKS_FIRST] - of[rival]
             found = estimate(difference.mean(0))

@@ -159,29 +159,21 @@ def batches(training: Training, terms: Terms, plain: Path) -> list[Counter[str]]
     """For each stage of a training how many batches of which examples it reads; in all as many
     tokens as the branch that looks first reads on NEAR."""
     tokens = {name: mean_tokens(name, plain) for name in EXAMPLES}
-    beside, long = terms.beside * tokens[NEAR], 0
-    if training.replay:
-        long = terms.replayed
-    else:
+    words, share = training.words, training.share
+    long = terms.replayed if training.replay else 0
+    beside = terms.beside * tokens[NEAR]
+    if not training.replay:
         beside += terms.replayed * tokens[LONG]
     if METHODS[training.method].looks_first:
+        first = long // 2
         stages = [
-            {LOOK: terms.looking, LONG: long // 2},
-            {training.words: beside / tokens[training.words], LONG: long - long // 2},
+            {LOOK: terms.looking, LONG: first},
+            {words: share * beside / tokens[words], LONG: share * (long - first)},
         ]
     else:
         beside += terms.looking * tokens[LOOK]
-        stages = [{training.words: beside / tokens[training.words], LONG: long}]
-    return [
-        Counter(
-            {
-                name: max(1, round(n * (1 if LOOK in stage else training.share)))
-                for name, n in stage.items()
-                if n
-            }
-        )
-        for stage in stages
-    ]
+        stages = [{words: share * beside / tokens[words], LONG: share * long}]
+    return [Counter({name: max(1, round(n)) for name, n in stage.items() if n}) for stage in stages]
 
 
 def _make_examples(name: str, out: Path, seed: int, count: int) -> list[Any]:

@@ -9,16 +9,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import count
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec.config
 import pytest
 
 from pvm_jax.files.paths import any_path
+from tests.local_server import answering
 
 CUT = 0
 """In place of a status: the connection ends in the middle of the answer."""
@@ -243,28 +244,12 @@ def _resource(bucket: str, key: str, generation: int, content: bytes) -> dict[st
     }
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, *_: object) -> None:
-        """A client that was killed is none."""
-
-
 @contextmanager
 def serving(*buckets: str) -> Iterator[Storage]:
     """A storage with these buckets that answers until the block ends."""
     storage = Storage(buckets={bucket: {} for bucket in buckets})
-    server = _Server(("127.0.0.1", 0), type("_Bound", (_Handler,), {"storage": storage}))
-    storage.address = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
+    with answering(_Handler, storage=storage) as storage.address:
         yield storage
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(scope="session")

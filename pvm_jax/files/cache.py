@@ -37,15 +37,15 @@ def local_copies(files: Sequence[Path]) -> list[Path]:
     """
     if not any(isinstance(file, BucketPath) for file in files):
         return list(files)
-    room = _most_bytes()
-    needed = sum(file.stat().st_size for file in files if isinstance(file, BucketPath))
-    if needed > room:
-        raise OSError(
-            f"{files[0]} and what is read with it have {needed / 2**30:,.1f} GiB, and copies of"
-            f" files in buckets may take {room / 2**30:g} here ({GIB}, in {_place()}): allow more,"
-            " or mount the bucket"
-        )
+    room, there = _most_bytes(), [file for file in files if isinstance(file, BucketPath)]
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        needed = sum(pool.map(lambda file: file.stat().st_size, there))
+        if needed > room:
+            raise OSError(
+                f"{files[0]} and what is read with it have {needed / 2**30:,.1f} GiB, and copies of"
+                f" files in buckets may take {room / 2**30:g} here ({GIB}, in {_place()}): allow"
+                " more, or mount the bucket"
+            )
         return list(pool.map(lambda file: local_copy(file, keep=True), files))
 
 

@@ -121,7 +121,7 @@ def write_report(
     page = _PAGE.format(
         title=escape(title),
         about="\n".join(f'<p class="about">{escape(paragraph)}</p>' for paragraph in about),
-        origin=_table([(), *origin]) if origin else "",
+        origin=_table(origin),
         links=" ".join(
             f'<a href="#{section.key}">{escape(section.title)}</a>' for section in sections
         ),
@@ -156,7 +156,7 @@ def _section(section: Section, drawn: Mapping[str, Drawing]) -> str:
         parts.append(f'<div class="figures">{"".join(figures)}</div>')
     parts += map(_sample, section.samples)
     if section.rows:
-        parts.append(_table(section.rows))
+        parts.append(_table(section.rows[1:], head=section.rows[0]))
     return "\n".join([*parts, "</section>"])
 
 
@@ -189,8 +189,7 @@ def _png(pixels: np.ndarray) -> str:
     return f"data:image/png;base64,{b64encode(out.getvalue()).decode()}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+def _table(body: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)] if head else []
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>" if lines else ""
