@@ -42,12 +42,9 @@ def write_report(measured: Sequence[Measured], terms: Mapping[str, Any], out: Pa
     """Writes results.json, results.md, and a picture of each table, to `out`; prints the text."""
     content = {"terms": dict(terms), "measured": [asdict(one) for one in measured]}
     (out / "results.json").write_text(json.dumps(content) + "\n")
-    base, parts = measured[0], []
+    parts = []
     for name in dict.fromkeys(one.table for one in measured[1:]):
-        methods = {UNTRAINED: [base]}
-        for one in measured[1:]:
-            if one.table == name:
-                methods.setdefault(one.method, []).append(one)
+        methods = of_table(measured, name)
         parts += [f"## {name}", *tables(methods)]
         plot(methods, out / f"{name.replace(', ', '_').replace(' ', '_')}")
     text = "\n\n".join(parts) + "\n"
@@ -55,15 +52,26 @@ def write_report(measured: Sequence[Measured], terms: Mapping[str, Any], out: Pa
     print(text, flush=True)
 
 
+def read_measured(folder: Path) -> list[Measured]:
+    """What `write_report` wrote to `folder`."""
+    content = json.loads((folder / "results.json").read_text())
+    return [Measured(**one) for one in content["measured"]]
+
+
+def of_table(measured: Sequence[Measured], name: str) -> Methods:
+    """The base, which is the first, and the trainings of one table."""
+    methods = {UNTRAINED: [measured[0]]}
+    for one in measured[1:]:
+        if one.table == name:
+            methods.setdefault(one.method, []).append(one)
+    return methods
+
+
 def tables(methods: Methods) -> list[str]:
     """One comparison's: every curve, the branch's controls, the differences."""
     parts = [_about(methods)]
     for curve in (BETWEEN, AHEAD, WRITTEN):
-        rows = [
-            [words, *(_mean_and_spread(values(ones, curve, words)) for ones in methods.values())]
-            for words in methods[UNTRAINED][0].curves.get(curve, {})
-        ]
-        header = [curve, *methods]
+        header, rows = curve_rows(methods, curve)
         if curve == BETWEEN:
             header.append(f"base, {OTHER}")
             rows = [
@@ -77,6 +85,14 @@ def tables(methods: Methods) -> list[str]:
         if MISLED in ones[0].curves:
             parts += [_controls(name, ones)]
     return parts
+
+
+def curve_rows(methods: Methods, curve: str) -> tuple[list[str], list[list[str]]]:
+    """Of one curve by words: a header, and the mean of each method with its spread over seeds."""
+    return [curve, *methods], [
+        [words, *(_mean_and_spread(values(ones, curve, words)) for ones in methods.values())]
+        for words in methods[UNTRAINED][0].curves.get(curve, {})
+    ]
 
 
 def values(ones: Sequence[Measured], curve: str, words: str) -> np.ndarray:

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
 
+from demo.compare_report import curve_rows, of_table, read_measured
+from demo.curves import BETWEEN
 from pvm_jax.options import run_as_command
 
 BASE = "demo/base"
@@ -51,6 +55,7 @@ def main(out: Path = Path("out/demo")) -> None:
             )
         ]
     )
+    show_comparison(Path("demo/results"))
     print(f"The report: {report / 'report.html'} (open it in a browser)")
 
 
@@ -129,6 +134,17 @@ def show_one_answer(checkpoint: Path, branch: Path, folder: Path) -> None:
     ask += ["--image", folder / image, "--max_new_tokens", 24, question]
     print(f"$ {_typed(ask)}", flush=True)
     _run(ask)
+
+
+def show_comparison(results: Path) -> None:
+    """What the shipped comparison found: this branch beside other ways to fine-tune."""
+    methods = of_table(read_measured(results), "near")
+    header, rows = curve_rows(methods, BETWEEN)
+    seeds = min(len(ones) for ones in methods.values() if ones[0].rate)
+    table = Table(*header, title=f"Values read correctly, {seeds} seeds a method (make compare)")
+    for row in rows:
+        table.add_row(*row)
+    Console().print("", table)
 
 
 def _typed(arguments: Sequence[object]) -> str:
