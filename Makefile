@@ -16,9 +16,10 @@ CONSTRAINTS := $(wildcard constraints/$(if $(filter tested,$(PACKAGES)),$(VERSIO
 VENV := .venv/$(VERSION)$(if $(filter-out tested,$(PACKAGES)),-$(PACKAGES))
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DOCS := $(VENV)/docs
 
-.PHONY: help demo demo-grpo figures compare regime base test newest isa matrix faults docs-check \
-  lint format environment constraints clean
+.PHONY: help demo demo-grpo figures compare regime base test newest isa matrix faults docs \
+  docs-check lint format environment constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -68,6 +69,13 @@ matrix: $(READY)  ## the tests on every Python that is here, as a table
 
 faults: $(READY)  ## the slow tests: runs are killed thirty times, the wheel is installed
 	$(BIN)/python -m pytest -m slow
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=--constraint %) --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS)  ## the documents as a site with an API reference, in out/site
+	$(BIN)/mkdocs build --strict
 
 docs-check: $(READY)  ## run every command in docs/ that needs neither accelerator nor cloud
 	$(BIN)/python -m tests.check_docs

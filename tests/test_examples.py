@@ -1,6 +1,8 @@
 """The examples, and the README's ten lines, on the demo's checkpoint, as small as they can be."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,30 @@ def test_the_readme_is_short_and_its_ten_lines_run(checkpoint, tmp_path, monkeyp
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(lines, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("cells", [5, pytest.param(7, marks=pytest.mark.slow)])
+def test_the_tour_runs_top_to_bottom(cells, checkpoint, tmp_path, monkeypatch):
+    """As Jupyter runs it, but for the sizes that its first cell sets, by default as far as the
+    training; it holds no output."""
+    book = json.loads((ROOT / "examples" / "tour.ipynb").read_text())["cells"]
+    code = [cell for cell in book if cell["cell_type"] == "code"]
+    assert len(code) == 7
+    assert not any(cell["outputs"] for cell in code)
+    monkeypatch.chdir(ROOT / "examples")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    names = {}
+    with runs.one_device():
+        for cell in code[:cells]:
+            exec("".join(cell["source"]), names)
+            if cell is code[0]:
+                sizes = {"STEPS": 2, "BATCH_SIZE": 2, "SCENES": 2}
+                names |= {"CHECKPOINT": checkpoint, "OUT": tmp_path} | sizes
+    assert names["right"] >= 0.75 * len(names["lines"]) >= 6
+    assert names["mass"].shape == (len(names["found"].uniform[0]),)
+    if cells == len(code):
+        assert len(names["losses"]) == 2
+        assert names["loss"]["before"] != names["loss"]["after"]
 
 
 def test_generate(checkpoint, capsys):

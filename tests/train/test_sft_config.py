@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pvm_jax.options import parse
+from pvm_jax.presets import PRESETS
 from train.config import Bucket
 from train.sft import __main__ as sft
 from train.sft.config import SFTConfig
@@ -121,16 +122,17 @@ def test_a_config_that_comes_with_the_package_has_a_name(tmp_path, monkeypatch, 
         words[name] = capsys.readouterr()
     assert "checkpoint: checkpoints/qwen3_vl_8b" in words["sft_qwen3_vl_8b"].out
     assert "checkpoint: my checkpoint" in words["mine"].out
-    assert "no config of that name comes with the package; there are grpo_qwen3_vl_4b, " in (
+    assert "no config of that name comes with the package; there are grpo_qwen3_vl_2b, " in (
         words["sft_qwen3_vl_9b"].err
     )
 
 
-@pytest.mark.parametrize("name", ["sft_qwen3_vl_4b", "sft_qwen3_vl_8b"])
-def test_shipped_recipes_are_the_published_one(name):
-    config, _ = parse(
-        SFTConfig, [f"--config={CONFIGS / name}.yaml"], prog="sft", description="", examples=""
-    )
+@pytest.mark.parametrize("size", PRESETS)
+def test_shipped_recipes_are_the_published_one(size):
+    """Those of 2B and 32B, which the paper does not have, by the same settings."""
+    file = CONFIGS / f"sft_qwen3_vl_{size}.yaml"
+    config, _ = parse(SFTConfig, [f"--config={file}"], prog="sft", description="", examples="")
+    assert config.checkpoint == f"checkpoints/qwen3_vl_{size}"
     optimizer = config.optimizer
     assert (config.trainable, config.batch_size, config.epochs, config.dtype) == (
         "pvm",
@@ -141,7 +143,7 @@ def test_shipped_recipes_are_the_published_one(name):
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup) == (1e-4, "cosine", 0.1)
 
 
-@pytest.mark.parametrize("size", ["4b", "8b"])
+@pytest.mark.parametrize("size", PRESETS)
 def test_the_recipe_that_looks_first_hides_all_images_at_first_and_changes_nothing_else(size):
     def read(name):
         options = [f"--config={CONFIGS / name}.yaml"]
