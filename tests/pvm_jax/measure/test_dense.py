@@ -26,7 +26,7 @@ from pvm_jax.measure.midway import midway
 from pvm_jax.measure.pictures import exchanged
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.decoder import DecoderLayer
-from pvm_jax.model.rope import mrope_angles
+from pvm_jax.model.rope import mrope
 from tests import tiny
 from tests.close import assert_close
 from tests.conftest import GOLDEN
@@ -94,14 +94,14 @@ def _inner(model, batch: Batch):
     entering = jnp.concatenate(
         [jnp.where((batch.visual_index >= 0)[..., None], visual, embeds)[None], trace.streams[:-1]]
     )
-    angles = mrope_angles(batch.positions, c)
+    rotary = mrope(batch.positions, c)
     graphdef, stacked = nnx.split(decoder.layers)
     layers = []
     for layer, stream in enumerate(entering):
         block: DecoderLayer = nnx.merge(
             graphdef, jax.tree.map(lambda p, layer=layer: p[layer], nnx.as_pure(stacked))
         )
-        q, k, v = block.self_attn.heads(block.input_layernorm(stream), angles)
+        q, k, v = block.self_attn.queries_keys_values(block.input_layernorm(stream), rotary)
         group = q.shape[2] // k.shape[2]
         weights = _softmax(q, jnp.repeat(k, group, 2), _causal(batch))
         attended = jnp.einsum("bnst,btnh->bsnh", weights, jnp.repeat(v, group, 2))
