@@ -111,7 +111,7 @@ def _inner(model, batch: Batch):
         if str(layer) in model.pvm:
             pvm = model.pvm[str(layer)]
             read = pvm.cross_attn
-            heads = lambda x, read=read: x.reshape(*x.shape[:2], -1, read.head_dim)  # noqa: E731
+            heads = lambda x, read=read: x.reshape(*x.shape[:2], -1, read.heads.dim)  # noqa: E731
             keys = read.k_norm(heads(read.k_proj(pvm.vision_reducer(trace.embeds))))
             asked = read.q_norm(heads(read.q_proj(pvm.input_norm(pvm.text_reducer(middle)))))
             own = (batch.segment_ids[:, :, None] == batch.visual_segment_ids[:, None]) & (
