@@ -91,6 +91,12 @@ def tensor_mesh(tensor: int) -> jax.sharding.Mesh | None:
     )
 
 
+def platform() -> str:
+    """Of the devices that what is traced will run on, which need not be here: cpu, gpu, tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def computing_on(mesh: jax.sharding.Mesh | None) -> AbstractContextManager[Any]:
     """What computes inside is split over `mesh`; None: over nothing."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pvm_jax.model.splash import LANES, splash_attention
+from pvm_jax.sharding import platform
 
 KERNELS = ("xla", "splash", "cudnn")
 PIECES, SHORTEST = 8, 128
@@ -21,10 +22,11 @@ def attention(
     kv_segment_ids: jax.Array,
     causal: bool,
     limits: jax.Array | None = None,
+    scale: float | None = None,
     kernel: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v among equal segment ids; the softmax is float32.
+    """softmax(scale q k^T) v among equal segment ids; the softmax is float32.
 
     Args:
         q: [B, S, N, H].
@@ -33,6 +35,7 @@ def attention(
             id. 0 is padding.
         causal: a query at column s sees keys at columns <= s only.
         limits: [B, S]: a query sees keys at columns below its limit only.
+        scale: None: 1 / sqrt(H).
         kernel: "splash" (TPU; its work follows the segments), "cudnn" (GPU, H <= 128), "xla"
             (everywhere: the reference) or None: by platform.
         interpret: runs the TPU kernel in its interpreter, for tests.
@@ -46,15 +49,29 @@ def attention(
     """
     if kernel is None:
         kernel = _platform_kernel(q)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     if kernel == "xla":
-        return _xla(q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits)
+        return _xla(
+            q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits, scale=scale
+        )
     if kernel == "cudnn":
         mask = attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
     if kernel == "splash":
         last = _last_column(q, causal, limits)
-        return splash_attention(q, k, v, q_segment_ids, kv_segment_ids, last, interpret=interpret)
+        return splash_attention(
+            q * scale, k, v, q_segment_ids, kv_segment_ids, last, interpret=interpret
+        )
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
+
+
+def head_width(head_dim: int, kernel: str | None) -> int:
+    """How wide the kernel wants heads of `head_dim`; `kernel` as of `attention`. Who makes them so
+    wide, with zeros, saves it a copy of q, k and v."""
+    if kernel == "splash" or (kernel is None and platform() == "tpu"):
+        return -(-head_dim // LANES) * LANES
+    return head_dim
 
 
 def shared_attention(
@@ -121,7 +138,7 @@ def attention_weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
         [B, N, S, T] float32; 0 for a query that sees no key at all.
     """
-    weights = _weights(q, k, mask)
+    weights = _weights(q, k, mask, q.shape[-1] ** -0.5)
     weights = weights.reshape(q.shape[0], q.shape[2], *weights.shape[-2:])
     return jnp.where(mask.any(-1)[:, None, :, None], weights, 0)
 
@@ -145,10 +162,7 @@ def attention_mask(
 
 
 def _platform_kernel(q: jax.Array) -> str:
-    device = (
-        jax.sharding.get_abstract_mesh().abstract_device
-    )  # a program may be compiled for devices that are not here
-    backend = device.platform if device else jax.default_backend()
+    backend = platform()
     if (
         q.shape[1] < LANES
     ):  # a decoding step's queries: a product with few rows, which no tiled kernel speeds up
@@ -177,6 +191,7 @@ def _xla(
     *,
     causal: bool,
     limits: jax.Array | None,
+    scale: float,
 ) -> jax.Array:
     length = q.shape[1]
     step = max(SHORTEST, -(-length // PIECES)) if causal else length
@@ -191,16 +206,16 @@ def _xla(
             limits=None if limits is None else limits[:, queries],
             first=first,
         )
-        weights = _weights(q[:, queries], k[:, keys], mask).astype(v.dtype)
+        weights = _weights(q[:, queries], k[:, keys], mask, scale).astype(v.dtype)
         attended.append(jnp.einsum("bkgst,btkh->bskgh", weights, v[:, keys]))
     return jnp.concatenate(attended, 1).reshape(q.shape)
 
 
-def _weights(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def _weights(q: jax.Array, k: jax.Array, mask: jax.Array, scale: float) -> jax.Array:
     """[B, K, N / K, S, T] float32."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     scores = jnp.einsum("bskgh,btkh->bkgst", grouped, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(_masked(scores * q.shape[-1] ** -0.5, mask[:, None, None]), axis=-1)
+    return jax.nn.softmax(_masked(scores * scale, mask[:, None, None]), axis=-1)
 
 
 def _masked(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -14,16 +14,15 @@ from pvm_jax.config import ModelConfig, TextConfig
 from pvm_jax.model.attend import Attend
 from pvm_jax.model.layers import (
     Embedding,
+    Heads,
     Linear,
     RMSNorm,
     Rngs,
     SwiGLU,
-    merge_heads,
     remat,
-    split_heads,
     stack,
 )
-from pvm_jax.model.rope import mrope_angles, rotate
+from pvm_jax.model.rope import Rotary, mrope, rotate
 from pvm_jax.sharding import constrain
 
 Recall = Callable[[int, jax.Array], jax.Array]
@@ -82,14 +81,15 @@ class Attention(nnx.Module):
         self.o_proj = linear(q_width, c.hidden_size, ("embed", "heads"))
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
-        self.head_dim = c.head_dim
-        self.magnitude = c.yarn.attention_factor if c.yarn else 1.0
+        self.heads = Heads(c.head_dim, c.head_dim)
 
-    def heads(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def queries_keys_values(
+        self, x: jax.Array, rotary: Rotary
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, S, D] -> q [B, S, N, H], k and v [B, S, K, H]; q and k rotated."""
-        q = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles, self.magnitude)
-        k = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles, self.magnitude)
-        v = split_heads(self.v_proj(x), self.head_dim)
+        q = rotate(self.q_norm(self.q_proj.to_heads(x, self.heads)), rotary)
+        k = rotate(self.k_norm(self.k_proj.to_heads(x, self.heads)), rotary)
+        v = self.v_proj.to_heads(x, self.heads)
         return (
             constrain(q, "batch", "length", "heads", "head_dim"),
             constrain(k, "batch", "length", "kv_heads", "head_dim"),
@@ -110,7 +110,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        angles: jax.Array,
+        rotary: Rotary,
         attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
         recall: Callable[[jax.Array], jax.Array] | None,
     ) -> Inner:
@@ -118,13 +118,14 @@ class DecoderLayer(nnx.Module):
 
         Args:
             x: [B, S, D], the residual stream.
-            angles: [B, S, H/2].
+            rotary: of the tokens' positions.
             attend: (q, k, v) -> what the queries attended to, [B, S, N, H], and a cache.
             recall: PVM, [B, S, D] -> [B, S, D]; None: no branch here, or no image to recall.
         """
-        q, k, v = self.self_attn.heads(self.input_layernorm(x), angles)
+        attention = self.self_attn
+        q, k, v = attention.queries_keys_values(self.input_layernorm(x), rotary)
         attended, cache = attend(q, k, v)
-        h = x + self.self_attn.o_proj(merge_heads(attended))
+        h = x + attention.o_proj.from_heads(attended, attention.heads)
         update = None if recall is None else recall(h)
         ffn = self.mlp(self.post_attention_layernorm(h))
         y = h + ffn if update is None else h + ffn + update
@@ -155,7 +156,7 @@ class _Shared(NamedTuple):
 
     graphdef: nnx.GraphDef
     params: Any
-    angles: jax.Array
+    rotary: Rotary
     attend: Attend
     place: Callable[[jax.Array], jax.Array] | None
     probe: Callable[[Inner], Any] | None
@@ -179,7 +180,7 @@ def _layer(shared: _Shared, recall: Callable[[jax.Array], jax.Array] | None, num
                 lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), shared.params
             )
         block: DecoderLayer = nnx.merge(shared.graphdef, params)
-        inner = block(hidden, shared.angles, partial(shared.attend, cache, index), recall)
+        inner = block(hidden, shared.rotary, partial(shared.attend, cache, index), recall)
         hidden = inner.stream
         if features is not None and shared.place is not None:
             hidden = hidden + shared.place(features)
@@ -230,7 +231,7 @@ class Decoder(nnx.Module):
                 D] -> [B, S, D].
             probe: takes of every layer what it returns, a pytree of arrays.
         """
-        angles = mrope_angles(positions, self.config.text)
+        rotary = mrope(positions, self.config.text)
         graphdef, params = nnx.split(self.layers)
         params = nnx.as_pure(params)
         # Beside the FFN, where the equation has it. With a cache the branch is added behind its
@@ -238,7 +239,7 @@ class Decoder(nnx.Module):
         # of that layer's weights. Not where the loop's carry is kept for a backward pass, or a
         # probe takes the update.
         beside = cache is None or probe is not None
-        shared = _Shared(graphdef, params, angles, attend, place, probe, beside)
+        shared = _Shared(graphdef, params, rotary, attend, place, probe, beside)
         probed = []
         for run in _runs(self.config, 0 if deepstack is None else len(deepstack), beside=beside):
             layers = slice(run.start, run.stop)

@@ -2,7 +2,7 @@
 transposes nothing."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +42,53 @@ def stack(make: Callable[[Rngs], Module], count: int, rngs: Rngs) -> Module:
     )
 
 
+class Heads(NamedTuple):
+    """How an axis of N * H features lies in heads [N, width]: H is `dim`, and zeros stand behind
+    each half of a head up to `width`."""
+
+    dim: int
+    width: int
+
+    def split(self, x: jax.Array, axis: int) -> jax.Array:
+        """[..., N * H, ...] -> [..., N, width, ...]."""
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        if self.width == self.dim:
+            return x.reshape(*before, -1, self.dim, *after)
+        halves = x.reshape(*before, -1, 2, self.dim // 2, *after)
+        padding = [(0, 0)] * halves.ndim
+        padding[axis + 2] = 0, (self.width - self.dim) // 2
+        return jnp.pad(halves, padding).reshape(*before, -1, self.width, *after)
+
+
 def project(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
     """x W^T in x's dtype: x [..., in], W [out, in] -> [..., out]."""
-    matrix = weight[...].astype(x.dtype)
-    out_features, in_features = matrix.shape
-    rows = x.size // in_features
+    return jnp.einsum("...i,oi->...o", x, _matrix(x, weight))
+
+
+def project_to_heads(
+    x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads, part: slice
+) -> jax.Array:
+    """The same to those heads that `part` names, [..., N, width]: a TPU writes a product's result
+    in any order, and would copy it into this one."""
+    return jnp.einsum("...i,nwi->...nw", x, _matrix(x, weight, heads, 0)[part])
+
+
+def project_from_heads(x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads) -> jax.Array:
+    """The same of x [..., N, width]."""
+    return jnp.einsum("...nw,onw->...o", x, _matrix(x, weight, heads, 1))
+
+
+def _matrix(
+    x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads | None = None, axis: int = 0
+) -> jax.Array:
+    """W [out, in] for a product with x, `axis` in heads where they are given."""
+    matrix, axes = weight[...].astype(x.dtype), weight.get_metadata("axes")
     # What is smaller travels: a decoding step's few rows do, and its weights stay.
-    if rows * (in_features + out_features) > matrix.size:
-        matrix = gathered(matrix, *weight.get_metadata("axes"))
-    return jnp.einsum("...i,oi->...o", x, matrix)
+    travels = x.size // matrix.shape[1] * sum(matrix.shape) > matrix.size
+    if heads is not None:
+        matrix = heads.split(matrix, axis)
+        axes = (*axes[: axis + 1], "head_dim", *axes[axis + 1 :])
+    return gathered(matrix, *axes) if travels else matrix
 
 
 class Linear(nnx.Module):
@@ -69,12 +107,27 @@ class Linear(nnx.Module):
     ):
         self.weight = parameter(rngs, normal, (out_features, in_features), axes, dtype)
         self.bias = parameter(rngs, zeros, (out_features,), axes[:1], dtype) if bias else None
-        self.lora: Callable[[jax.Array], jax.Array] | None = None
+        self.lora: Any = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = project(x, self.weight)
-        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        """[..., in] -> [..., out]."""
+        y = self._with_bias(project(x, self.weight))
         return y if self.lora is None else y + self.lora(x)
+
+    def to_heads(self, x: jax.Array, heads: Heads, part: slice = slice(None)) -> jax.Array:
+        """[..., in] -> [..., N, width]; `part`: which of the heads."""
+        y = project_to_heads(x, self.weight, heads, part)
+        if self.bias is not None:
+            y = y + heads.split(self.bias[...].astype(x.dtype), 0)[part]
+        return y if self.lora is None else y + self.lora.to_heads(x, heads, part)
+
+    def from_heads(self, x: jax.Array, heads: Heads) -> jax.Array:
+        """[..., N, width] -> [..., out]."""
+        y = self._with_bias(project_from_heads(x, self.weight, heads))
+        return y if self.lora is None else y + self.lora.from_heads(x, heads)
+
+    def _with_bias(self, y: jax.Array) -> jax.Array:
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Embedding(nnx.Module):
@@ -140,17 +193,9 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(intermediate, features, ("embed", "mlp"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
-    """[..., N * H] -> [..., N, H]."""
-    return x.reshape(*x.shape[:-1], -1, head_dim)
-
-
-def merge_heads(x: jax.Array) -> jax.Array:
-    """[..., N, H] -> [..., N * H]."""
-    return x.reshape(*x.shape[:-2], -1)
+        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        # Else a TPU may compute this anew for every tile of the last product.
+        return self.down_proj(jax.lax.optimization_barrier(inner))
 
 
 def remat(layer: Callable, policy: str) -> Callable:

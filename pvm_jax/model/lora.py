@@ -10,7 +10,16 @@ import jax
 from flax import nnx
 
 from pvm_jax.config import LoRAConfig
-from pvm_jax.model.layers import Linear, Rngs, parameter, project, zeros
+from pvm_jax.model.layers import (
+    Heads,
+    Linear,
+    Rngs,
+    parameter,
+    project,
+    project_from_heads,
+    project_to_heads,
+    zeros,
+)
 
 ADAPTER = "lora"
 _NAMES_SHOWN = 8
@@ -35,7 +44,14 @@ class LowRank(nnx.Module):
         self.scale = config.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """As `Linear`'s, and so the other two."""
         return self.scale * project(project(x, self.a), self.b)
+
+    def to_heads(self, x: jax.Array, heads: Heads, part: slice) -> jax.Array:
+        return self.scale * project_to_heads(project(x, self.a), self.b, heads, part)
+
+    def from_heads(self, x: jax.Array, heads: Heads) -> jax.Array:
+        return self.scale * project(project_from_heads(x, self.a, heads), self.b)
 
 
 def _uniform(bound: float) -> Any:

@@ -10,14 +10,13 @@ from flax import nnx
 from pvm_jax.config import ModelConfig
 from pvm_jax.model.attention_kernels import attention, attention_mask, attention_weights
 from pvm_jax.model.layers import (
+    Heads,
     Linear,
     RMSNorm,
     Rngs,
     SwiGLU,
-    merge_heads,
     parameter,
     rms_normalize,
-    split_heads,
     zeros,
 )
 from pvm_jax.sharding import constrain
@@ -50,18 +49,18 @@ class CrossAttention(nnx.Module):
         self.o_proj = linear(q_width, width, ("embed", "heads"))
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype, rngs=rngs)
-        self.head_dim = c.head_dim
+        self.heads = Heads(c.head_dim, c.head_dim)
         self.kernel = config.attention
 
     def memorize(self, compact: jax.Array, segment_ids: jax.Array) -> Memory:
         """Visual tokens in the branch's width, [B, V, width], and their segments [B, V]."""
-        keys = self.k_norm(split_heads(self.k_proj(compact), self.head_dim))
-        values = split_heads(self.v_proj(compact), self.head_dim)
+        keys = self.k_norm(self.k_proj.to_heads(compact, self.heads))
+        values = self.v_proj.to_heads(compact, self.heads)
         return Memory(keys, values, segment_ids)
 
     def queries(self, query: jax.Array) -> jax.Array:
         """[B, S, width] -> [B, S, N, H]."""
-        return self.q_norm(split_heads(self.q_proj(query), self.head_dim))
+        return self.q_norm(self.q_proj.to_heads(query, self.heads))
 
     def __call__(
         self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None
@@ -77,7 +76,7 @@ class CrossAttention(nnx.Module):
             limits=limits,
             kernel=self.kernel,
         )
-        return self.o_proj(merge_heads(recalled))
+        return self.o_proj.from_heads(recalled, self.heads)
 
 
 class PersistentVisualMemory(nnx.Module):

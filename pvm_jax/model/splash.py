@@ -36,13 +36,11 @@ def splash_attention(
     """Each device's own rows and heads, by the mesh that is set; arguments as of `attention`.
 
     Args:
+        q: [B, S, N, H], scaled.
         last: [B, S], the last column whose key a query sees; None: it sees all of its segment.
-
-    Returns:
-        [B, S, N, H]; 0 for the queries of a block that meets no key.
     """
     length, head_dim = q.shape[1], q.shape[-1]
-    q, q_segment_ids = _pad(q * head_dim**-0.5), _pad_to_lanes(q_segment_ids, 1)
+    q, q_segment_ids = _pad(q), _pad_to_lanes(q_segment_ids, 1)
     k, v, kv_segment_ids = _pad(k), _pad(v), _pad_to_lanes(kv_segment_ids, 1)
     arrays = [q, k, v, q_segment_ids, kv_segment_ids]
     if last is not None:
@@ -100,7 +98,7 @@ def fetched_blocks(meet: jax.Array, axis: int) -> jax.Array:
 def _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret: bool) -> jax.Array:
     """The kernel knows no batch, and vmap would make a loop of it: the rows stand one after another
     in one sequence, and its lists name the blocks of a row alone."""
-    meet = meeting_blocks(q_segment_ids, kv_segment_ids, last)
+    meet = _with_one(meeting_blocks(q_segment_ids, kv_segment_ids, last))
     ends = None
     if last is not None:
         ends = (last + jnp.arange(k.shape[0])[:, None] * k.shape[1]).reshape(-1)
@@ -121,10 +119,15 @@ def _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret: bool
     by_head = [jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3]) for x in (q, k, v)]
     ids = splash.SegmentIds(q_segment_ids.reshape(-1), kv_segment_ids.reshape(-1))
     out: Any = attend(*by_head, ids)
-    out = jnp.moveaxis(out.reshape(q.shape[2], *q.shape[:2], q.shape[3]), 0, 2)
-    # Where no block was computed, the kernel has divided 0 by 0.
-    computed = jnp.repeat(meet.any(-1), q.shape[1] // meet.shape[1], axis=1)
-    return jnp.where(computed[..., None, None], out, 0)
+    return jnp.moveaxis(out.reshape(q.shape[2], *q.shape[:2], q.shape[3]), 0, 2)
+
+
+def _with_one(meet: jax.Array) -> jax.Array:
+    """A block of queries that meets no keys is computed against one block nevertheless, its own
+    where there is one: the kernel would divide 0 by 0."""
+    queries, keys = (jax.lax.broadcasted_iota(jnp.int32, meet.shape, axis) for axis in (1, 2))
+    own = keys == jnp.minimum(queries, meet.shape[2] - 1)
+    return meet | (own & ~meet.any(-1, keepdims=True))
 
 
 def _of_queries(meet: jax.Array, ends: jax.Array | None) -> MaskInfo:

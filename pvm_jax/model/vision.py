@@ -9,18 +9,9 @@ from flax import nnx
 
 from pvm_jax.config import ModelConfig, VisionConfig
 from pvm_jax.data.pixels import as_floats
-from pvm_jax.model.attention_kernels import attention
-from pvm_jax.model.layers import (
-    Embedding,
-    LayerNorm,
-    Linear,
-    Rngs,
-    merge_heads,
-    remat,
-    split_heads,
-    stack,
-)
-from pvm_jax.model.rope import rotate, vision_angles
+from pvm_jax.model.attention_kernels import attention, head_width
+from pvm_jax.model.layers import Embedding, Heads, LayerNorm, Linear, Rngs, remat, stack
+from pvm_jax.model.rope import Rotary, rotate, vision_rotary
 from pvm_jax.sharding import constrain
 
 _EPS = 1e-6
@@ -52,7 +43,7 @@ class VisionMLP(nnx.Module):
 
 class VisionAttention(nnx.Module):
     """Full attention within one frame, [B, P, channels] -> [B, P, channels]: `segment_ids` [B, P]
-    number the frames of a row, `angles` [B, P, H/2] turn them."""
+    number the frames of a row, `rotary` turns heads as wide as the kernel wants them."""
 
     def __init__(self, c: VisionConfig, *, dtype: str, rngs: Rngs):
         # The fused projection's rows are q, k and v in turn, so splitting them over devices would
@@ -66,20 +57,25 @@ class VisionAttention(nnx.Module):
         self.head_dim = c.head_dim
 
     def __call__(
-        self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None
+        self, x: jax.Array, rotary: Rotary, segment_ids: jax.Array, kernel: str | None
     ) -> jax.Array:
-        q, k, v = (split_heads(part, self.head_dim) for part in jnp.split(self.qkv(x), 3, -1))
-        q, k, v = (constrain(part, "batch", "length", "heads", "head_dim") for part in (q, k, v))
+        heads, count = Heads(self.head_dim, rotary.cos.shape[-1]), x.shape[-1] // self.head_dim
+        parts = [slice(start * count, (start + 1) * count) for start in range(3)]
+        q, k, v = (
+            constrain(self.qkv.to_heads(x, heads, part), "batch", "length", "heads", "head_dim")
+            for part in parts
+        )
         seen = attention(
-            rotate(q, angles),
-            rotate(k, angles),
+            rotate(q, rotary),
+            rotate(k, rotary),
             v,
             q_segment_ids=segment_ids,
             kv_segment_ids=segment_ids,
             causal=False,
+            scale=self.head_dim**-0.5,
             kernel=kernel,
         )
-        return self.proj(merge_heads(seen))
+        return self.proj.from_heads(seen, heads)
 
 
 class VisionBlock(nnx.Module):
@@ -93,9 +89,9 @@ class VisionBlock(nnx.Module):
         self.mlp = VisionMLP(c, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, angles: jax.Array, segment_ids: jax.Array, kernel: str | None
+        self, x: jax.Array, rotary: Rotary, segment_ids: jax.Array, kernel: str | None
     ) -> jax.Array:
-        x = x + self.attn(self.norm1(x), angles, segment_ids, kernel)
+        x = x + self.attn(self.norm1(x), rotary, segment_ids, kernel)
         x = x + self.mlp(self.norm2(x))
         return constrain(x, "batch", "length", "hidden")
 
@@ -185,13 +181,14 @@ class VisionTower(nnx.Module):
                 ..., corner, None
             ].astype(x.dtype)
         x = constrain(x, "batch", "length", "hidden")
-        angles = vision_angles(positions, c.head_dim)
+        kernel = self.config.attention
+        rotary = vision_rotary(positions, c.head_dim, head_width(c.head_dim, kernel))
 
         graphdef, params = nnx.split(self.blocks)
         params = nnx.as_pure(params)
 
         def block(x, params):
-            return nnx.merge(graphdef, params)(x, angles, segment_ids, self.config.attention), None
+            return nnx.merge(graphdef, params)(x, rotary, segment_ids, kernel), None
 
         block = remat(block, self.config.remat)
         taps, start = [], 0

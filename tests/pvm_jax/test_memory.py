@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pvm_jax.model.layers import merge_heads, rms_normalize, split_heads
+from pvm_jax.model.layers import rms_normalize
 from pvm_jax.model.memory import CrossAttention
 from tests.close import assert_close
 from tests.tiny import CONFIG
@@ -32,13 +32,13 @@ def test_biases_of_the_cross_attention():
         return x @ weight.T + bias
 
     q, k, v = (
-        split_heads(project(name, x), c.head_dim)
+        project(name, x).reshape(*x.shape[:2], -1, c.head_dim)
         for name, x in (("q", query), ("k", compact), ("v", compact))
     )
     q, k = rms_normalize(q, c.rms_norm_eps), rms_normalize(k, c.rms_norm_eps)
     k, v = (jnp.repeat(x, c.pvm_num_heads // c.pvm_num_key_value_heads, 2) for x in (k, v))
     scores = jnp.einsum("bsnh,btnh->bnst", q, k) * c.head_dim**-0.5
     recalled = jnp.einsum("bnst,btnh->bsnh", jax.nn.softmax(scores, -1), v)
-    want = project("o", merge_heads(recalled))
+    want = project("o", recalled.reshape(*recalled.shape[:2], -1))
     got = module(query, module.memorize(compact, ones), ones[:, :3], None)
     assert_close(got, want, 1e-5)

@@ -26,7 +26,7 @@ from pvm_jax.measure.midway import midway
 from pvm_jax.measure.pictures import exchanged
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.model.decoder import DecoderLayer
-from pvm_jax.model.rope import mrope_angles
+from pvm_jax.model.rope import mrope
 from tests import tiny
 from tests.close import assert_close
 from tests.conftest import GOLDEN
@@ -94,14 +94,14 @@ def _inner(model, batch: Batch):
     entering = jnp.concatenate(
         [jnp.where((batch.visual_index >= 0)[..., None], visual, embeds)[None], trace.streams[:-1]]
     )
-    angles = mrope_angles(batch.positions, c)
+    rotary = mrope(batch.positions, c)
     graphdef, stacked = nnx.split(decoder.layers)
     layers = []
     for layer, stream in enumerate(entering):
         block: DecoderLayer = nnx.merge(
             graphdef, jax.tree.map(lambda p, layer=layer: p[layer], nnx.as_pure(stacked))
         )
-        q, k, v = block.self_attn.heads(block.input_layernorm(stream), angles)
+        q, k, v = block.self_attn.queries_keys_values(block.input_layernorm(stream), rotary)
         group = q.shape[2] // k.shape[2]
         weights = _softmax(q, jnp.repeat(k, group, 2), _causal(batch))
         attended = jnp.einsum("bnst,btnh->bsnh", weights, jnp.repeat(v, group, 2))
@@ -111,7 +111,7 @@ def _inner(model, batch: Batch):
         if str(layer) in model.pvm:
             pvm = model.pvm[str(layer)]
             read = pvm.cross_attn
-            heads = lambda x, read=read: x.reshape(*x.shape[:2], -1, read.head_dim)  # noqa: E731
+            heads = lambda x, read=read: x.reshape(*x.shape[:2], -1, read.heads.dim)  # noqa: E731
             keys = read.k_norm(heads(read.k_proj(pvm.vision_reducer(trace.embeds))))
             asked = read.q_norm(heads(read.q_proj(pvm.input_norm(pvm.text_reducer(middle)))))
             own = (batch.segment_ids[:, :, None] == batch.visual_segment_ids[:, None]) & (
