@@ -70,6 +70,35 @@ def test_a_copy_is_of_what_is_there_now_and_leaves_when_room_is_short(
     assert local_copy(tmp_path) == tmp_path
 
 
+def test_the_copies_are_looked_through_now_and_then(bucket, tmp_path, monkeypatch):
+    """And what a process that was killed left of one goes first."""
+    place, looks, scandir = tmp_path / "cache", [], os.scandir
+
+    def look(folder):
+        looks.append(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", look)
+    monkeypatch.setenv("PVM_JAX_CACHE", str(place))
+    monkeypatch.setenv("PVM_JAX_CACHE_GIB", str(20_000 / 2**30))
+    place.mkdir()
+    left, written = place / ".left.partial", place / ".written.partial"
+    left.write_bytes(b"x" * 19_900)
+    written.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    for number in range(30):
+        (bucket / str(number)).write_bytes(b"x" * 100)
+        local_copy(bucket / str(number))
+    assert looks.count(place) == 1 + 2900 // 200
+    assert not left.exists()
+    assert written.exists()
+    monkeypatch.setenv("PVM_JAX_CACHE_GIB", str(1000 / 2**30))
+    local_copy(bucket / "0")
+    (bucket / "0").write_bytes(b"y" * 100)
+    local_copy(bucket / "0")
+    assert sum(file.stat().st_size for file in place.iterdir()) <= 1000
+
+
 @pytest.mark.parametrize(
     ("status", "said"),
     [
