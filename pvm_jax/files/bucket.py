@@ -36,6 +36,14 @@ for _library in ("gcsfs", "google.auth"):
 
 CONTACT_SECONDS = 60.0
 
+# TensorStore, which reads and writes arrays for Orbax, would wait for ever where nothing is sent.
+for _limit, _number in {
+    "CONNECT_TIMEOUT_SECONDS": CONTACT_SECONDS,
+    "LOW_SPEED_TIME_SECONDS": CONTACT_SECONDS,
+    "LOW_SPEED_LIMIT_BYTES": 1,
+}.items():
+    os.environ.setdefault(f"TENSORSTORE_CURL_{_limit}", f"{_number:.0f}")
+
 _PACKAGES = {"gs": "pip install 'pvm-jax[gcs]'", "s3": "pip install 'pvm-jax[s3]'"}
 _LOG_IN = {
     "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
