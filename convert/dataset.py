@@ -3,24 +3,24 @@ convert.dataset`."""
 
 import json
 import os
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import track
 
 from convert.embedding import embedded_message
-from convert.hub_dataset import fetch_dataset
+from convert.hub_dataset import HubData, fetched, find_dataset, one_by_one
+from convert.shard_writer import ShardWriter
 from convert.summary import Checked, Summary
 from pvm_jax import options
 from pvm_jax.checkpoint.directory import refuse_taken, write_aside
@@ -38,9 +38,9 @@ from pvm_jax.data.shards import SHARDS_INDEX, SHARDS_SIZES, pack_record
 from pvm_jax.data.stored import Conversations, plain_columns
 from pvm_jax.data.video_files import Video
 from pvm_jax.files.bucket import BucketError
-from pvm_jax.files.hub import SETTINGS, model_directory, named_on_hub
-from pvm_jax.files.paths import any_path, on_bucket
-from pvm_jax.files.writing import Growing, upload
+from pvm_jax.files.hub import SETTINGS, HubError, model_directory, named_on_hub
+from pvm_jax.files.paths import any_path
+from pvm_jax.files.writing import Growing
 
 EXAMPLES = """
 examples:
@@ -48,16 +48,21 @@ examples:
   python -m convert.dataset 'downloads/train-*.parquet' data/train \\
       --checkpoint checkpoints/8b --max_tokens 8192
   python -m convert.dataset someone/pictures data/train --split train --checkpoint checkpoints/8b
+  python -m convert.dataset someone/larger_than_the_disk data/train --stream --count 100000
   python -m convert.dataset saved_by_datasets data/train --max_rejected 0.05
 With --checkpoint, the tokens and patches of every example are stored too, and training starts
 without measuring them.
 """
 
-SHARD_BYTES = 512 * 2**20
-# One record a group: read at random, nothing else is read with it. Images are compressed already.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 CHUNK = 8
 """Examples that a thread checks at a time."""
+
+
+class _Part(NamedTuple):
+    """Conversations that are opened together, and what the progress bar says of them."""
+
+    conversations: Conversations
+    title: str = "Converting"
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,9 @@ class DatasetOptions:
         threads: examples read at the same time; by default one for each core.
         subset: of a data set of the Hub that has several.
         split: the same.
+        stream: a data set of the Hub is fetched a file at a time, which is read and removed: the
+            disk need not hold it.
+        count: only the first so many examples, rejected ones among them.
         prompts: the conversations are for GRPO: each ends with the user's turn and has a solution,
             or the assistant's turn at its end is that.
     """
@@ -87,9 +95,13 @@ class DatasetOptions:
     threads: int | None = None
     subset: str | None = None
     split: str | None = None
+    stream: bool = False
+    count: int | None = None
     prompts: bool = False
 
     def __post_init__(self):
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"--count must be at least 1, got {self.count}")
         if self.max_tokens is not None and self.checkpoint is None:
             raise ValueError("--max_tokens needs --checkpoint: it is the tokenizer that counts")
 
@@ -116,6 +128,8 @@ def main(argv: Sequence[str]) -> None:
         threads=(os.cpu_count() or 1) if given.threads is None else given.threads,
         subset=given.subset,
         split=given.split,
+        stream=given.stream,
+        count=given.count,
         prompts=given.prompts,
     )
 
@@ -130,6 +144,8 @@ def convert(
     threads: int = 1,
     subset: str | None = None,
     split: str | None = None,
+    stream: bool = False,
+    count: int | None = None,
     prompts: bool = False,
 ) -> None:
     """Writes the directory `dst`, and what was rejected and why to `dst`.rejected.jsonl; prints a
@@ -137,10 +153,12 @@ def convert(
 
     Args:
         src: what `open_conversations` opens, or a text that names a data set of the Hub, of which
-            `subset` and `split` say a part (`convert.hub_dataset`).
+            `subset` and `split` say a part (`convert.hub_dataset`), and `stream` that it is fetched
+            a file at a time, of which none is kept.
         processor: measures every example; None: the sizes are left to the training run.
         max_tokens: longer examples are rejected.
         max_rejected: the share of rejects up to which the result is kept.
+        count: the first so many examples are read; None: all.
         prompts: they are prompts, which GRPO measures itself; `processor` counts for `max_tokens`.
 
     Raises:
@@ -153,13 +171,16 @@ def convert(
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
     dst = any_path(dst)
     refuse_taken(dst)
-    conversations, source = _opened(src, subset, split)
+    parts, source = _opened(src, subset, split, stream)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
-    check = _Check(conversations, processor, max_tokens, prompts)
+
+    def check(conversations: Conversations) -> _Check:
+        return _Check(conversations, processor, max_tokens, prompts)
+
     with write_aside(dst) as aside, _explaining(dst), _report(report_file) as report:
         summary = Summary()
         writer = ShardWriter(aside)
-        for checked in _in_order(conversations, check, threads):
+        for checked in _first(count, parts, check, threads):
             if isinstance(checked, Rejected):
                 summary.reject(checked.reason)
                 report.write(json.dumps(checked._asdict()).encode() + b"\n")
@@ -167,19 +188,21 @@ def convert(
                 writer.write(checked.record)
                 summary.add(checked)
         shards = writer.close()
-        if summary.rejected > max_rejected * len(conversations) or not shards:
-            raise ValueError(
-                f"{summary.rejected} of {len(conversations)} examples were rejected, and"
-                f" --max_rejected allows a share of {max_rejected}; the reason of each is in"
-                f" {report_file}\n" + "\n".join(summary.reasons())
-            )
+        _check_rejects(summary, max_rejected, report_file)
         measured_by = None if prompts or processor is None else processor.fingerprint
-        if measured_by:
-            sizes = BytesIO()
-            np.save(sizes, np.array(summary.sizes, np.int32))
-            (aside / SHARDS_SIZES).write_bytes(sizes.getvalue())
         _write_index(aside, source, summary, measured_by, shards)
     print(summary.describe(dst, report_file, measured=processor is not None))
+
+
+def _check_rejects(summary: Summary, most: float, report_file: Path) -> None:
+    """Raises ValueError if more than a share of `most` were rejected, or all."""
+    read = summary.rejected + len(summary.sizes)
+    if summary.rejected > most * read or not summary.sizes:
+        raise ValueError(
+            f"{summary.rejected} of {read} examples were rejected, and"
+            f" --max_rejected allows a share of {most}; the reason of each is in"
+            f" {report_file}\n" + "\n".join(summary.reasons())
+        )
 
 
 def _write_index(
@@ -189,6 +212,11 @@ def _write_index(
     measured_by: str | None,
     shards: list[dict[str, Any]],
 ) -> None:
+    """Writes what makes `directory` one of shards, and the sizes if they were measured."""
+    if measured_by:
+        sizes = BytesIO()
+        np.save(sizes, np.array(summary.sizes, np.int32))
+        (directory / SHARDS_SIZES).write_bytes(sizes.getvalue())
     index = {
         "source": source,
         "examples": len(summary.sizes),
@@ -200,23 +228,34 @@ def _write_index(
 
 
 def _opened(
-    src: str | Path | Sequence[str | Path], subset: str | None, split: str | None
-) -> tuple[Conversations, str]:
-    """The conversations, and what they are called."""
+    src: str | Path | Sequence[str | Path], subset: str | None, split: str | None, stream: bool
+) -> tuple[Iterable[_Part], str]:
+    """The conversations, in parts that are opened when they are asked for, and what they are
+    called."""
     if on_hub := named_on_hub(src, "dataset"):
-        files, name = fetch_dataset(on_hub, subset=subset, split=split)
-        return open_conversations(files, every_column=True), name
-    if subset or split:
-        raise ValueError(f"--subset and --split are of data sets of the Hub, and {src} is here")
+        data = find_dataset(on_hub, subset=subset, split=split)
+        if stream:
+            return _streamed(data), data.name
+        return [_Part(open_conversations(fetched(data), every_column=True))], data.name
+    if subset or split or stream:
+        raise ValueError(
+            f"--subset, --split and --stream are of data sets of the Hub, and {src} is here"
+        )
     conversations = open_conversations(src, every_column=True)
-    return conversations, str(conversations.path)
+    return [_Part(conversations)], str(conversations.path)
+
+
+def _streamed(data: HubData) -> Iterator[_Part]:
+    for number, file in enumerate(one_by_one(data), 1):
+        title = f"Converting file {number} of {len(data.files)}"
+        yield _Part(open_conversations(file, every_column=True), title)
 
 
 @contextmanager
 def _explaining(dst: Path) -> Iterator[None]:
     try:
         yield
-    except BucketError:
+    except (BucketError, HubError):
         raise
     except (OSError, RuntimeError) as error:  # ArrayRecord says the latter of a full disk
         raise OSError(
@@ -287,18 +326,34 @@ class _Check:
         return Checked(record, size, len(sources), bool(conversation.videos))
 
 
-def _in_order(
-    conversations: Conversations, check: Callable[[int], Checked | Rejected], threads: int
+def _first(
+    count: int | None,
+    parts: Iterable[_Part],
+    check: Callable[[Conversations], _Check],
+    threads: int,
 ) -> Iterator[Checked | Rejected]:
-    """What `check` says of every example, in their order; few are in memory at a time. Shows a
-    progress bar on a terminal."""
+    """What is found of the first `count` examples (None: of all). No part is asked for in vain."""
+    left = sys.maxsize if count is None else count
+    for conversations, title in parts:
+        examples = min(left, len(conversations))
+        yield from _in_order(examples, check(conversations), threads, title)
+        left -= examples
+        if not left:
+            return
+
+
+def _in_order(
+    examples: int, check: Callable[[int], Checked | Rejected], threads: int, title: str
+) -> Iterator[Checked | Rejected]:
+    """What `check` says of the first so many examples, in their order; few are in memory at a time.
+    Shows a progress bar on a terminal."""
 
     def chunk(start: int) -> list[Checked | Rejected]:
-        return [check(index) for index in range(start, min(start + CHUNK, len(conversations)))]
+        return [check(index) for index in range(start, min(start + CHUNK, examples))]
 
     def chunks() -> Iterator[Future[list[Checked | Rejected]]]:
         running: deque[Future[list[Checked | Rejected]]] = deque()
-        for start in range(0, len(conversations), CHUNK):
+        for start in range(0, examples, CHUNK):
             running.append(pool.submit(chunk, start))
             if len(running) >= 4 * threads:
                 yield running.popleft()
@@ -309,51 +364,13 @@ def _in_order(
         done = (checked for future in chunks() for checked in future.result())
         yield from track(
             done,
-            "Converting",
-            total=len(conversations),
+            title,
+            total=examples,
             console=console,
             disable=not console.is_terminal,
         )
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-class ShardWriter:
-    """Writes records to shard-00000.array_record and so on, each of about SHARD_BYTES."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self._shards: list[dict[str, Any]] = []
-        self._open: ArrayRecordWriter | None = None
-        self._bytes = 0
-        # ArrayRecord writes on this machine alone.
-        self._spool = TemporaryDirectory() if on_bucket(directory) else None
-        self._where = directory if self._spool is None else Path(self._spool.name)
-
-    def write(self, record: bytes) -> None:
-        writer = self._open or self._begin()
-        writer.write(record)
-        self._shards[-1]["examples"] += 1
-        self._bytes += len(record)
-        if self._bytes >= SHARD_BYTES:
-            self.close()
-
-    def _begin(self) -> ArrayRecordWriter:
-        name = f"shard-{len(self._shards):05d}.array_record"
-        self._shards.append({"file": name, "examples": 0})
-        self._open, self._bytes = ArrayRecordWriter(str(self._where / name), _WRITER_OPTIONS), 0
-        return self._open
-
-    def close(self) -> list[dict[str, Any]]:
-        """Ends the shard that is being written. Returns all shards: {"file": name, "examples":
-        number of them}."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
-            if self._where != self.directory:
-                name = self._shards[-1]["file"]
-                upload(self._where / name, self.directory / name)
-        return self._shards
 
 
 if __name__ == "__main__":

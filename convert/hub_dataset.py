@@ -1,15 +1,18 @@
 """A data set of the Hub as files of this machine: which of them a subset and a split are."""
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from glob import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import HfUri, metadata_load
 
-from pvm_jax.files.hub import fetch, names_of
+from pvm_jax.files.hub import HubError, fetch, fetch_one, names_of
 
 _CARD = "README.md"
 _READ = (".parquet", ".jsonl", ".jsonl.gz", ".json")
@@ -24,21 +27,36 @@ _SPLITS = {
 _GLOB = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
 
 
-class HubData(NamedTuple):
-    """A part of a data set: its files here, and what it is called, its commit included."""
+PAUSES = (10.0, 60.0, 300.0)
+"""Seconds after which the Hub is asked again for a file of which others have been read already."""
 
-    files: list[Path]
+
+class HubData(NamedTuple):
+    """A part of a data set.
+
+    Attributes:
+        of: the data set.
+        folder: where the library keeps the files of its commit.
+        files: their names in the repository.
+        pictures: where the files are JSON, those that may lie beside.
+        name: what the part is called, its commit included.
+    """
+
+    of: HfUri
+    folder: Path
+    files: list[str]
+    pictures: list[str]
     name: str
 
 
-def fetch_dataset(of: HfUri, *, subset: str | None, split: str | None) -> HubData:
-    """Fetches the files of one split, and where they are JSON, the pictures that may lie beside.
+def find_dataset(of: HfUri, *, subset: str | None, split: str | None) -> HubData:
+    """Asks which files one split is.
 
     Args:
         subset, split: None where there is but one, or the data set's card says which is meant.
 
     Raises:
-        OSError: if the Hub does not give them.
+        HubError: if the Hub does not say.
         ValueError: if it is not said which part is meant, or none of its files is read here.
     """
     folder = fetch(of, [_CARD])
@@ -63,10 +81,46 @@ def fetch_dataset(of: HfUri, *, subset: str | None, split: str | None) -> HubDat
         found = f"{unread[0]} is not read" if unread else "no file is there"
         raise ValueError(f"{called}: {found}: {', '.join(_READ)} are; give files, {_form(of)}")
     beside = [] if chosen[0].endswith(".parquet") else _ending(names, _PICTURES)
-    fetch(of, [escape(name) for name in (*chosen, *beside)], beside=folder)
     name = f"hf://datasets/{of.id}@{folder.name}/{of.path_in_repo}".rstrip("/")
     part = ", ".join(f"{key} {value}" for key, value in _named(subset=subset, split=split))
-    return HubData([folder / name for name in chosen], f"{name} ({part})" if part else name)
+    return HubData(of, folder, chosen, beside, f"{name} ({part})" if part else name)
+
+
+def fetched(data: HubData) -> list[Path]:
+    """The files, with the pictures beside them. Raises HubError if the Hub does not give them."""
+    names = [escape(name) for name in (*data.files, *data.pictures)]
+    fetch(data.of, names, beside=data.folder)
+    return [data.folder / name for name in data.files]
+
+
+def one_by_one(data: HubData) -> Iterator[Path]:
+    """Each of the files, in the system's directory for temporary files: fetched when it is asked
+    for, removed when the next one is. From the second on, the Hub may fail for some minutes.
+
+    Raises:
+        HubError: if it does not give one.
+        ValueError: if pictures lie beside the files: one would have to fetch them all.
+    """
+    if data.pictures:
+        raise ValueError(
+            f"{data.name}: {data.files[0]} may show the pictures that lie beside it, as"
+            f" {data.pictures[0]}: --stream reads files that hold their pictures; leave it out"
+        )
+    with TemporaryDirectory() as room:
+        for number, name in enumerate(data.files):
+            file = _patiently_fetched(data, name, Path(room), PAUSES if number else ())
+            yield file
+            file.unlink()
+
+
+def _patiently_fetched(data: HubData, name: str, room: Path, pauses: Sequence[float]) -> Path:
+    for pause in pauses:
+        try:
+            return fetch_one(data.of, name, room, commit=data.folder.name)
+        except HubError as error:
+            print(f"{error}: asking again in {pause:.0f} s", file=sys.stderr)
+            time.sleep(pause)
+    return fetch_one(data.of, name, room, commit=data.folder.name)
 
 
 def _named(**values: str | None) -> list[tuple[str, str]]:

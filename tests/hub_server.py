@@ -25,7 +25,7 @@ class Hub:
     Attributes:
         repositories: "models/OWNER/NAME" or "datasets/OWNER/NAME" -> the folder of its files.
         private: those that only TOKEN may see.
-        gated: those whose files it refuses.
+        gated: those whose files it refuses, and names of files that it refuses.
         revision: the commit that all have; with other files it must be another.
         cut: names of files of which the next answer ends in the middle.
         made: names of models that were made -> what was asked for.
@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("main", "", self.hub.revision):
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if rest[:1] == ["resolve"]:
-            if name in self.hub.gated:
+            if self.hub.gated & {name, rest[-1]}:
                 return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
             return self._file(folder / "/".join(rest[2:]))
         if rest[:1] == ["tree"]:

@@ -6,8 +6,10 @@ it. epath's own methods are not called: to them, what is closed or cannot be rea
 and would be written over.
 """
 
+import logging
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
@@ -28,7 +30,19 @@ nothing that was listed is remembered."""
 for _protocol in SCHEMES.values():
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
 
+# What these log they raise too, and a user reads it in one line.
+for _library in ("gcsfs", "google.auth"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
+
 CONTACT_SECONDS = 60.0
+
+# TensorStore, which reads and writes arrays for Orbax, would wait for ever where nothing is sent.
+for _limit, _number in {
+    "CONNECT_TIMEOUT_SECONDS": CONTACT_SECONDS,
+    "LOW_SPEED_TIME_SECONDS": CONTACT_SECONDS,
+    "LOW_SPEED_LIMIT_BYTES": 1,
+}.items():
+    os.environ.setdefault(f"TENSORSTORE_CURL_{_limit}", f"{_number:.0f}")
 
 _PACKAGES = {"gs": "pip install 'pvm-jax[gcs]'", "s3": "pip install 'pvm-jax[s3]'"}
 _LOG_IN = {
@@ -55,6 +69,9 @@ def reaching(path: PurePath) -> Iterator[None]:
         raise ImportError(
             f"{path}: a package that reads {scheme}:// is missing: {advice}"
         ) from error
+    except FSTimeoutError as error:
+        waited = f"no answer in {CONTACT_SECONDS:.0f} s"
+        raise BucketError(f"{path} cannot be reached: {waited}") from error
     except Exception as error:  # those of HTTP clients and of credentials have no base in common
         raise BucketError(f"{path} {_reason(path, error)}") from error
 
@@ -67,6 +84,37 @@ def _reason(path: PurePath, error: BaseException) -> str:
         log_in = _LOG_IN.get(str(path).partition(":")[0], "the credentials of this machine")
         return f"is closed to this user ({said[:200]}): {log_in}"
     return f"cannot be reached ({type(error).__name__}: {said[:200]})"
+
+
+_choosing = threading.Lock()
+
+
+def _choose_credentials() -> None:
+    """Decides for all of this process, Orbax's paths among it, whether gs:// is asked with the
+    user's credentials or without any. gcsfs by itself asks for half a minute more whether there are
+    some, goes on without those that cannot be read, and tries those that count no longer for a
+    minute."""
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    options = fsspec.config.conf["gcs"]
+    with _choosing:
+        if "token" in fsspec.config.conf.get("gs", {}) | options:
+            return
+        try:
+            google.auth.default()
+        except DefaultCredentialsError:
+            if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+                raise
+            options["token"] = "anon"
+            return
+        files = fsspec.filesystem("gcs", token="google_default")
+
+        async def refresh() -> None:
+            files.credentials.maybe_refresh()
+
+        sync(files.loop, refresh, timeout=CONTACT_SECONDS)
+        options["token"] = "google_default"
 
 
 class BucketPath(PosixGPath):
@@ -82,8 +130,11 @@ class BucketPath(PosixGPath):
     @property
     def files(self) -> Any:
         """The file system of fsspec."""
+        scheme = str(self).partition(":")[0]
         with reaching(self):
-            return fsspec.filesystem(SCHEMES[str(self).partition(":")[0]])
+            if scheme == "gs":
+                _choose_credentials()
+            return fsspec.filesystem(SCHEMES[scheme])
 
     def info(self) -> dict[str, Any] | None:
         """What fsspec knows of what is here; None: there is nothing."""
@@ -98,12 +149,7 @@ class BucketPath(PosixGPath):
         libraries try again for minutes, which is too long to hear that there is no network."""
         files = self.files
         ask = getattr(files, f"_{method}")  # fsspec's name of its asynchronous form
-        try:
-            return sync(files.loop, ask, str(self), *arguments, timeout=CONTACT_SECONDS, **options)
-        except FSTimeoutError as error:
-            raise BucketError(
-                f"{self} cannot be reached: no answer in {CONTACT_SECONDS:.0f} s"
-            ) from error
+        return sync(files.loop, ask, str(self), *arguments, timeout=CONTACT_SECONDS, **options)
 
     def exists(self) -> bool:
         return self.info() is not None

@@ -7,7 +7,9 @@ What reads at random (JSON lines, tables, shards, pictures, safetensors) reads t
 import hashlib
 import os
 import threading
+import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,12 @@ _AT_A_TIME = 16
 SETTINGS_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """Of a model's files that are no weights."""
 
+_PARTS = 100
+_ABANDONED_SECONDS = 24 * 3600.0
+
+_unseen: Counter[tuple[Path, int]] = Counter()
+"""By place and what copies may take there: bytes that this process may fetch before it looks again
+what is there."""
 _kept: set[Path] = set()
 """Copies that are open in this process: they stay."""
 _lock = threading.Lock()
@@ -80,26 +88,37 @@ def _fetch(file: BucketPath, copy: Path) -> None:
     try:
         with reaching(file):
             file.files.get_file(str(file), str(aside))
+        size = aside.stat().st_size
         os.replace(aside, copy)
     finally:
         aside.unlink(missing_ok=True)
-    _make_room()
+    _make_room(size)
 
 
-def _make_room() -> None:
-    """Removes copies, the longest unused first, until the rest fit."""
+def _make_room(fetched: int) -> None:
+    """Removes copies, the longest unused first, until the rest fit and leave a hundredth free: so
+    much each process may fetch before it looks again, since that takes long where there are many.
+    """
+    place, most = _place(), _most_bytes()
     with _lock:
+        _unseen[place, most] -= fetched
+        if _unseen[place, most] > 0:
+            return
+        _unseen[place, most] = most // _PARTS
         copies = []
-        for copy in os.scandir(_place()):
+        for copy in os.scandir(place):
             try:
-                copies.append((copy.stat().st_mtime, copy.stat().st_size, Path(copy.path)))
+                copies.append((copy.stat().st_mtime, copy.stat().st_size, copy.path))
             except FileNotFoundError:  # another process makes room too
                 continue
         left = sum(size for _, size, _ in copies)
-        for _, size, copy in sorted(copies):
-            if left <= _most_bytes():
+        for used, size, name in sorted(copies):
+            if left <= most - most // _PARTS:
                 return
-            if copy not in _kept and not copy.name.startswith("."):
+            copy = Path(name)
+            # A process that is killed leaves half a file; others are being written.
+            half = copy.name.startswith(".") and used > time.time() - _ABANDONED_SECONDS
+            if copy not in _kept and not half:
                 copy.unlink(missing_ok=True)
                 left -= size
 

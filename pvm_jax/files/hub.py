@@ -15,6 +15,7 @@ from huggingface_hub import (
     HfUri,
     constants,
     get_cached_repo_tree,
+    hf_hub_download,
     parse_hf_uri,
     snapshot_download,
 )
@@ -38,6 +39,10 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?:@.+)?")
 _FILE = re.compile(r".*\.(?:jsonl?|parquet|arrow|safetensors|gz)", re.IGNORECASE)
 """Names of files, which no repository has."""
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+class HubError(OSError):
+    """The Hub does not give what it is asked for."""
 
 
 def named_on_hub(given: object, kind: Literal["model", "dataset"] = "model") -> HfUri | None:
@@ -70,7 +75,7 @@ def model_directory(given: str | Path, files: Sequence[str]) -> Path:
     """The directory at `given`, or one with these files of the model that it names on the Hub.
 
     Raises:
-        OSError: if the Hub does not give them.
+        HubError: if the Hub does not give them.
         ValueError: for another URL (`any_path`).
     """
     on_hub = named_on_hub(given)
@@ -85,7 +90,7 @@ def fetch(of: HfUri, files: Sequence[str], *, beside: Path | None = None) -> Pat
         beside: what an earlier call gave: files of the same commit.
 
     Raises:
-        OSError: saying why there are none.
+        HubError: saying why there are none.
     """
     revision = of.revision if beside is None else beside.name
     with asking(of):
@@ -100,6 +105,18 @@ def fetch(of: HfUri, files: Sequence[str], *, beside: Path | None = None) -> Pat
         )
 
 
+def fetch_one(of: HfUri, name: str, folder: Path, *, commit: str) -> Path:
+    """The file `name` of a repository in `folder`, and not in the library's cache.
+
+    Raises:
+        HubError: if the Hub does not give it.
+    """
+    with asking(of, f"{name} is not here, and"):
+        return Path(
+            hf_hub_download(of.id, name, repo_type=of.type, revision=commit, local_dir=folder)
+        )
+
+
 def names_of(of: HfUri, fetched: Path) -> list[str]:
     """The names of all files of a repository, at the commit of which `fetch` gave a directory."""
     with asking(of):
@@ -111,7 +128,7 @@ def make_model(given: str, *, private: bool) -> HfUri:
     """The model OWNER/NAME of the Hub, which is made unless it is there.
 
     Raises:
-        OSError: if it cannot be: without a token that may write there, without a network.
+        HubError: if it cannot be: without a token that may write there, without a network.
         ValueError: for what is no such name.
     """
     of = parse_hf_uri(f"{constants.HF_PROTOCOL}models/{given.removeprefix(constants.HF_PROTOCOL)}")
@@ -134,7 +151,7 @@ def push(folder: Path, to: HfUri, *, message: str) -> None:
     """Sends the files of `folder`; weights that are there and not in it are removed.
 
     Raises:
-        OSError: if they do not arrive.
+        HubError: if they do not arrive.
     """
     stale = ["*.safetensors", "*.safetensors.index.json"]
     with asking(to, f"{folder} is whole and can be sent again by `hf upload`;"):
@@ -145,12 +162,12 @@ def push(folder: Path, to: HfUri, *, message: str) -> None:
 
 @contextmanager
 def asking(of: HfUri, so_far: str = "nothing of this name is here, and") -> Iterator[None]:
-    """Turns whatever the library raises into an OSError that says in one line what to do."""
+    """Turns whatever the library raises into a HubError that says in one line what to do."""
     try:
         yield
     except Exception as error:  # those of its HTTP client have no base of their own
         name = of.to_uri().removeprefix(f"{constants.HF_PROTOCOL}{of.type}s/")
-        raise OSError(
+        raise HubError(
             f"{name}: {so_far} as a {of.type} of {constants.ENDPOINT} {_reason(of, error)}"
         ) from error
 

@@ -1,6 +1,7 @@
 """A path as a user writes it: of this machine, or of a bucket."""
 
 import os
+import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -31,9 +32,11 @@ def any_path(path: str | PurePath) -> Path:
                 f"{url} is a URL: give a path of this machine, of a bucket (gs://, s3://, az://) or"
                 " of a copy of the files"
             )
-        if not text[found.end() :].strip("/"):
+        bucket, _, key = text[found.end() :].strip("/").partition("/")
+        if not bucket:
             raise ValueError(f"{url} names no bucket")
-        return cast(Path, BucketPath(url))
+        key = posixpath.normpath(f"/{key}")  # a bucket would take .. for a name
+        return cast(Path, BucketPath(f"{found[1]}://{bucket}{key}"))
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(f"{text}: there is no such user here; ./{text} is a file of this name")

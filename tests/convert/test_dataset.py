@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert import dataset
+from convert import dataset, shard_writer
 from convert.dataset import convert
 from convert.summary import histogram
 from demo.mixed_images import make_processor
@@ -89,7 +89,7 @@ def shown(conversations):
 def test_shards_give_the_conversations_of_their_source(
     good, tmp_path, processor, monkeypatch, capsys
 ):
-    monkeypatch.setattr(dataset, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 4000)
     monkeypatch.setattr(dataset, "CHUNK", 1)
     before = shown(open_conversations(good))
     convert(good, tmp_path / "shards", processor, threads=2)
@@ -271,7 +271,7 @@ def test_several_files_become_one_directory(tmp_path, processor):
 
 def test_what_an_interrupted_run_leaves_does_not_open(good, tmp_path, monkeypatch):
     """The folder as it is at every record that is written, as `kill -9` would leave it."""
-    write_record, seen = dataset.ShardWriter.write, []
+    write_record, seen = shard_writer.ShardWriter.write, []
 
     def look(writer, record):
         with pytest.raises(ValueError, match="is no directory of conversations"):
@@ -281,7 +281,7 @@ def test_what_an_interrupted_run_leaves_does_not_open(good, tmp_path, monkeypatc
         if len(seen) == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset.ShardWriter, "write", look)
+    monkeypatch.setattr(shard_writer.ShardWriter, "write", look)
     with pytest.raises(KeyboardInterrupt):
         convert(good, tmp_path / "shards", threads=2)
     assert not seen[0].exists()

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 
-from convert import dataset
+from convert import dataset, hub_dataset
 from demo.task import Mixture, make_example, write
 from pvm_jax.data.conversations import open_conversations
 from tests.hub_server import REVISION, TOKEN, Hub, hub
@@ -101,6 +103,70 @@ def test_pictures_beside_lines_come_along(served):
     assert source["bytes"] == picture.read_bytes()
 
 
+class TestStream:
+    @pytest.fixture(autouse=True)
+    def room(self, served, tmp_path, monkeypatch) -> Path:
+        """Where temporary files are, of a data set of three tables."""
+        for number, answers in enumerate(("ab", "cd", "ef")):
+            write_table(served / f"train-{number}.parquet", *answers)
+        room = tmp_path / "room"
+        room.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(room))
+        return room
+
+    def test_one_file_is_here_at_a_time(self, hub, room, tmp_path, monkeypatch):
+        seen = []
+
+        def look(*given, **options):
+            seen.append(sorted(file.name for file in room.rglob("*.parquet")))
+            return open_conversations(*given, **options)
+
+        monkeypatch.setattr(dataset, "open_conversations", look)
+        streamed = converted(ID, "--stream")
+        assert seen == [[f"train-{number}.parquet"] for number in range(3)]
+        assert not list(room.iterdir())
+        assert not list((tmp_path / "hub_cache").rglob("*.parquet"))
+        assert streamed == converted(ID)
+        assert streamed[0] == list("abcdef")
+
+    def test_what_is_not_counted_is_not_fetched(self, hub):
+        assert converted(ID, "--stream", "--count", "3")[0] == list("abc")
+        assert hub.files_given() == {"train-0.parquet", "train-1.parquet"}
+        assert converted(ID, "--count", "5")[0] == list("abcde")
+
+    def test_it_goes_on_where_the_connection_was_cut(self, hub, monkeypatch):
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
+        hub.cut = {"train-1.parquet"}
+        assert converted(ID, "--stream")[0] == list("abcdef")
+        assert any(start for line, start in hub.asked if line.endswith("train-1.parquet"))
+
+    def test_later_files_are_asked_for_again(self, hub, room, refused, monkeypatch, capsys):
+        def pausing(sleep):
+            monkeypatch.setattr(hub_dataset, "time", SimpleNamespace(sleep=sleep))
+
+        pauses = []
+        pausing(pauses.append)
+        hub.gated = {"train-1.parquet"}
+        said = refused(dataset.main, [ID, "shards", "--stream"])
+        assert f"{ID}: train-1.parquet is not here, and as a dataset of" in said
+        assert pauses == [10, 60, 300]
+        assert [file.name for file in Path().iterdir() if file.name.startswith("shards")] == []
+        assert not list(room.iterdir())
+        pausing(lambda seconds: hub.gated.clear())
+        assert converted(ID, "--stream")[0] == list("abcdef")
+        assert "asking again in 10 s" in capsys.readouterr().err
+        hub.gated = {"train-0.parquet"}
+        pausing(lambda seconds: pytest.fail("the first is not"))
+        refused(dataset.main, [ID, "dst", "--stream"])
+
+    def test_pictures_that_lie_beside_are_refused(self, served, refused):
+        for file in served.iterdir():
+            file.unlink()
+        write([make_example(Mixture(sizes=(1,), lines=(1, 1)), 0)], served)
+        said = refused(dataset.main, [ID, "dst", "--stream"])
+        assert "may show the pictures that lie beside it" in said
+
+
 def test_each_refusal_is_one_line(
     hub: Hub, served: Path, refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -120,6 +186,8 @@ def test_each_refusal_is_one_line(
     assert "no file is there" in said(f"hf://datasets/{ID}/none.jsonl")
     assert "is no dataset: give hf://datasets/OWNER/NAME" in said("hf://someone/model")
     assert "of data sets of the Hub, and" in said(str(served), "--split", "train")
+    assert "of data sets of the Hub, and" in said(str(served), "--stream")
+    assert "--count must be at least 1" in said(ID, "--count", "0")
     assert "no such file" in said("someone/missing.jsonl")
     assert "does not exist, or not for everyone" in said("someone/missing")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

@@ -1,6 +1,7 @@
 """Checkpoints, data and answers in a bucket: as on a local disk, bit for bit."""
 
 import json
+import tarfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.conftest import GOLDEN
 from tests.tiny import CONFIG, make_model
 from tests.train.runs import write_workplace
 from train.data.contents import contents_of
+from train.mixture import Source, mixture_of
 
 
 def put(source: Path, target: Path) -> None:
@@ -155,6 +157,28 @@ class TestData:
             assert list(open_conversations(bucket / name)) == list(
                 open_conversations(tmp_path / name)
             )
+
+    def test_tar_files_that_a_mixture_names(self, workplace, bucket, tmp_path):
+        lines = (workplace / "data.jsonl").read_text().splitlines()
+        for number, line in enumerate(lines):
+            with tarfile.open(tmp_path / f"{number % 2}.tar", "a") as tar:
+                (tmp_path / "record.json").write_text(line)
+                tar.add(tmp_path / "record.json", f"{number}.json")
+                tar.add(workplace / f"{number}.png", f"{number}.png")
+        for name in ("0.tar", "1.tar"):
+            (bucket / "data" / name).write_bytes((tmp_path / name).read_bytes())
+        named = f"[{{path: ../data/0.tar, weight: 2}}, '{bucket}/data/1.tar', b/*.tar, /here.tar]"
+        (bucket / "mix" / "all.yaml").write_text(f"sources: {named}")
+        tars, local = open_conversations(bucket / "data"), open_conversations(tmp_path / "*.tar")
+        assert list(tars) == list(local)
+        assert contents_of(tars, 2) == contents_of(local, 2)
+        assert tars.where(0) == f"{bucket}/data/0.tar:0"
+        assert mixture_of([Source(f"{bucket}/mix/all.yaml", 3)]) == [
+            Source(f"{bucket}/data/0.tar", 6),
+            Source(f"{bucket}/data/1.tar", 3),
+            Source(f"{bucket}/mix/b/*.tar", 3),
+            Source("/here.tar", 3),
+        ]
 
     def test_no_shards_of_a_conversion_that_was_killed(self, there, bucket, storage):
         (bucket / "shards" / UNFINISHED).write_text("")

@@ -12,12 +12,16 @@ from PIL import Image
 
 from convert.dataset import convert
 from demo.checkpoint import write_assets
+from pvm_jax.__main__ import main
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.sharding import batch_sharding, make_mesh
+from tests.train import runs
 from train.config import Bucket, DataConfig, ExamplesConfig
 from train.data.loading import TrainingData, load_training_data
 from train.grpo.prompts import load_prompts
+from train.run.events import read_values
+from train.sft import __main__ as sft
 from train.step.program import abstract_batch
 
 BUCKET = Bucket(96, 64)
@@ -120,3 +124,27 @@ def test_shards_say_whether_they_hold_videos(load, write, processor, tmp_path):
         list(older.batches)
     convert(write(0), tmp_path / "images", processor)
     assert len(load(tmp_path / "images").batches) == 2
+
+
+def test_a_run_on_an_mp4_to_its_end(tmp_path, capsys):
+    """And the branch that it wrote answers about the same file."""
+    pytest.importorskip("av")
+    from tests.pvm_jax.test_video_files import write_film
+
+    runs.write_workplace(tmp_path, examples=0)
+    film = write_film(tmp_path / "film.mp4", "mpeg4", frames=8)
+    asked = [{"type": "video", "video": film.name}, {"type": "text", "text": "List ink"}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A1 ink red\n"}]
+    line = json.dumps({"messages": turns}) + "\n"
+    (tmp_path / "data.jsonl").write_text(line * 4)
+    options = ["--data.videos=true", "--data.buckets=[{tokens: 96, patches: 64}]", "--batch_size=2"]
+    with runs.one_device(), runs.raising():
+        alone = "--distributed.num_processes=1"
+        sft.main(runs.arguments(tmp_path, "run", "--max_steps=2", "--log_every=1", alone, *options))
+    losses = read_values(tmp_path / "run" / "log")["train/loss"]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    capsys.readouterr()
+    model = [f"--checkpoint={tmp_path / 'base'}", f"--branch={tmp_path / 'run' / 'branch'}"]
+    main(["generate", *model, f"--video={film}", "List ink", "--max_new_tokens=4"])
+    assert capsys.readouterr().out.strip()

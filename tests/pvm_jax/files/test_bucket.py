@@ -1,8 +1,11 @@
 """Paths in a bucket: what pathlib's methods do there, and what they say when the bucket fails."""
 
+import json
 import os
 import threading
+from http.server import BaseHTTPRequestHandler
 
+import fsspec.config
 import pytest
 
 from pvm_jax.files import bucket as module
@@ -13,6 +16,7 @@ from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import any_path
 from pvm_jax.files.writing import Growing, check_writable, remove_tree, write_whole
 from tests.bucket_server import CUT
+from tests.local_server import answering
 
 
 def test_files_and_directories(bucket):
@@ -70,6 +74,35 @@ def test_a_copy_is_of_what_is_there_now_and_leaves_when_room_is_short(
     assert local_copy(tmp_path) == tmp_path
 
 
+def test_the_copies_are_looked_through_now_and_then(bucket, tmp_path, monkeypatch):
+    """And what a process that was killed left of one goes first."""
+    place, looks, scandir = tmp_path / "cache", [], os.scandir
+
+    def look(folder):
+        looks.append(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", look)
+    monkeypatch.setenv("PVM_JAX_CACHE", str(place))
+    monkeypatch.setenv("PVM_JAX_CACHE_GIB", str(20_000 / 2**30))
+    place.mkdir()
+    left, written = place / ".left.partial", place / ".written.partial"
+    left.write_bytes(b"x" * 19_900)
+    written.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    for number in range(30):
+        (bucket / str(number)).write_bytes(b"x" * 100)
+        local_copy(bucket / str(number))
+    assert looks.count(place) == 1 + 2900 // 200
+    assert not left.exists()
+    assert written.exists()
+    monkeypatch.setenv("PVM_JAX_CACHE_GIB", str(1000 / 2**30))
+    local_copy(bucket / "0")
+    (bucket / "0").write_bytes(b"y" * 100)
+    local_copy(bucket / "0")
+    assert sum(file.stat().st_size for file in place.iterdir()) <= 1000
+
+
 @pytest.mark.parametrize(
     ("status", "said"),
     [
@@ -109,6 +142,82 @@ def test_no_network_is_told_soon(bucket, storage, monkeypatch):
     storage.fault = lambda method, path: 503
     with pytest.raises(BucketError, match=f"^{bucket}/a cannot be reached: no answer in 0 s$"):
         (bucket / "a").exists()
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Gives no token: at once, or not at all."""
+
+    silent: threading.Event | None = None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        if self.silent:
+            self.silent.wait(30)
+        body = b'{"error": "invalid_grant", "error_description": "revoked"}'
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class TestCredentials:
+    @pytest.fixture(autouse=True)
+    def asked(self, storage, monkeypatch, tmp_path):
+        """As if nothing had been decided; nothing of another test's is known."""
+        monkeypatch.delitem(fsspec.config.conf["gcs"], "token")
+        fsspec.filesystem("gcs", token="anon").clear_instance_cache()
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
+        yield
+        fsspec.filesystem("gcs", token="anon").clear_instance_cache()
+
+    def account(self, file, address):
+        rsa = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.rsa")
+        from cryptography.hazmat.primitives.serialization import (
+            Encoding,
+            NoEncryption,
+            PrivateFormat,
+        )
+
+        key = rsa.generate_private_key(65537, 2048).private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        )
+        account = {"client_email": "a@b", "token_uri": address, "private_key": key.decode()}
+        file.write_text(json.dumps({"type": "service_account", "project_id": "p"} | account))
+
+    def test_a_file_that_is_missing_or_broken(self, tmp_path):
+        for said in ("account.json was not found", "account.json is not a valid json file"):
+            with pytest.raises(BucketError, match=rf"^gs://b/a is closed to this user \(.*{said}"):
+                any_path("gs://b/a").exists()
+            (tmp_path / "account.json").write_text("{")
+
+    def test_those_that_count_no_longer(self, tmp_path):
+        with answering(Refusing) as address:
+            self.account(tmp_path / "account.json", address)
+            told = r"^gs://b/a is closed to this user \(Invalid Credentials, 401\): `gcloud auth"
+            with pytest.raises(BucketError, match=told):
+                any_path("gs://b/a").exists()
+
+    def test_a_server_that_does_not_answer(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "CONTACT_SECONDS", 0.5)
+        silent = threading.Event()
+        with answering(Refusing, silent=silent) as address:
+            self.account(tmp_path / "account.json", address)
+            try:
+                with pytest.raises(BucketError, match=r"^gs://b/a cannot be reached: no answer in"):
+                    any_path("gs://b/a").exists()
+            finally:
+                silent.set()
+
+    def test_none_are_asked_for_once(self, monkeypatch, bucket):
+        monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+        monkeypatch.setenv("HOME", "/nowhere")
+        monkeypatch.setenv("CLOUDSDK_CONFIG", "/nowhere")
+        assert not (bucket / "a").exists()
+        assert fsspec.config.conf["gcs"]["token"] == "anon"
+        monkeypatch.setattr("google.auth.default", lambda: pytest.fail("asked again"))
+        assert not (bucket / "a").exists()
 
 
 class TestLock:
