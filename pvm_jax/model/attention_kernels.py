@@ -49,19 +49,20 @@ def attention(
     """
     if kernel is None:
         kernel = _platform_kernel(q)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     if kernel == "xla":
         return _xla(
-            q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits, scale=scale
+            q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits, scale=factor
         )
     if kernel == "cudnn":
         mask = attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=factor, implementation="cudnn"
+        )
     if kernel == "splash":
         last = _last_column(q, causal, limits)
         return splash_attention(
-            q * scale, k, v, q_segment_ids, kv_segment_ids, last, interpret=interpret
+            q * factor, k, v, q_segment_ids, kv_segment_ids, last, interpret=interpret
         )
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
 
