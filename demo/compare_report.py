@@ -180,8 +180,10 @@ def plot(methods: Methods, path: Path) -> None:
         _draw(axes[2], branch, BETWEEN, LOOKS_FIRST, STYLES[LOOKS_FIRST])
         for curve in (MISLED, ALONE):
             _draw(axes[2], branch, curve, curve, STYLES[curve])
+    words = [int(n) for n in base[0].curves[BETWEEN]]
     for axis, title in zip(axes, PANELS, strict=True):
         axis.set(xlabel=title, ylim=(0, 1.03))
+        axis.set_xticks(np.sqrt(words), [str(n) for n in words])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("values read correctly (teacher-forced)")
@@ -205,6 +207,5 @@ def _draw(
     words = sorted(found)
     spread = [found[n].std(ddof=1) for n in words] if len(ones) > 1 else None
     look: dict[str, Any] = dict(zip(("color", "marker", "linestyle"), style, strict=True))
-    places = np.sqrt(words)
-    axis.errorbar(places, [found[n].mean() for n in words], spread, label=label, capsize=3, **look)
-    axis.set_xticks(places, [str(n) for n in words])
+    means = [found[n].mean() for n in words]
+    axis.errorbar(np.sqrt(words), means, spread, label=label, capsize=3, **look)
