@@ -42,7 +42,7 @@ def attend():
     rng = np.random.default_rng(0)
     graphdef, params = nnx.split(holder.attn)
     params = jax.tree.map(
-        lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), nnx.as_pure(params)
+        lambda p: jnp.asarray(0.2 * rng.normal(size=p.shape), jnp.float32), nnx.as_pure(params)
     )
     x = jnp.asarray(rng.normal(size=(1, PATCHES, c.hidden_size)), jnp.float32)
     positions = jnp.stack(jnp.meshgrid(jnp.arange(3), jnp.arange(4), indexing="ij"), -1)
