@@ -75,6 +75,9 @@ def project_to_heads(
 
 def project_from_heads(x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads) -> jax.Array:
     """The same of x [..., N, width]."""
+    if heads.width == heads.dim and not _travels(x, weight):
+        # By head, a decoding step on a TPU would copy all layers' weights into another layout.
+        return project(x.reshape(*x.shape[:-2], -1), weight)
     return jnp.einsum("...nw,onw->...o", x, _matrix(x, weight, heads, 1))
 
 
@@ -83,12 +86,17 @@ def _matrix(
 ) -> jax.Array:
     """W [out, in] for a product with x, `axis` in heads where they are given."""
     matrix, axes = weight[...].astype(x.dtype), weight.get_metadata("axes")
-    # What is smaller travels: a decoding step's few rows do, and its weights stay.
-    travels = x.size // matrix.shape[1] * sum(matrix.shape) > matrix.size
     if heads is not None:
         matrix = heads.split(matrix, axis)
         axes = (*axes[: axis + 1], "head_dim", *axes[axis + 1 :])
-    return gathered(matrix, *axes) if travels else matrix
+    return gathered(matrix, *axes) if _travels(x, weight) else matrix
+
+
+def _travels(x: jax.Array, weight: nnx.Param[jax.Array]) -> bool:
+    """Whether W goes to where x is. What is smaller travels: a decoding step's few rows do, and its
+    weights stay."""
+    out_features, in_features = weight.shape
+    return x.size // in_features * (in_features + out_features) > out_features * in_features
 
 
 class Linear(nnx.Module):
