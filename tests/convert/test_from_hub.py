@@ -64,8 +64,12 @@ def test_what_is_refused_is_refused_before_weights_travel(small, refused, tmp_pa
     assert "is not empty" in refused(hf_to_orbax.main, [ID, "taken"])
     assert not small.asked
     config = tmp_path / "served" / "config.json"
-    config.write_text(config.read_text().replace('"qwen3_vl"', '"qwen9_vl"'))
+    right = config.read_text()
+    config.write_text(right.replace('"qwen3_vl"', '"qwen9_vl"'))
     assert "model_type must be" in refused(hf_to_orbax.main, [ID, "there"])
+    config.write_text(right)
+    small.revision = "2" * 40
+    assert "File exists" in refused(hf_to_orbax.main, [ID, "taken/file/there"])
     assert not any(name.endswith(".safetensors") for name in small.files_given())
 
 
