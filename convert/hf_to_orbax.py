@@ -132,8 +132,7 @@ def convert(
         CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file
             is broken; for a quantised checkpoint and an adapter of peft.
         ValueError: if the branch is both described and left out; naming file and key, for a
-            config.json that is not computed here, and for a tokenizer that cannot be read or knows
-            ids for which the model has no row.
+            config.json that is not computed here and a tokenizer that is not this model's.
     """
     dst, on_hub = checkpoint_path(dst), named_on_hub(src)
     refuse_taken(dst)

@@ -241,4 +241,4 @@ class BucketPath(PosixGPath):
             with reaching(self):
                 yield
         except FileNotFoundError as error:  # nothing but the bucket must be there to write
-            raise BucketError(f"{self} cannot be written: there is no such bucket") from error
+            raise BucketError(f"{self}: there is no such bucket") from error
