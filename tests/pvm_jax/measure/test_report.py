@@ -94,6 +94,7 @@ def check_origin_and_samples(content: Mapping, page: str) -> None:
     )
     assert re.fullmatch(r"float32, backbone [0-9a-f]{16}", origin["without"])
     assert origin["conversations"].startswith("3, identity ")
+    assert origin["command"].startswith(("python -m pytest", "pytest", "-c"))  # as it was typed
     assert all(escape(value) in page for value in origin.values())
     samples = content["sections"]["samples"]["samples"]
     assert [list(one["answers"]) for one in samples] == [["true", "with the branch", "without"]] * 3
