@@ -199,9 +199,9 @@ def _check_rejects(summary: Summary, most: float, report_file: Path) -> None:
     read = summary.rejected + len(summary.sizes)
     if summary.rejected > most * read or not summary.sizes:
         raise ValueError(
-            f"{summary.rejected} of {read} examples were rejected, and"
-            f" --max_rejected allows a share of {most}; the reason of each is in"
-            f" {report_file}\n" + "\n".join(summary.reasons())
+            f"{summary.rejected} of {read} examples were rejected, and --max_rejected allows a"
+            f" share of {most}; the reason of each is in {report_file}, the most frequent:\n"
+            + ";\n".join(summary.reasons())
         )
 
 

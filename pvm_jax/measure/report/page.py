@@ -109,6 +109,7 @@ def write_report(
         "settings": dict(settings or {}),
         "sections": {
             section.key: {
+                "title": section.title,
                 "facts": list(section.facts),
                 "table": [list(row) for row in section.rows],
                 "figures": {panel.key: panel.data() for panel in section.panels},
