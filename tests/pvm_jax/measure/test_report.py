@@ -160,7 +160,7 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
 
 
 def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(
-    checkpoint, data, tmp_path, monkeypatch
+    checkpoint, data, tmp_path, monkeypatch, capsys
 ):
     """Whatever the other one's folder is called."""
     assert save_random(tmp_path, 0.2) == tmp_path / "checkpoint"
@@ -168,6 +168,9 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     main(arguments(checkpoint, data, tmp_path, "--only", "lens", "--against", "checkpoint"))
     sections = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert list(sections) == ["lens"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("3 conversations, 2 models (checkpoint, against checkpoint), 1 measure")
+    assert "1/1 measured lens" in said
     series = sections["lens"]["figures"]["lens_kl"]["series"]
     assert list(series) == ["checkpoint", "against checkpoint"]
     assert series["checkpoint"]["mean"] != series["against checkpoint"]["mean"]
