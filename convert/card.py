@@ -72,7 +72,7 @@ def _trained(parts: Mapping[str, Path]) -> list[str]:
             lines += [f"| {key} | {_cell(value)} |" for key, value in _settings(notes)]
             lines += [""]
             begun = notes.text("branch", None)
-            notes = read_json_if_any(Path(begun).parent / _RUN) if begun else {}
+            notes = read_json_if_any(Path(begun).parent / _RUN) if begun else None
             what = "It began with the branch of a run"
             if begun and not notes:
                 lines += ["It began with a trained branch, of which no run's notes are left.", ""]
