@@ -61,12 +61,17 @@ def continued(e: Example, tokens) -> Example:
     return dataclasses.replace(e, input_ids=np.append(e.input_ids, tokens), loss_mask=None)
 
 
+def forward(of: Qwen3VL, rows: list[list[Example]]) -> np.ndarray:
+    """Logits, in the one shape that these tests compile for."""
+    return np.array(of(Batch.from_rows(rows, of.config, length=128, patches=64)))
+
+
 def uncached(of: Qwen3VL, examples: list[Example], steps: int) -> np.ndarray:
     """Greedy tokens [B, steps], each from a forward pass over everything before it."""
     written = np.zeros((len(examples), 0), int)
     while written.shape[1] < steps:
         rows = [[continued(e, more)] for e, more in zip(examples, written, strict=True)]
-        logits = np.array(of(Batch.from_rows(rows, of.config, length=128, patches=64)))
+        logits = forward(of, rows)
         logits[..., [CONFIG.image_token_id, CONFIG.video_token_id]] = -np.inf
         last = [len(row[0].input_ids) - 1 for row in rows]
         written = np.append(written, logits[range(len(rows)), last].argmax(-1)[:, None], 1)
@@ -84,9 +89,7 @@ def test_log_probabilities_are_the_forward_pass(model, batch):
             np.asarray(sampled.logprobs)[sample::2],
         )
         rows = [[continued(e, more)] for e, more in zip(EXAMPLES, tokens, strict=True)]
-        want = jax.nn.log_softmax(
-            model(Batch.from_rows(rows, CONFIG, length=64, patches=64)) / 0.7, -1
-        )
+        want = np.asarray(jax.nn.log_softmax(forward(model, rows) / 0.7, -1))
         for row, e in enumerate(EXAMPLES):
             columns = len(e.input_ids) - 1 + np.arange(STEPS)
             assert_close(logprobs[row], want[row, columns, tokens[row]], 1e-5)
@@ -141,9 +144,8 @@ def test_the_layers_of_a_step_do_not_carry_the_cache(model, batch, monkeypatch):
 def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch):
     """Alone with other padding, or with other prompts; one of two samples, or the only one. Others
     differ."""
-    together = generate(
-        model, batch, max_new_tokens=STEPS, num_samples=2, seeds=(7, 8, 9, 8), rng=jax.random.key(1)
-    )
+    how = {"max_new_tokens": STEPS, "temperature": 0.7, "rng": jax.random.key(1)}
+    together = generate(model, batch, num_samples=2, seeds=(7, 8, 9, 8), **how)
     tokens = np.asarray(together.tokens).reshape(len(EXAMPLES), 2, STEPS)
     length = len(EXAMPLES[2].input_ids)
     arrays = {
@@ -152,16 +154,10 @@ def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch
         "pixel_values": EXAMPLES[2].pixel_values,
         "image_grid_thw": EXAMPLES[2].image_grid_thw,
     }
-    alone = generate(
-        model,
-        Batch.from_hf(arrays, CONFIG),
-        max_new_tokens=STEPS,
-        seeds=(9,),
-        rng=jax.random.key(1),
-    )
+    alone = generate(model, Batch.from_hf(arrays, CONFIG), seeds=(9,), **how)
     np.testing.assert_array_equal(alone.tokens[0], tokens[2, 0])
     assert len(np.unique(tokens.reshape(-1, STEPS), axis=0)) == tokens.shape[0] * 2
-    default = generate(model, batch, max_new_tokens=STEPS, num_samples=2, rng=jax.random.key(1))
+    default = generate(model, batch, num_samples=2, **how)
     assert (np.asarray(default.tokens) != np.asarray(together.tokens)).any(1).all()
 
 
@@ -264,7 +260,7 @@ def test_narrow_sampling_is_greedy(model, batch, greedy):
 
 
 def test_top_k_and_top_p_keep_the_likeliest(model, batch):
-    logits = np.array(model(batch))[0, len(EXAMPLES[0].input_ids) - 1]
+    logits = forward(model, [[e] for e in EXAMPLES])[0, len(EXAMPLES[0].input_ids) - 1]
     logits[[CONFIG.image_token_id, CONFIG.video_token_id]] = -np.inf
     ranked = np.argsort(-logits)
     share = np.cumsum(np.sort(np.exp(logits - logits.max()))[::-1])

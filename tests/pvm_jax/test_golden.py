@@ -123,6 +123,9 @@ def test_presets(size, layers, count):
         assert sum(leaf.size for leaf in jax.tree.leaves(branch)) == count
 
 
+@pytest.mark.parametrize(
+    "golden", ["shape_8b", pytest.param("shape_4b", marks=pytest.mark.slow)], indirect=True
+)
 def test_bfloat16_stays_near(golden, golden_model, forward):
     """bfloat16 activations move the logits by its rounding, not by more: the float32 islands are
     where they should be."""

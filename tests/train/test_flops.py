@@ -167,7 +167,7 @@ def test_work_of_packed_rows_is_their_examples_and_no_padding():
 
     first, second, third = map(example, grids, lengths)
     batch = Batch.from_rows([[first, second], [third], []], config, length=64, patches=48)
-    assert Work.of(jax.device_put(batch)) == Work(
+    assert jax.device_get(jax.jit(Work.of)(batch)) == Work(
         tokens=sum(lengths),
         token_pairs=sum(n * (n + 1) // 2 for n in lengths),
         visual_tokens=4 + 3 + 1,
