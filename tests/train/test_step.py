@@ -33,10 +33,12 @@ from train.step.state import (
     state_shardings,
 )
 
-
-@pytest.mark.parametrize(
+ONE_SHAPE = pytest.mark.parametrize(
     "golden", ["shape_8b", pytest.param("shape_4b", marks=pytest.mark.slow)], indirect=True
 )
+
+
+@ONE_SHAPE
 def test_branch_gradients_equal_the_reference(golden, golden_model, golden_batch):
     expected = load_file(golden / "grad_outputs.safetensors")
     graphdef, trained, frozen = split_model(golden_model, "pvm")
@@ -84,9 +86,7 @@ def train(model, batch, trainable, *, steps, mesh=None, accumulation=1):
         return losses, state
 
 
-@pytest.mark.parametrize(
-    "golden", ["shape_8b", pytest.param("shape_4b", marks=pytest.mark.slow)], indirect=True
-)
+@ONE_SHAPE
 def test_twenty_steps_equal_the_reference(golden, golden_model, golden_batch):
     expected = load_file(golden / "train_outputs.safetensors")
     losses, state = train(golden_model, golden_batch, "pvm", steps=20)
