@@ -110,7 +110,7 @@ def costs_of(config, trainable):
     )
 
 
-@pytest.mark.parametrize("trainable", ["pvm", "all"])
+@pytest.mark.parametrize("trainable", ["pvm", pytest.param("all", marks=pytest.mark.slow)])
 def test_work_without_padding_costs_what_the_program_counts(trainable):
     config, (rows, tokens, patches) = replace(CONFIG, remat="none", attention="xla"), (3, 40, 24)
     costs = costs_of(config, trainable)
