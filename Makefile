@@ -67,7 +67,7 @@ isa: $(READY)  ## the numeric tests with SSE4.2, AVX2 and AVX-512, errors beside
 matrix: $(READY)  ## the tests on every Python that is here, as a table
 	$(BIN)/python -m tests.matrix $(PYTHONS)
 
-faults: $(READY)  ## the slow tests: runs are killed thirty times, the wheel is installed
+faults: $(READY)  ## the slow tests: thirty kills, a wheel installed, what others show once
 	$(BIN)/python -m pytest -m slow
 
 $(DOCS): $(READY)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -77,7 +76,7 @@ def filled(model: Qwen3VL, value: Callable[[str, tuple[int, ...]], Any]) -> Qwen
     graphdef, params = nnx.split(model)
 
     def fill(path, leaf):
-        return jnp.asarray(value(jax.tree_util.keystr(path), leaf.shape), leaf.dtype)
+        return jax.device_put(np.asarray(value(jax.tree_util.keystr(path), leaf.shape), leaf.dtype))
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, nnx.as_pure(params)))
 

@@ -26,7 +26,7 @@ def _segments(rows, length, *lengths):
         edges = np.cumsum([0, *lengths]) + row  # rows differ
         for number, (start, stop) in enumerate(pairwise(edges), 1):
             ids[row, start:stop] = number
-    return jnp.asarray(ids)
+    return jax.device_put(ids)
 
 
 def _dense(q, k, v, q_segment_ids, kv_segment_ids, causal):
@@ -83,11 +83,20 @@ def test_a_row_in_pieces_is_the_formula():
     assert_close(np.asarray(got)[valid], want[valid], 1e-5)
 
 
+MESHES = {"data": 2, "fsdp": 1, "tensor": 4}, {"data": 1, "fsdp": 2, "tensor": 4}
+CAUSAL, CROSS = (True, 200, 4, 64), (False, 72, 1, 72)
+
+
 @pytest.mark.parametrize(
-    "mesh", [None, {"data": 2, "fsdp": 1, "tensor": 4}, {"data": 1, "fsdp": 2, "tensor": 4}]
-)
-@pytest.mark.parametrize(
-    ("causal", "kv_length", "kv_heads", "head_dim"), [(True, 200, 4, 64), (False, 72, 1, 72)]
+    ("mesh", "causal", "kv_length", "kv_heads", "head_dim"),
+    [
+        (None, *CAUSAL),
+        (None, *CROSS),
+        (MESHES[0], *CAUSAL),
+        (MESHES[1], *CROSS),
+        pytest.param(MESHES[0], *CROSS, marks=pytest.mark.slow),
+        pytest.param(MESHES[1], *CAUSAL, marks=pytest.mark.slow),
+    ],
 )
 def test_splash_equals_xla(mesh, causal, kv_length, kv_heads, head_dim):
     """Values and gradients, grouped queries, lengths and heads that are no multiple of 128; the

@@ -13,6 +13,9 @@ from pvm_jax import Batch, ModelConfig, abstract_model, generate, stream
 from tests.close import assert_close
 
 BAR = 6e-5
+ONE_SHAPE = pytest.mark.parametrize(
+    "golden", ["shape_8b", pytest.param("shape_4b", marks=pytest.mark.slow)], indirect=True
+)
 
 
 @pytest.fixture
@@ -70,6 +73,7 @@ def test_every_layer(golden_model, forward):
     assert_close(got.logits[:, :length][valid], want["logits"][valid], BAR, what="logits")
 
 
+@ONE_SHAPE
 def test_call_gives_the_logits(golden_model, forward):
     batch, inputs, want = forward
     logits = golden_model(batch)
@@ -123,6 +127,7 @@ def test_presets(size, layers, count):
         assert sum(leaf.size for leaf in jax.tree.leaves(branch)) == count
 
 
+@ONE_SHAPE
 def test_bfloat16_stays_near(golden, golden_model, forward):
     """bfloat16 activations move the logits by its rounding, not by more: the float32 islands are
     where they should be."""

@@ -127,14 +127,9 @@ def test_answers_see_the_image_and_do_not_depend_on_their_batch(simple, greedy, 
 
 def test_an_answer_ends_before_what_ends_it(simple, greedy):
     assert all("\n" in answer for answer in greedy)
-    ends = (
-        ["\n"],
-        "mark",
-        "",
-        [""],
-        ["\n\n"],
-    )  # the last is lmms-eval's own default, which ends nothing
-    expected = [greedy[1].split("\n")[0], greedy[1].split("mark")[0], *[greedy[1]] * 3]
+    # The last is lmms-eval's own default, which ends nothing. Six are two batches of one shape.
+    ends = (["\n"], "mark", None, "", [""], ["\n\n"])
+    expected = [greedy[1].split("\n")[0], greedy[1].split("mark")[0], *[greedy[1]] * 4]
     assert simple.generate_until([ask(1, until=until) for until in ends]) == expected
 
 

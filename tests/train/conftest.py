@@ -74,13 +74,13 @@ def eight_rows(model) -> Batch:
 
 @pytest.fixture(scope="session")
 def workplace_with_a_run(tmp_path_factory, worker_id) -> Path:
-    """A workplace (tests/train/runs.py) in which one process did the run `whole`; all test workers
-    share it."""
+    """A workplace (tests/train/runs.py) with the run `whole`; all test workers share it."""
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "runs"
     with FileLock(f"{root}.lock"):
         if not root.exists():
             root.mkdir()
             runs.write_workplace(root, examples=32)
-            runs.finish(root, "whole", runs.start(root, "whole", runs.LONG))
+            with runs.programs_kept(root):
+                runs.run(root, "whole", runs.LONG)
     return root

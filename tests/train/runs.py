@@ -1,16 +1,14 @@
-"""Runs of `python -m train.sft` and `train.grpo` in processes of their own, on a tiny
-checkpoint."""
+"""Runs of train.sft and train.grpo on a tiny checkpoint, in this process and in others."""
 
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,13 +20,15 @@ from pvm_jax.checkpoint.store import save
 from pvm_jax.model.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import make_mesh
 from tests import tiny
+from tests.train.forks import Fork, call_main
 from tests.xla_flags import DEVICES
-from train.run import lifecycle
+from train.run import dry_run, lifecycle
 from train.run.events import read_values
+from train.sft import __main__ as sft
 from train.step.program import Program
 
 ROOT = Path(__file__).parents[2]
-LONG, STEPS = "--epochs=6", 24  # of 32 examples in batches of 8
+LONG, STEPS = "--epochs=4", 16  # of 32 examples in batches of 8
 
 
 def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
@@ -53,18 +53,26 @@ def write_workplace(root: Path, *, examples: int) -> Qwen3VL:
     return model
 
 
-@contextmanager
-def programs_kept(root: Path) -> Iterator[None]:
-    """Runs of this process share the programs of equal configurations, traced once; what is
-    compiled meanwhile is kept in `root`, where `start` has its processes look for it too."""
-    settings = {
+def _cache(root: Path) -> dict[str, Any]:
+    """Settings of JAX by which programs are kept in `root`."""
+    return {
         "jax_compilation_cache_dir": str(root / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
+
+
+_programs: dict[Path, dict[Any, Program]] = {}
+
+
+@contextmanager
+def programs_kept(root: Path) -> Iterator[None]:
+    """Runs of this process in `root` share the programs of equal configurations, traced once; what
+    is compiled meanwhile is kept there, where `start` has its processes look for it too."""
+    settings = _cache(root)
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    known, make = {}, Program.of.__func__
+    known, make = _programs.setdefault(root, {}), Program.of.__func__
 
     def of(cls, config, model_config, updates, mesh):
         same = replace(config, run_dir="any", checkpoint="any", held_out=None, log_every=1)
@@ -84,7 +92,8 @@ def programs_kept(root: Path) -> Iterator[None]:
 def one_device() -> Iterator[None]:
     """Runs of this process take its first device alone: programs for eight compile longer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lifecycle, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
+        for module in (lifecycle, dry_run):
+            patch.setattr(module, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
         yield
 
 
@@ -138,6 +147,12 @@ def grpo_arguments(root: Path, run_dir: str | Path, *more: str) -> list[str]:
     ]
 
 
+def run(root: Path, run_dir: str | Path, *more: str) -> None:
+    """A run of train.sft in this process, on its first device."""
+    with one_device(), raising():
+        sft.main(arguments(root, run_dir, "--distributed.num_processes=1", *more))
+
+
 def start(
     root: Path,
     run_dir: str | Path,
@@ -145,7 +160,7 @@ def start(
     processes: int = 1,
     devices: int = 1,
     module: str = "train.sft",
-) -> list[subprocess.Popen]:
+) -> list[Fork]:
     """Starts a run on `processes` x `devices` simulated devices, programs cached in `root`; output
     goes to files in `root`."""
     make = {"train.sft": arguments, "train.grpo": grpo_arguments}[module]
@@ -157,26 +172,20 @@ def start(
             f"--distributed.process_id={process}",
         ]
         found = [f"--distributed.num_processes={processes}", *(found if processes > 1 else [])]
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        with open(output_file(root, run_dir, process), "a") as output:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *make(root, run_dir, *found, *more)],
-                    cwd=ROOT,
-                    env=environment(devices=devices) | cache,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
+        started.append(
+            Fork(
+                call_main,
+                module,
+                make(root, run_dir, *found, *more),
+                _cache(root),
+                environment=environment(devices=devices),
+                output=output_file(root, run_dir, process),
             )
+        )
     return started
 
 
-def finish(
-    root: Path, run_dir: str | Path, started: Sequence[subprocess.Popen], *, code: int = 0
-) -> list[str]:
+def finish(root: Path, run_dir: str | Path, started: Sequence[Fork], *, code: int = 0) -> list[str]:
     """Waits for the processes of a run to exit with `code`. What each of them (and earlier ones of
     the run) said."""
     try:

@@ -1,7 +1,6 @@
 """Sources on disk, the order of batches, and what becomes of every example."""
 
 import json
-import resource
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,6 +9,7 @@ import pytest
 from PIL import Image
 
 from pvm_jax.data.conversations import open_conversations, size_of
+from tests.full_disk import full_disk
 from train.config import Bucket, DataConfig, HideSchedule, Source
 from train.data import loading as train_data
 from train.data.loading import epoch_readings, load_training_data
@@ -212,21 +212,12 @@ def test_no_more_epochs_are_laid_out_than_the_steps_take(open_data):
         open_data([(50, 4)] * 12, epochs=10**9, max_steps=1)
 
 
-@pytest.fixture
-def full_disk():
-    """A context in which no file can grow."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_sizes_that_cannot_be_written_name_their_file(open_data, tmp_path, full_disk):
+def test_sizes_that_cannot_be_written_name_their_file(open_data, tmp_path):
     (tmp_path / "file").write_text("in the way")
     told = r"cannot be written \(.*\): free space there, or give another --run_dir"
     with pytest.raises(OSError, match=f"{tmp_path}/file/sizes.npy {told}"):
         open_data(SIZES, sizes_file=tmp_path / "file" / "sizes.npy")
-    full_disk()
-    with pytest.raises(OSError, match=f"{tmp_path}/sizes.npy {told}"):
+    with full_disk(), pytest.raises(OSError, match=f"{tmp_path}/sizes.npy {told}"):
         cached(tmp_path / "sizes.npy", lambda: np.zeros((1000, 2), np.int32))
     assert not (tmp_path / "sizes.npy").exists()
 

@@ -1,25 +1,31 @@
 """Runs of several processes: they compute what one computes, stop together, and one alone can go
 on."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, Mesh
 
-from pvm_jax.sharding import make_mesh
+from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, make_mesh, place_rows
 from tests.close import assert_close
 from tests.train import runs
+from tests.train.forks import Fork
 from train.config import DistributedConfig
-from train.run.distributed import join
+from train.run.distributed import join, joined
 from train.run.preemption import stop_requests
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def root(workplace_with_a_run):
-    return workplace_with_a_run
+    with runs.programs_kept(workplace_with_a_run):
+        yield workplace_with_a_run
 
 
 def shared(losses, others):
@@ -29,10 +35,10 @@ def shared(losses, others):
 
 
 def test_two_processes_stop_together_and_one_goes_on(root):
-    """Eight devices of two processes (data 2, fsdp 2, tensor 2) against one device; SIGTERM to
-    process 1 alone."""
-    mesh = [f"--mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
-    started = runs.start(root, "two", runs.LONG, *mesh, processes=2, devices=4)
+    """Four devices of two processes (data 2, tensor 2) against one device; SIGTERM to process 1
+    alone."""
+    mesh = ["--mesh.data=2", "--mesh.tensor=2"]
+    started = runs.start(root, "two", runs.LONG, *mesh, processes=2, devices=2)
     try:
         while started[1].poll() is None and len(runs.losses(root, "two")) < 2:
             time.sleep(0.2)
@@ -47,76 +53,61 @@ def test_two_processes_stop_together_and_one_goes_on(root):
     assert 2 <= stopped < runs.STEPS
     assert_close(*shared(two, alone), 1e-5)
     assert f"stopped after step {stopped}; the same command continues" in first
-    assert "8 devices in 2 processes" in first
+    assert "4 devices in 2 processes" in first
     assert "loss" not in second, "process 0 alone tells"
     assert len(list((root / "two" / "log").iterdir())) == 1
     assert (root / "two" / "steps" / str(stopped)).is_dir()
 
-    (said,) = runs.finish(root, "two", runs.start(root, "two", runs.LONG))
-    assert "written" in said
+    runs.run(root, "two", runs.LONG)
+    assert (root / "two" / "branch").is_dir()
     both = runs.losses(root, "two")
     assert sorted(both) == list(range(runs.STEPS))
     assert all(len(values) == 1 for values in both.values()), "no step was done twice"
     assert_close(*shared(both, alone), 1e-5)
 
 
-ROWS_AND_SIGNALS = """
-import os, signal, sys, time
-import jax, numpy as np
-from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AxisType, Mesh
-from pvm_jax.sharding import MESH_AXES, batch_sharding, local_rows, place_rows
-from train.config import DistributedConfig
-from train.run.distributed import joined
-from train.run.preemption import stop_requests
-
-address, process = sys.argv[1], int(sys.argv[2])
-with joined(DistributedConfig(address, 2, process), with_traceback=False):
-    order = [0, 4, 1, 5, 2, 6, 3, 7]  # as a slice's wires may have it
-    devices = np.array(jax.devices())[order].reshape(4, 2, 1)
-    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    sharding, count = batch_sharding(mesh), 16
-    rows = local_rows(sharding, count)
-    whole = np.arange(2 * count).reshape(count, 2)
-    assert rows == [row for row in range(count) if row // 2 % 2 == process], rows
-    placed = place_rows({"x": whole[rows]}, sharding, count)
-    np.testing.assert_array_equal(process_allgather(placed, tiled=True)["x"], whole)
-    answers = []
-    with stop_requests(mesh) as stop_requested:
-        for step in range(6):
-            if (step, process) == (2, 1):
-                os.kill(os.getpid(), signal.SIGTERM)
-            answers.append(stop_requested())
-    assert answers == [False] * 3 + [True] * 3, answers
-    if process == 1:
-        raise ValueError("process 1 alone fails")
-    print("process 0 goes on")
-"""
+def rows_and_signals(address: str, process: int) -> None:
+    """What each of two processes of four devices does."""
+    with joined(DistributedConfig(address, 2, process), with_traceback=False):
+        order = [0, 4, 1, 5, 2, 6, 3, 7]  # as a slice's wires may have it
+        devices = np.array(jax.devices())[order].reshape(4, 2, 1)
+        mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+        sharding, count = batch_sharding(mesh), 16
+        rows = local_rows(sharding, count)
+        whole = np.arange(2 * count).reshape(count, 2)
+        assert rows == [row for row in range(count) if row // 2 % 2 == process], rows
+        placed = place_rows({"x": whole[rows]}, sharding, count)
+        np.testing.assert_array_equal(process_allgather(placed, tiled=True)["x"], whole)
+        answers = []
+        with stop_requests(mesh) as stop_requested:
+            for step in range(6):
+                if (step, process) == (2, 1):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                answers.append(stop_requested())
+        assert answers == [False] * 3 + [True] * 3, answers
+        if process == 1:
+            raise ValueError("process 1 alone fails")
+        print("process 0 goes on", flush=True)
 
 
-def test_rows_need_not_be_neighbours_and_all_hear_of_a_signal_at_the_same_step():
+def test_rows_need_not_be_neighbours_and_all_hear_of_a_signal_at_the_same_step(tmp_path):
     """And a process that fails alone ends at once, without waiting for the others."""
-    address = f"127.0.0.1:{runs.free_port()}"
+    address, environment = f"127.0.0.1:{runs.free_port()}", runs.environment(devices=4)
+    files = [tmp_path / str(process) for process in range(2)]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", ROWS_AND_SIGNALS, address, str(process)],
-            cwd=runs.ROOT,
-            env=runs.environment(devices=4),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for process in range(2)
+        Fork(rows_and_signals, address, process, environment=environment, output=file)
+        for process, file in enumerate(files)
     ]
     try:
-        said = started[1].communicate(timeout=120)[0]
-        assert started[1].returncode == 2, said
+        status, said = started[1].wait(120), files[1].read_text()
+        assert status == 2, said
         assert "error: process 1 alone fails\n" in said
         assert "Traceback" not in said
     finally:
         for process in started:
             process.kill()
-    assert "process 0 goes on" in started[0].communicate()[0]
+            process.wait()
+    assert "process 0 goes on" in files[0].read_text()
 
 
 @pytest.fixture
@@ -150,10 +141,16 @@ def test_who_waits_in_vain_says_for_whom(root):
         f"--distributed.coordinator_address=127.0.0.1:{runs.free_port()}",
         "--distributed.process_id=1",
     ]
-    started = runs.start(
-        root, "lonely", "--distributed.num_processes=2", "--distributed.timeout=1", *where
+    options = ["--distributed.num_processes=2", "--distributed.timeout=1", *where]
+    done = subprocess.run(
+        [sys.executable, "-m", "train.sft", *runs.arguments(root, "lonely", *options)],
+        cwd=runs.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    (said,) = runs.finish(root, "lonely", started, code=2)
+    said = done.stdout
+    assert done.returncode == 2, said
     assert (
         "\nerror: process 1 of 2 waited 1 s (distributed.timeout) for the other processes at"
         " 127.0.0.1:" in f"\n{said}"

@@ -1,18 +1,16 @@
 """What a run survives, by doing it to real processes: signals, kills, a full disk, damaged files.
 
 `make faults` kills a run of SFT twenty times and one of GRPO ten times; the default suite the
-former twice. SIGTERM is sent in test_loop.py, which compares what comes after, and to one of two
+former once. SIGTERM is sent in test_loop.py, which compares what comes after, and to one of two
 processes in test_distributed.py.
 """
 
 import os
 import random
-import resource
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,14 +19,17 @@ from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.store import load
 from pvm_jax.config import ModelConfig
 from pvm_jax.model.parameters import by_path
+from tests.full_disk import full_disk
 from tests.train import runs
 from train.run.checkpoints import TrainCheckpoints
 from train.run.events import EventWriter, read_starts
+from train.sft import __main__ as sft
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def root(workplace_with_a_run):
-    return workplace_with_a_run
+    with runs.programs_kept(workplace_with_a_run):
+        yield workplace_with_a_run
 
 
 def kill(
@@ -36,12 +37,13 @@ def kill(
 ) -> tuple[int, list[int]]:
     """Starts a run again and again and ends it `kills` times with SIGKILL at random moments.
 
-    A third of the moments are while a checkpoint is written, a third some steps after it goes on, a
-    third in the start of a process. Checks after each that the next life goes on at the newest step
-    that was complete. Returns after how many kills a half-written checkpoint lay there, of that
-    life or of one before it, and at which step each life begins, the next one too.
+    A third of the moments are while a checkpoint is written beside a complete one, a third some
+    steps after it goes on, a third in the start of a process. Checks after each that the next life
+    goes on at the newest step that was complete. Returns after how many kills a half-written
+    checkpoint lay there, of that life or of one before it, and at which step each life begins, the
+    next one too.
     """
-    rng, half_written, begins = random.Random(kills), 0, [0]
+    rng, half_written, begins = random.Random(kills + 1), 0, [0]
     for number in range(kills):
         (process,) = runs.start(root, run_dir, *more, module=module)
         try:
@@ -86,7 +88,8 @@ def _await_moment(root, run_dir, process, moment, rng):
     while process.poll() is None:
         if moment == "stepping" and len(runs.losses(root, run_dir)) >= done + logged:
             break
-        if moment == "writing" and set(steps_on_disk(steps)[1]) - torn:
+        complete, writing = steps_on_disk(steps)
+        if moment == "writing" and complete and set(writing) - torn:
             break
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.03))
@@ -118,15 +121,15 @@ def assert_equal_endings(root, run_dir, undisturbed="whole", count=runs.STEPS):
     assert not torn
 
 
-def test_a_run_that_is_killed_and_finds_a_full_disk_ends_bit_for_bit_like_an_undisturbed_one(root):
-    half_written, begins = kill(root, "troubled", runs.LONG, kills=2)
-    assert half_written > 0, "no kill came while a checkpoint was written"
+def test_a_run_that_is_killed_and_finds_a_full_disk_ends_bit_for_bit_like_an_undisturbed_one(
+    root, refused
+):
+    half_written, begins = kill(root, "troubled", runs.LONG, kills=1)
+    assert half_written > 0, "the kill did not come while a checkpoint was written"
 
-    (process,) = runs.start(root, "troubled", runs.LONG)
-    resource.prlimit(
-        process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000)
-    )  # no file grows beyond, as on a full disk
-    (said,) = runs.finish(root, "troubled", [process], code=2)
+    with runs.one_device(), full_disk(100_000):
+        alone = "--distributed.num_processes=1"
+        said = refused(sft.main, runs.arguments(root, "troubled", runs.LONG, alone))
     steps = root / "troubled" / "steps"
     assert f"{steps}: step " in said
     assert "could not be written" in said
@@ -136,7 +139,7 @@ def test_a_run_that_is_killed_and_finds_a_full_disk_ends_bit_for_bit_like_an_und
     assert complete[-1] == begins[-1] < runs.STEPS
     assert torn
 
-    runs.finish(root, "troubled", runs.start(root, "troubled", runs.LONG))
+    runs.run(root, "troubled", runs.LONG)
     assert read_starts(root / "troubled" / "log") == [*begins, begins[-1]]
     assert_equal_endings(root, "troubled")
 
@@ -177,7 +180,7 @@ class TestSteps:
         return tmp_path / "steps"
 
     def arrays(self):
-        return jax.tree.map(jnp.asarray, self.state)
+        return jax.device_put(self.state)
 
     def open(self, directory, **options):
         return TrainCheckpoints(directory, ModelConfig.preset("2b"), "abc", **options)
@@ -191,29 +194,19 @@ class TestSteps:
             restored = steps.restore(abstract)
         jax.tree.map(np.testing.assert_array_equal, restored, self.state)
 
-    @pytest.fixture
-    def full_disk(self):
-        """A context in which no file can grow."""
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
     @pytest.mark.parametrize("notices", ["the next save", "the end"])
-    def test_a_save_that_failed_in_the_background_is_told(self, tmp_path, full_disk, notices):
+    def test_a_save_that_failed_in_the_background_is_told(self, tmp_path, notices):
         with self.open(tmp_path, keep=1) as steps:
             steps.save(1, self.arrays())
         steps = self.open(tmp_path, keep=1)
-        full_disk()
-        steps.save(2, self.arrays())
         message = (
             f"{tmp_path}: step 2 could not be written: .*Make room there.* continues from step 1,"
             " which is whole"
         )
-        with pytest.raises(CheckpointError, match=message):
-            steps.save(3, self.arrays()) if notices == "the next save" else steps.close()
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2
-        )
+        with full_disk():
+            steps.save(2, self.arrays())
+            with pytest.raises(CheckpointError, match=message):
+                steps.save(3, self.arrays()) if notices == "the next save" else steps.close()
         self.assert_restores(tmp_path, 1)
 
     def test_a_directory_that_goes_away(self, directory):
@@ -263,13 +256,8 @@ def test_events_that_cannot_be_written_name_their_directory(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match=str(tmp_path / "file")):
         EventWriter(tmp_path / "file", start=0)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     writer = EventWriter(tmp_path / "log", start=0)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        told = rf"{tmp_path / 'log'}.*cannot be written.*free space there"
-        with pytest.raises(OSError, match=told):  # noqa: PT012
-            writer.scalars(0, {"train/loss": 1.0})
-            writer.flush()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = rf"{tmp_path / 'log'}.*cannot be written.*free space there"
+    with full_disk(100), pytest.raises(OSError, match=told):  # noqa: PT012
+        writer.scalars(0, {"train/loss": 1.0})
+        writer.flush()

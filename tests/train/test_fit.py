@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pvm_jax.config import ModelConfig
@@ -62,7 +62,9 @@ def test_parts_are_what_a_device_holds_of_real_arrays(branch, model_config):
     program = SFTProgram.of(config, model_config, 1, mesh)
 
     def held(tree) -> int:
-        arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), tree)
+        arrays = jax.tree.map(
+            lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), tree
+        )
         return sum(
             shard.data.nbytes for x in jax.tree.leaves(arrays) for shard in x.addressable_shards[:1]
         )

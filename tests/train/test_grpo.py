@@ -247,7 +247,7 @@ def test_held_out_prompts_are_answered_and_graded(workplace, parts):
 
 
 def test_two_processes_compute_what_one_does(workplace, whole):
-    started = runs.start(workplace, "two", *UPDATES, processes=2, devices=2, module="train.grpo")
+    started = runs.start(workplace, "two", *UPDATES, processes=2, devices=1, module="train.grpo")
     runs.finish(workplace, "two", started)
     values, alone = (read_values(workplace / run / "log") for run in ("two", "whole"))
     for name in ("completion/length", "reward/mean", "train/tokens"):

@@ -4,7 +4,7 @@ devices."""
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pvm_jax.sharding import make_mesh
@@ -40,7 +40,7 @@ def program() -> GRPOProgram:
 
 def held(tree) -> int:
     """Bytes that the first device holds of arrays like these."""
-    arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), tree)
+    arrays = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), tree)
     return sum(
         shard.data.nbytes for x in jax.tree.leaves(arrays) for shard in x.addressable_shards[:1]
     )

@@ -1,6 +1,7 @@
 """Whole runs of `train.sft` on a tiny checkpoint: results, interruption and continuation,
 refusals."""
 
+import io
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_hub import constants
+from rich.console import Console
 
 from convert import dataset, hf_to_orbax, orbax_to_hf
 from pvm_jax.checkpoint.store import load, save
@@ -23,6 +25,7 @@ from tests.close import assert_close
 from tests.hub_server import REVISION, TOKEN, hub
 from tests.train import runs
 from train.config import Bucket, DataConfig
+from train.run.dry_run import shardings_table
 from train.run.events import read_values
 from train.run.lifecycle import export
 from train.run.log import RunLog
@@ -239,18 +242,31 @@ def test_held_out_loss_is_the_mean_over_all_answer_tokens(workplace):
     assert_close(losses[0], losses[1], 1e-5)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_dry_run_takes_two_steps_and_writes_nothing(workplace, sft_run, capsys):
     held_out = f"--held_out={{sources: {workplace / 'data.jsonl'}}}"
-    sft_run("dry", "--dry_run", held_out)
+    sft_run("dry", "--dry_run", held_out, "--max_steps=4")
     said = capsys.readouterr().out
     assert "held-out loss" in said
     assert "step 1: loss" in said
     assert "GiB more within a step" in said
-    line = next(line for line in said.splitlines() if " pvm/0/text_reducer/weight " in line)
+    for array in ("pvm/0/text_reducer/weight", "patches"):
+        assert f" {array} " in said
+    assert not (workplace / "dry").exists()
+
+
+def test_a_dry_runs_table_says_what_splits_an_array(workplace):
+    data = DataConfig("unused", [Bucket(48, 8)])
+    model_config = load(workplace / "base").config
+    program = SFTProgram.of(SFTConfig("unused", "unused", data), model_config, 1, make_mesh())
+    console = Console(file=io.StringIO(), width=140)
+    for tree in (program.state.params, program.abstract_batch(Bucket(48, 8), 8)):
+        console.print(shardings_table("arrays", tree))
+    said = console.file.getvalue().splitlines()
+    line = next(line for line in said if " pvm/0/text_reducer/weight " in line)
     assert "(64, 128)" in line
     assert "- fsdp" in line
-    assert "data+fsdp - -" in next(line for line in said.splitlines() if "│ patches " in line)
-    assert not (workplace / "dry").exists()
+    assert "data+fsdp - -" in next(line for line in said if "│ patches " in line)
 
 
 @pytest.mark.usefixtures("one_device")

@@ -24,9 +24,9 @@ from train.step.state import loss_and_gradient, make_loss, split_model
 
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory):
-    """500 conversations about real and synthetic images, and their sizes."""
+    """400 conversations about real and synthetic images, and their sizes."""
     folder = tmp_path_factory.mktemp("mix")
-    file = write_mix(folder / "data", 500)
+    file = write_mix(folder / "data", 400)
     processor, _ = make_processor(folder / "model")
     return file, measure(open_conversations(file), processor.count, threads=2, videos=False)
 
@@ -143,7 +143,7 @@ def loss_and_branch_gradient(world):
         partial(loss_and_gradient, make_loss(graphdef, chunk=128)), static_argnames="accumulation"
     )
 
-    def run(batch, accumulation=1):
+    def run(batch, accumulation=4):
         mean, gradients = step(
             nnx.as_pure(trained), nnx.as_pure(frozen), batch, accumulation=accumulation
         )
@@ -162,9 +162,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_examples(
         len({(frames > 0).sum() for frames in single.patch_segment_ids}) > 5
     )  # images of many sizes
     assert len(set(single.loss_weights.sum(1))) > 5
-    expected = loss_and_branch_gradient(single)
-    assert_close(loss_and_branch_gradient(packed), expected, 2e-5)
-    assert_close(loss_and_branch_gradient(packed, accumulation=4), expected, 2e-5)
+    assert_close(loss_and_branch_gradient(packed), loss_and_branch_gradient(single, 1), 2e-5)
 
 
 def test_the_comparison_would_notice_an_example_that_sees_its_neighbour(

@@ -86,7 +86,7 @@ class GRPOProgram(Program):
             out_shardings=self.total_shardings,
         )
 
-    @property
+    @cached_property
     def abstract_totals(self) -> Totals:
         """ShapeDtypeStructs of totals, with their shardings."""
         rows = self.abstract_rows(Bucket(2, 0), self.batch_sharding.mesh.size)

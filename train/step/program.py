@@ -1,7 +1,7 @@
 """What a run computes, known before any array exists: shapes, shardings and the step."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import jax
@@ -14,7 +14,7 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
 from pvm_jax.sharding import batch_sharding, param_shardings
-from train.config import Bucket, RunConfig
+from train.config import Bucket, RunConfig, Trainable
 from train.step.flops import Work, count_costs, peak_flops
 from train.step.optimizer import make_optimizer, make_schedule
 from train.step.state import TrainState, cast, init_state, split_model, state_shardings
@@ -148,7 +148,13 @@ def step_costs(config: RunConfig, model_config: ModelConfig) -> Work:
     """FLOPs of a step by what causes them: of the model's own products, not of those that remat
     repeats or a kernel pads."""
     plain = replace(model_config, dtype=config.dtype, remat="none", attention="xla")
-    graphdef, trained, frozen = split_model(abstract_model(plain), config.trainable)
+    return _costs(plain, config.trainable)
+
+
+@cache
+def _costs(plain: ModelConfig, trainable: Trainable) -> Work:
+    """Seconds of tracing, whatever the shape of the rows."""
+    graphdef, trained, frozen = split_model(abstract_model(plain), trainable)
     return count_costs(graphdef, nnx.as_pure(trained), nnx.as_pure(frozen))
 
 

@@ -32,15 +32,15 @@ from tests.tiny import randomized
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The demo's model with one layer of every kind, an open branch, and nothing learned."""
+    """The demo's model with one layer, an open branch, and nothing learned."""
     return save_random(tmp_path_factory.mktemp("tiny"), 0.1)
 
 
-def save_random(folder: Path, scale: float) -> Path:
+def save_random(folder: Path, scale: float, layers: int = 1) -> Path:
     """A checkpoint in `folder`; another scale of its parameters makes another model."""
-    config = write_assets(folder / "assets").with_pvm((1,), 32)
+    config = write_assets(folder / "assets").with_pvm((0,), 32)
     text = {"hidden_size": 64, "intermediate_size": 64}
-    config = tiny.cut(config, layers=2, text=text, vision={"out_hidden_size": 64})
+    config = tiny.cut(config, layers=layers, text=text, vision={"out_hidden_size": 64})
     save(folder / "checkpoint", randomized(config, scale), assets=folder / "assets")
     return folder / "checkpoint"
 
@@ -160,10 +160,11 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
 
 
 def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(
-    checkpoint, data, tmp_path, monkeypatch, capsys
+    data, tmp_path, monkeypatch, capsys
 ):
     """Whatever the other one's folder is called."""
-    assert save_random(tmp_path, 0.2) == tmp_path / "checkpoint"
+    checkpoint = save_random(tmp_path / "first", 0.1, layers=2)
+    assert save_random(tmp_path, 0.2, layers=2) == tmp_path / "checkpoint"
     monkeypatch.chdir(tmp_path)
     main(arguments(checkpoint, data, tmp_path, "--only", "lens", "--against", "checkpoint"))
     sections = json.loads((tmp_path / "report.json").read_text())["sections"]
