@@ -331,8 +331,9 @@ def _report(
     rows = len(plan.row_starts) - 1
     now, single = padding(plan, sizes, buckets), padding_of_single_examples(sizes, buckets)
     held = np.delete(sizes, too_long, axis=0).sum(0)
+    times = "1 epoch" if epochs == 1 else f"{epochs} epochs"
     return (
-        f"{len(sizes):,} examples, {epochs} {"epoch" if epochs == 1 else "epochs"}, {len(plan):,} steps of {plan.batch_size} rows"
+        f"{len(sizes):,} examples, {times}, {len(plan):,} steps of {plan.batch_size} rows"
         f" with {len(plan.examples) / rows:.1f} examples each. Padding: {now.tokens:.1%} of tokens,"
         f" {now.patches:.1%} of patches ({single.tokens:.1%}, {single.patches:.1%} with one example"
         f" a row); the data have {held[1] / held[0]:.2f} patches a token. {len(too_long):,}"
