@@ -66,17 +66,25 @@ def _what(config: ModelConfig, parts: Mapping[str, Path]) -> Iterator[str]:
 def _trained(parts: Mapping[str, Path]) -> list[str]:
     lines = []
     for part, directory in parts.items():
-        notes = read_json_if_any(directory.parent / _RUN)
-        if notes:
-            lines += [f"The {part}, by a run with these settings:", "", "| | |", "| --- | --- |"]
+        notes, what = read_json_if_any(directory.parent / _RUN), f"The {part}, by a run"
+        while notes:
+            lines += [f"{what} with these settings:", "", "| | |", "| --- | --- |"]
             lines += [f"| {key} | {_cell(value)} |" for key, value in _settings(notes)]
             lines += [""]
+            begun = notes.text("branch", None)
+            notes = read_json_if_any(Path(begun).parent / _RUN) if begun else None
+            what = "It began with the branch of a run"
+            if begun and not notes:
+                lines += ["It began with a trained branch, of which no run's notes are left.", ""]
     return lines[:-1] or ["Not recorded: no run left its notes beside what was exported."]
 
 
 def _settings(notes: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a run that have a value, sections flat; sources by their names, no path."""
+    """The settings of a run that have a value and count, sections flat; sources by their names, no
+    path."""
     for key, value in notes.items():
+        if key == "lora" and notes.get("trainable") not in (None, "lora"):
+            continue
         if key == "sources":
             yield f"{above}{key}", ", ".join(_source(one) for one in _several(value))
         elif isinstance(value, Mapping):
@@ -103,12 +111,16 @@ def _source(source: Any) -> str:
 def _measured(report: Path | None) -> list[str]:
     if report is None:
         return ["Not measured."]
-    lines = []
-    sections: JsonObject = read_json(report / _REPORT).object("sections")
+    content: JsonObject = read_json(report / _REPORT)
+    origin = [(k, v) for k, v in (content.get("origin") or {}).items() if k != "command"]  # paths
+    lines = _table([("", ""), *origin]) if origin else []
+    sections = content.object("sections")
     for key in sections:
         section = sections.object(key)
-        lines += [f"### {key}", "", *(f"- {fact}" for fact in section.get("facts") or ()), ""]
-        lines += _table(section.get("table") or [])
+        facts, rows = section.get("facts") or (), section.get("table") or []
+        if facts or rows:
+            lines += [f"### {section.text('title', key)}", "", *(f"- {fact}" for fact in facts), ""]
+            lines += _table(rows)
     return lines[:-1]
 
 

@@ -40,7 +40,7 @@ from pvm_jax.data.video_files import Video
 from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.hub import SETTINGS, HubError, model_directory, named_on_hub
 from pvm_jax.files.paths import any_path
-from pvm_jax.files.writing import Growing
+from pvm_jax.files.writing import Growing, check_writable
 
 EXAMPLES = """
 examples:
@@ -171,7 +171,7 @@ def convert(
         raise ValueError("max_tokens needs a processor, whose tokenizer counts")
     dst = any_path(dst)
     refuse_taken(dst)
-    parts, source = _opened(src, subset, split, stream)
+    parts, source = _opened(src, dst, subset, split, stream)
     report_file = dst.with_name(dst.name + ".rejected.jsonl")
 
     def check(conversations: Conversations) -> _Check:
@@ -199,9 +199,9 @@ def _check_rejects(summary: Summary, most: float, report_file: Path) -> None:
     read = summary.rejected + len(summary.sizes)
     if summary.rejected > most * read or not summary.sizes:
         raise ValueError(
-            f"{summary.rejected} of {read} examples were rejected, and"
-            f" --max_rejected allows a share of {most}; the reason of each is in"
-            f" {report_file}\n" + "\n".join(summary.reasons())
+            f"{summary.rejected} of {read} examples were rejected, and --max_rejected allows a"
+            f" share of {most}; the reason of each is in {report_file}, the most frequent:\n"
+            + ";\n".join(summary.reasons())
         )
 
 
@@ -228,14 +228,19 @@ def _write_index(
 
 
 def _opened(
-    src: str | Path | Sequence[str | Path], subset: str | None, split: str | None, stream: bool
+    src: str | Path | Sequence[str | Path],
+    dst: Path,
+    subset: str | None,
+    split: str | None,
+    stream: bool,
 ) -> tuple[Iterable[_Part], str]:
     """The conversations, in parts that are opened when they are asked for, and what they are
-    called."""
+    called. Nothing is fetched where `dst` cannot be written."""
     if on_hub := named_on_hub(src, "dataset"):
         data = find_dataset(on_hub, subset=subset, split=split)
         if stream:
             return _streamed(data), data.name
+        check_writable(dst.parent)  # before gigabytes travel
         return [_Part(open_conversations(fetched(data), every_column=True))], data.name
     if subset or split or stream:
         raise ValueError(

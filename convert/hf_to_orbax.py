@@ -40,6 +40,7 @@ from pvm_jax.config import ModelConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.hub import SETTINGS, fetch, named_on_hub
 from pvm_jax.files.paths import any_path, checkpoint_path
+from pvm_jax.files.writing import check_writable
 from pvm_jax.hf_config import read_config
 from pvm_jax.model.memory import PersistentVisualMemory
 from pvm_jax.model.parameters import by_path
@@ -131,8 +132,7 @@ def convert(
         CheckpointError: if tensors are missing, unexpected, misshapen or of another type, or a file
             is broken; for a quantised checkpoint and an adapter of peft.
         ValueError: if the branch is both described and left out; naming file and key, for a
-            config.json that is not computed here, and for a tokenizer that cannot be read or knows
-            ids for which the model has no row.
+            config.json that is not computed here and a tokenizer that is not this model's.
     """
     dst, on_hub = checkpoint_path(dst), named_on_hub(src)
     refuse_taken(dst)
@@ -144,6 +144,7 @@ def convert(
     if has_tokenizer(src):
         read_tokenizer(src)
     if on_hub:  # gigabytes: after all that can be refused without them
+        check_writable(dst.parent)
         fetch(on_hub, files_named(src), beside=src)
     reader = SafetensorsReader(src)
     if plain:

@@ -108,7 +108,15 @@ def one_by_one(data: HubData) -> Iterator[Path]:
         )
     with TemporaryDirectory() as room:
         for number, name in enumerate(data.files):
-            file = _patiently_fetched(data, name, Path(room), PAUSES if number else ())
+            try:
+                file = _patiently_fetched(data, name, Path(room), PAUSES if number else ())
+            except HubError as error:
+                if not number:
+                    raise
+                raise HubError(
+                    f"{error}. Nothing is kept of the {number} of {len(data.files)} files that were"
+                    " read: the same command starts over; patterns convert them in parts"
+                ) from error
             yield file
             file.unlink()
 

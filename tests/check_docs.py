@@ -30,11 +30,15 @@ SMALLEST = {
     "input_pipeline": "--count 24 --threads 2",
     "packing": "--count 24 --batch_size 1",
     "step_cost": "--sizes [2b] --tokens 64 --patches 64",
+    "tpu_decoding": "--sizes [small] --slices '{v6e:2x2: 1}' --batches [1] --slots 128",
 }
 """Arguments with which each benchmark takes least; tests/test_docs.py sees that none is missing.
 
 What they share, benchmarks/sizes.py, is no command.
 """
+
+NEEDS = {"against_torch": "torch", "tpu_decoding": "libtpu"}
+"""Packages without which a benchmark is not run."""
 
 _FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -64,8 +68,9 @@ def check_file(file: Path) -> None:
 def check_benchmarks() -> None:
     """Each must end well and print a table."""
     for name, arguments in SMALLEST.items():
-        if name == "against_torch" and importlib.util.find_spec("torch") is None:
-            print("benchmarks.against_torch: not run, PyTorch is not installed", flush=True)
+        package = NEEDS.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            print(f"benchmarks.{name}: not run, {package} is not installed", flush=True)
             continue
         command = f"python -m benchmarks.{name} {arguments}"
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 processor's files."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl.logging import get_absl_logger
 from jax.experimental.multihost_utils import sync_global_devices
 
 from pvm_jax.config import ModelConfig
@@ -24,6 +26,15 @@ UNFINISHED = "UNFINISHED"
 """The file that says of a directory in a bucket that it is not whole."""
 PEFT = "adapter_config.json"
 """What makes a directory an adapter of the peft library."""
+
+
+def _message_alone(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
+
+
+# What fails in Orbax's threads they log, with a hundred lines of where, and raise too.
+get_absl_logger().addFilter(_message_alone)
 
 
 class CheckpointError(ValueError):

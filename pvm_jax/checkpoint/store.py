@@ -36,6 +36,7 @@ from pvm_jax.checkpoint.identity import backbone_identity, branch_identity
 from pvm_jax.config import LoRAConfig, ModelConfig, TextConfig, dtype_name
 from pvm_jax.data.side_files import read_stop_tokens
 from pvm_jax.files.bucket import BucketError
+from pvm_jax.files.hub import convert_first
 from pvm_jax.files.paths import checkpoint_path, on_bucket
 from pvm_jax.hf_config import read_config
 from pvm_jax.model.lora import is_adapter
@@ -295,17 +296,16 @@ def find(path: str | Path) -> Path:
         return root
     refuse_unfinished(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"no checkpoint directory at {root}")
+        raise FileNotFoundError(f"no checkpoint directory at {root}{convert_first(path)}")
     refuse_peft(root)
     if any(root.glob("*.safetensors")):
         raise CheckpointError(
             f"{root} is a Hugging Face checkpoint: convert it first, python -m convert.hf_to_orbax"
             f" {path} DST"
         )
-    names = sorted(file.name for file in root.iterdir())
+    names = ", ".join(sorted(file.name for file in root.iterdir())) or "nothing"
     raise CheckpointError(
-        f"{root} is no checkpoint: expected config.json and {PARAMS}/, found"
-        f" {', '.join(names) or 'nothing'}"
+        f"{root} is no checkpoint: expected config.json and {PARAMS}/, found {names}"
     )
 
 

@@ -18,6 +18,7 @@ from pvm_jax.data.shards import SHARDS_INDEX, Shards
 from pvm_jax.data.stored import Conversations, Joined
 from pvm_jax.data.tables import SAVED_INDEX, ParquetFiles, SavedDataset
 from pvm_jax.data.tars import TarFiles
+from pvm_jax.files.hub import convert_first
 from pvm_jax.files.paths import any_path, on_bucket
 
 _IN_DIRECTORIES = (".jsonl", ".jsonl.gz")
@@ -59,7 +60,9 @@ def open_conversations(
         return _directory(path, every_column)
     if path.exists():
         raise ValueError(f"{path} is no regular file, nor a directory: copy it into one")
-    raise FileNotFoundError(f"{path}: no such file or directory of conversations")
+    raise FileNotFoundError(
+        f"{path}: no such file or directory of conversations{convert_first(path, 'dataset')}"
+    )
 
 
 def _several(path: Path, members: Sequence[Path], every_column: bool) -> Conversations:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.cache import copied_settings
+from pvm_jax.files.hub import convert_first
 from pvm_jax.files.json_file import JsonObject, read_json, read_json_if_any
 from pvm_jax.hf_config import check_model_type, read_config
 
@@ -44,7 +45,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             knows ids for which the model has no row.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such directory")
+        raise FileNotFoundError(f"{folder}: no such directory{convert_first(folder)}")
     if not has_tokenizer(folder):
         raise FileNotFoundError(f"{folder}: no tokenizer.json (nor vocab.json with merges.txt)")
     config = read_config(folder) if (folder / "config.json").exists() else None

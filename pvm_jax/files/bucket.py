@@ -222,7 +222,7 @@ class BucketPath(PosixGPath):
         return self.read_bytes().decode(encoding or "utf-8")
 
     def write_bytes(self, data: bytes) -> int:
-        with reaching(self):
+        with self._writing():
             self.files.pipe_file(str(self), data)
         return len(data)
 
@@ -232,5 +232,13 @@ class BucketPath(PosixGPath):
     def create(self, data: bytes) -> None:
         """Writes a file that is not there yet. Raises FileExistsError if it is: of several who try,
         one succeeds."""
-        with reaching(self):
+        with self._writing():
             self._asked("pipe_file", data, mode="create")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with reaching(self):
+                yield
+        except FileNotFoundError as error:  # nothing but the bucket must be there to write
+            raise BucketError(f"{self}: there is no such bucket") from error

@@ -71,6 +71,15 @@ def named_on_hub(given: object, kind: Literal["model", "dataset"] = "model") -> 
         return None
 
 
+def convert_first(path: str | Path, kind: Literal["model", "dataset"] = "model") -> str:
+    """What an error of a `path` that is not here adds: what to do if the Hub's was meant. "" if it
+    cannot have been, or the folder that it would be in is here."""
+    if named_on_hub(str(path), kind) is None or Path(path).parent.exists():
+        return ""
+    command = "convert" if kind == "model" else "dataset"
+    return f"; the Hub's is converted first: pvm {command} {path} DST"
+
+
 def model_directory(given: str | Path, files: Sequence[str]) -> Path:
     """The directory at `given`, or one with these files of the model that it names on the Hub.
 

@@ -43,9 +43,7 @@ def sole_writer(
             f"{target} is being written by another process: wait until it has ended, or {otherwise}"
         ) from error
     except OSError as error:
-        missing = on_bucket(file) and isinstance(error, FileNotFoundError)
-        reason = "there is no such bucket" if missing else error
-        raise OSError(f"{target} cannot be written ({reason}): {otherwise}") from error
+        raise OSError(f"{target} cannot be written ({error}): {otherwise}") from error
     with held:
         try:
             yield

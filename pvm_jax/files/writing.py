@@ -34,7 +34,8 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Makes `directory`. Raises OSError if it takes no file: one that is there may do so."""
+    """Makes `directory`. Raises OSError, of one line, if it takes no file: one that is there may do
+    so."""
     directory.mkdir(parents=True, exist_ok=True)
     if on_bucket(directory):
         probe = directory / f".{uuid.uuid4().hex}"

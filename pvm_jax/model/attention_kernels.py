@@ -1,11 +1,13 @@
 """One door to attention. Which kernel stands behind it depends on the platform; all compute the
 same numbers."""
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
 from pvm_jax.model.splash import LANES, splash_attention
-from pvm_jax.sharding import platform
+from pvm_jax.sharding import constrain, platform
 
 KERNELS = ("xla", "splash", "cudnn")
 PIECES, SHORTEST = 8, 128
@@ -50,6 +52,10 @@ def attention(
     if kernel is None:
         kernel = _platform_kernel(q)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    # Split by whole heads or not at all: else where there are fewer heads than devices, those are
+    # cut, and every score is added up between devices.
+    q = constrain(q, "batch", "length", "heads", "head_dim")
+    k, v = (constrain(x, "batch", "length", "kv_heads", "head_dim") for x in (k, v))
     if kernel == "xla":
         return _xla(
             q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits, scale=factor
@@ -101,6 +107,7 @@ def shared_attention(
     # [B, K, samples, N / K, H]: batch axes lead in one order in all operands, so that no product
     # wants keys or values copied.
     grouped = q.reshape(*q.shape[:2], shared[0].shape[1], -1, q.shape[-1]).swapaxes(1, 2)
+    factor = q.shape[-1] ** -0.5
     scores = [
         jnp.einsum("bkngh,bkth->bkngt", grouped, shared[0], preferred_element_type=jnp.float32),
         jnp.einsum("bkngh,bknth->bkngt", grouped, own[0], preferred_element_type=jnp.float32),
@@ -108,17 +115,16 @@ def shared_attention(
             ..., None
         ],
     ]
-    masks = [
-        jnp.broadcast_to(mask, (*q.shape[:2], mask.shape[-1]))
-        for mask in (shared_mask, own_mask, jnp.array([True]))
+    masks = shared_mask, own_mask, jnp.ones((1, 1, 1), bool)
+    scores = [
+        _masked(score * factor, mask[:, None, :, None])
+        for score, mask in zip(scores, masks, strict=True)
     ]
-    mask = jnp.concatenate(masks, -1)[:, None, :, None]
-    weights = jax.nn.softmax(
-        _masked(jnp.concatenate(scores, -1) * q.shape[-1] ** -0.5, mask), -1
-    ).astype(q.dtype)
-    of_shared, of_own, of_new = jnp.split(
-        weights, [shared_mask.shape[-1], weights.shape[-1] - 1], -1
-    )
+    # Not joined: a TPU would copy them, joined and cut again, into other layouts.
+    largest = reduce(jnp.maximum, (jnp.max(score, -1, keepdims=True) for score in scores))
+    powers = [jnp.exp(score - largest) for score in scores]
+    total = sum(jnp.sum(power, -1, keepdims=True) for power in powers)
+    of_shared, of_own, of_new = ((power / total).astype(q.dtype) for power in powers)
     attended = jnp.einsum(
         "bkngt,bkth->bkngh", of_shared, shared[1], preferred_element_type=jnp.float32
     )

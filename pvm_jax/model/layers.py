@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pvm_jax.sharding import gathered
+from pvm_jax.sharding import gathered, platform
 
 Module = TypeVar("Module", bound=nnx.Module)
 Rngs = nnx.Rngs | None
 """What fresh parameters are drawn from; without any they are jax.ShapeDtypeStructs, and nothing is
 traced or allocated."""
+
+ROWS = 8
+"""Of a TPU's vector register."""
 
 normal = jax.nn.initializers.normal(0.02)
 zeros = jax.nn.initializers.zeros
@@ -62,7 +65,19 @@ class Heads(NamedTuple):
 
 def project(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
     """x W^T in x's dtype: x [..., in], W [out, in] -> [..., out]."""
-    return jnp.einsum("...i,oi->...o", x, _matrix(x, weight))
+    return product(x, _matrix(x, weight))
+
+
+def product(
+    x: jax.Array, matrix: jax.Array, *, preferred_element_type: Any | None = None
+) -> jax.Array:
+    """x [..., in] times matrix [out, in], transposed: [..., out]."""
+    if x.size > x.shape[-1] or platform() != "tpu":
+        return jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=preferred_element_type)
+    # A single row would not go to a TPU's matrix unit, and take three times as long.
+    rows = jnp.pad(x.reshape(1, -1), ((0, ROWS - 1), (0, 0)))
+    y = jnp.einsum("ri,oi->ro", rows, matrix, preferred_element_type=preferred_element_type)
+    return y[0].reshape(*x.shape[:-1], -1)
 
 
 def project_to_heads(
@@ -70,13 +85,16 @@ def project_to_heads(
 ) -> jax.Array:
     """The same to those heads that `part` names, [..., N, width]: a TPU writes a product's result
     in any order, and would copy it into this one."""
+    if _keeps_whole(x, weight, heads):
+        # Else the compiler has the product give heads by itself.
+        y = jax.lax.optimization_barrier(project(x, weight))
+        return y.reshape(*x.shape[:-1], -1, heads.dim)[..., part, :]
     return jnp.einsum("...i,nwi->...nw", x, _matrix(x, weight, heads, 0)[part])
 
 
 def project_from_heads(x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads) -> jax.Array:
     """The same of x [..., N, width]."""
-    if heads.width == heads.dim and not _travels(x, weight):
-        # By head, a decoding step on a TPU would copy all layers' weights into another layout.
+    if _keeps_whole(x, weight, heads):
         return project(x.reshape(*x.shape[:-2], -1), weight)
     return jnp.einsum("...nw,onw->...o", x, _matrix(x, weight, heads, 1))
 
@@ -90,6 +108,12 @@ def _matrix(
         matrix = heads.split(matrix, axis)
         axes = (*axes[: axis + 1], "head_dim", *axes[axis + 1 :])
     return gathered(matrix, *axes) if _travels(x, weight) else matrix
+
+
+def _keeps_whole(x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads) -> bool:
+    """Whether a product is not by head: in a decoding step on a TPU that would copy all layers'
+    weights, here into another layout, there beside what multiplies them."""
+    return heads.width == heads.dim and not _travels(x, weight)
 
 
 def _travels(x: jax.Array, weight: nnx.Param[jax.Array]) -> bool:

@@ -14,7 +14,7 @@ from pvm_jax.config import LoRAConfig, ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.model.attend import Attend, WholeRows
 from pvm_jax.model.decoder import Decoded, Decoder, Inner
-from pvm_jax.model.layers import Linear, Rngs
+from pvm_jax.model.layers import Linear, Rngs, product
 from pvm_jax.model.lora import adapt, is_adapter
 from pvm_jax.model.memory import Memory, PersistentVisualMemory
 from pvm_jax.model.vision import VisionTower, Visual
@@ -114,7 +114,7 @@ class Qwen3VL(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., vocab] float32."""
         weight = self.head_weight().astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return product(hidden, weight, preferred_element_type=jnp.float32)
 
     def head_weight(self) -> jax.Array:
         """[vocab, D]; the embedding table where the two are tied."""

@@ -149,6 +149,7 @@ class TestStream:
         hub.gated = {"train-1.parquet"}
         said = refused(dataset.main, [ID, "shards", "--stream"])
         assert f"{ID}: train-1.parquet is not here, and as a dataset of" in said
+        assert "Nothing is kept of the 1 of 3 files that were read: the same command" in said
         assert pauses == [10, 60, 300]
         assert [file.name for file in Path().iterdir() if file.name.startswith("shards")] == []
         assert not list(room.iterdir())
@@ -195,6 +196,13 @@ def test_each_refusal_is_one_line(
     assert "is closed to this token" in said("someone/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set, and" in said("someone/other")
+
+
+def test_nothing_is_fetched_for_a_place_that_cannot_be_written(hub, served, refused, tmp_path):
+    write_lines(served / "talks.jsonl", "a")
+    (tmp_path / "file").touch()
+    assert "File exists" in refused(dataset.main, [ID, "file/dst"])
+    assert hub.files_given() == set()
 
 
 def test_offline_reads_what_was_read_before(hub, served, monkeypatch):

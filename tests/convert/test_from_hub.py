@@ -10,6 +10,9 @@ from huggingface_hub import constants
 
 from convert import adapter, dataset, hf_to_orbax, orbax_to_hf
 from demo.task import Mixture, make_example, write
+from pvm_jax.checkpoint.store import find
+from pvm_jax.data.conversations import open_conversations
+from pvm_jax.data.processor import Processor
 from pvm_jax.files.hub import named_on_hub
 from tests.convert.directories import read_tensors
 from tests.hub_server import TOKEN, Hub, hub, serving
@@ -64,8 +67,12 @@ def test_what_is_refused_is_refused_before_weights_travel(small, refused, tmp_pa
     assert "is not empty" in refused(hf_to_orbax.main, [ID, "taken"])
     assert not small.asked
     config = tmp_path / "served" / "config.json"
-    config.write_text(config.read_text().replace('"qwen3_vl"', '"qwen9_vl"'))
+    right = config.read_text()
+    config.write_text(right.replace('"qwen3_vl"', '"qwen9_vl"'))
     assert "model_type must be" in refused(hf_to_orbax.main, [ID, "there"])
+    config.write_text(right)
+    small.revision = "2" * 40
+    assert "File exists" in refused(hf_to_orbax.main, [ID, "taken/file/there"])
     assert not any(name.endswith(".safetensors") for name in small.files_given())
 
 
@@ -75,6 +82,17 @@ def test_a_directory_wins(small, refused, tmp_path):
         assert refused(hf_to_orbax.main, [given, "there"]).endswith(" does not exist")
     assert named_on_hub(Path("someone/else")) is None
     assert not small.asked
+
+
+def test_who_names_the_hub_where_it_is_not_asked_hears_of_converting():
+    with pytest.raises(FileNotFoundError, match=rf"; the Hub's .*: pvm convert {ID} DST$"):
+        find(ID)
+    with pytest.raises(FileNotFoundError, match=rf"such directory; the Hub's .* convert {ID} DST$"):
+        Processor.from_pretrained(ID)
+    with pytest.raises(FileNotFoundError, match=r"; the Hub's .*: pvm dataset someone/talks DST$"):
+        open_conversations("someone/talks")
+    with pytest.raises(FileNotFoundError, match=r"directory of conversations$"):
+        open_conversations("tests/nothing")
 
 
 def test_each_refusal_is_one_line(small, refused, tmp_path, monkeypatch):

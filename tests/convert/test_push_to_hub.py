@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,17 @@ def ready(hub, golden_checkpoints, tmp_path, monkeypatch) -> Hub:
         "optimizer": {"learning_rate": 1e-4, "schedule": None},
         "data": {"sources": [{"path": "/home/me/secret/train.jsonl", "weight": 1.0}, "shards"]},
         "contents": ["abc"],
+        "branch": str(tmp_path / "look" / "branch"),
+        "lora": {"rank": 16},
     }
+    (tmp_path / "look").mkdir()
+    (tmp_path / "look" / "run.json").write_text(json.dumps({"epochs": 3, "branch": "/gone/b"}))
     (tmp_path / "run" / "run.json").write_text(json.dumps(notes))
     (tmp_path / "report").mkdir()
     section = {"facts": ["reads .84"], "table": [["words", "read"], ["0", "a|b"]], "figures": {}}
-    content = {"title": "t", "settings": {}, "sections": {"accuracy": section}}
+    section["title"] = "Values read"
+    content = {"title": "t", "settings": {}, "sections": {"accuracy": section, "samples": {}}}
+    content["origin"] = {"command": "pvm /home/me", "device": "1 cpu"}
     (tmp_path / "report" / "report.json").write_text(json.dumps(content))
     return hub
 
@@ -70,12 +77,17 @@ def test_an_export_is_pushed_with_its_card(ready, tmp_path):
         "| trainable | pvm |",
         "| optimizer.learning_rate | 0.0001 |",
         "| data.sources | train.jsonl, hf://datasets/a/b@123 |",
+        "It began with the branch of a run with these settings:",
+        "| epochs | 3 |",
+        "It began with a trained branch, of which no run's notes are left.",
+        "| device | 1 cpu |",
+        "### Values read",
         "- reads .84",
         "| 0 | a\\|b |",
     ):
         assert line in text.splitlines()
     assert "beside the FFN of the decoder layers" in text
-    assert "/home" not in text
+    assert not re.search(r"/home|/gone|lora.rank|samples", text)
     for name, content in files.items():
         (tmp_path / "there" / name).write_bytes(content)
     (tmp_path / "there" / "model-00009.safetensors").unlink()

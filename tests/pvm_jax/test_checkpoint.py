@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +65,17 @@ def assert_equal(one: dict, other: dict) -> None:
     one, other = jax.device_get((one, other))  # or a program compares, for each shape and sharding
     for path in one:
         np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+
+
+def test_what_orbax_logs_is_its_message_alone(caplog):
+    """It raises the error too, which is told in one line."""
+    try:
+        raise OSError("the disk is full")
+    except OSError as error:
+        absl.logging.exception("saving failed: %s", error)
+    (record,) = caplog.records
+    assert record.getMessage() == "saving failed: the disk is full"
+    assert record.exc_info is None
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(model, tmp_path):

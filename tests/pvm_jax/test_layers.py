@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from pvm_jax.model.layers import Linear
+from pvm_jax.model.layers import Linear, product
 from pvm_jax.sharding import batch_sharding, gathered, make_mesh, param_shardings
 
 
@@ -35,3 +35,17 @@ def test_a_weight_is_gathered_where_it_is_smaller_than_what_it_meets(columns, as
         multiply = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
         assert ("sharding_constraint" in multiply.lower(placed, rows).as_text()) == asked
         np.testing.assert_allclose(multiply(placed, rows), expected, atol=1e-6)
+
+
+def test_a_single_row_on_a_tpu_is_one_of_a_register_of_rows(monkeypatch):
+    """The zeros beside it change nothing."""
+    x, matrix = (
+        jax.random.normal(jax.random.key(n), shape)
+        for n, shape in enumerate([(1, 1, 64), (48, 64)])
+    )
+    plain = product(x, matrix)
+    monkeypatch.setattr("pvm_jax.model.layers.platform", lambda: "tpu")
+    padded = product(x.astype(jnp.bfloat16), matrix, preferred_element_type=jnp.float32)
+    assert "8,48" in str(jax.make_jaxpr(product)(x, matrix))
+    np.testing.assert_allclose(product(x, matrix), plain, rtol=1e-5, atol=1e-5)
+    assert (padded.shape, padded.dtype) == (plain.shape, jnp.float32)

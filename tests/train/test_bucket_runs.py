@@ -17,11 +17,12 @@ from convert import dataset, hf_to_orbax, orbax_to_hf
 from pvm_jax import load
 from pvm_jax.__main__ import main
 from pvm_jax.data.processor import Processor
+from pvm_jax.files.bucket import BucketError
 from tests.pvm_jax.test_in_buckets import put
 from tests.tiny import CONFIG
 from tests.train import runs
 from train.run.checkpoints import TrainCheckpoints, whole_steps
-from train.run.events import read_starts
+from train.run.events import EventWriter, read_starts
 
 STEPS = 8
 
@@ -133,3 +134,11 @@ def test_as_on_a_disk(bucket, tmp_path):
     for mine, other in zip(*(jax.tree.leaves(nnx.state(one)) for one in trained), strict=True):
         np.testing.assert_array_equal(mine, other)
     assert ask_and_measure(here) == ask_and_measure(bucket)
+
+
+def test_events_that_a_closed_bucket_does_not_take_ask_for_no_room(bucket, storage):
+    storage.fault = lambda method, path: 403
+    told = r"is closed to this user .*; the same command then continues from the last step"
+    with pytest.raises(BucketError, match=told) as error:
+        EventWriter(bucket / "log", start=0)
+    assert "free space" not in str(error.value)

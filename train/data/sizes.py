@@ -16,6 +16,7 @@ from pvm_jax.data.conversations import size_of
 from pvm_jax.data.messages import Messages, shows_video
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.stored import Conversations
+from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.writing import write_whole
 
 NO_VIDEOS = "shows a video: set data.videos to true"
@@ -104,6 +105,8 @@ def cached(file: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
         np.save(content, array)
         try:
             write_whole(file, content.getvalue())
+        except BucketError:
+            raise
         except OSError as error:
             raise OSError(
                 f"{file} cannot be written ({error}): free space there, or give another --run_dir"

@@ -3,6 +3,7 @@ matrix products, attention kernels, links between chips. An estimate: nothing ra
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple, Self
@@ -15,18 +16,19 @@ from train.step.flops import peak_flops
 
 
 class Chip(NamedTuple):
-    """From Google's data sheets: cycles a second, and bytes a second that all links of a chip
-    together bring in."""
+    """From Google's data sheets: cycles a second, bytes a second that all links of a chip together
+    bring in, and that it reads from its memory."""
 
     clock: float
     links: float
+    memory: float
 
 
 CHIPS = {
-    "TPU v4": Chip(1.05e9, 300e9),
-    "TPU v5 lite": Chip(1.5e9, 200e9),
-    "TPU v5": Chip(1.75e9, 600e9),
-    "TPU v6 lite": Chip(1.75e9, 448e9),
+    "TPU v4": Chip(1.05e9, 300e9, 1.2e12),
+    "TPU v5 lite": Chip(1.5e9, 200e9, 0.82e12),
+    "TPU v5": Chip(1.75e9, 600e9, 2.77e12),
+    "TPU v6 lite": Chip(1.75e9, 448e9, 1.64e12),
 }
 PARTS = {
     "pvm_jax/model/memory.py": "branch",
@@ -104,9 +106,10 @@ class Row:
 
 @dataclass
 class Traffic:
-    """Of one kind of collective: bytes that reach a chip, and those of them that travel while it
-    computes."""
+    """Of one kind of collective: how many, bytes that reach a chip, and those of them that travel
+    while it computes."""
 
+    count: int = 0
     bytes: float = 0
     hidden: float = 0
 
@@ -122,10 +125,12 @@ class StepTime:
             The compiler says nothing of their time.
         traffic: by kind.
         silent: how often other instructions run of whose time the compiler says nothing, by opcode.
+        parts: as PARTS.
     """
 
     chip: Chip
     peak: float
+    parts: Mapping[str, str] = field(default_factory=PARTS.copy)
     rows: dict[tuple[str, str], Row] = field(default_factory=lambda: defaultdict(Row))
     kernels: Counter[tuple[str, str]] = field(default_factory=Counter)
     traffic: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
@@ -142,11 +147,25 @@ class StepTime:
         Raises:
             ValueError: if the text is not understood, or the chip is not known.
         """
+        schedule = Schedule(Hlo.parse(text))
+        return cls.of_turns(schedule, schedule.turns(), device_kind, PARTS, times=times)
+
+    @classmethod
+    def of_turns(
+        cls,
+        schedule: Schedule,
+        turns: Iterable[Turn],
+        device_kind: str,
+        parts: Mapping[str, str],
+        *,
+        times: int = 1,
+    ) -> Self:
+        """Of some of a program's instructions; `parts` are as PARTS, the rest as of `of`."""
         peak = peak_flops(device_kind)
         if device_kind not in CHIPS or peak is None:
             raise ValueError(f"no clock of {device_kind!r} is known; of {', '.join(CHIPS)} it is")
-        schedule, estimate = Schedule(Hlo.parse(text)), cls(CHIPS[device_kind], peak)
-        for turn in schedule.turns():
+        estimate = cls(CHIPS[device_kind], peak, parts)
+        for turn in turns:
             estimate._add(schedule, turn, times)
         if not any(row.cycles for row in estimate.rows.values()):
             raise unreadable("it estimates no cycles")
@@ -155,7 +174,8 @@ class StepTime:
     def _add(self, schedule: Schedule, turn: Turn, times: int) -> None:
         instruction = turn.instruction
         products = list(schedule.products(turn))
-        place = _place(schedule.hlo, products[0][0] if products else instruction, turn)
+        traced = products[0][0] if products else instruction
+        place = _place(schedule.hlo, traced, turn, self.parts)
         if 'custom_call_target="tpu_custom_call"' in instruction.rest:
             self.kernels[place] += times * turn.times * kernel_flops(instruction)
             return
@@ -163,6 +183,7 @@ class StepTime:
         for collective, beside in collectives:
             kind = self.traffic[collective.opcode.removesuffix("-start")]
             arriving = times * turn.times * arriving_bytes(collective)
+            kind.count += times * turn.times
             kind.bytes += arriving
             kind.hidden += arriving if beside else 0
         if instruction.cycles is None:
@@ -201,7 +222,7 @@ class StepTime:
         table = Table("part", "stage", "seconds", "products at peak", "ratio", "copies", "converts")
         for column in table.columns[2:]:
             column.justify = "right"
-        order = {name: place for place, name in enumerate([*PARTS.values(), *STAGES])}
+        order = {name: place for place, name in enumerate([*self.parts.values(), *STAGES])}
         for place in sorted(self.rows, key=lambda place: [order.get(x, len(order)) for x in place]):
             table.add_row(*place, *self._cells(self.rows[place]))
         table.add_section()
@@ -235,7 +256,9 @@ class StepTime:
         ]
 
 
-def _place(hlo: Hlo, instruction: Instruction, turn: Turn) -> tuple[str, str]:
+def _place(
+    hlo: Hlo, instruction: Instruction, turn: Turn, parts: Mapping[str, str]
+) -> tuple[str, str]:
     """Part and stage of an instruction or, where the compiler made it up, of the loop around it."""
     scope, frame = turn.scope, instruction.frame
     while frame is None and scope is not None:
@@ -252,8 +275,8 @@ def _place(hlo: Hlo, instruction: Instruction, turn: Turn) -> tuple[str, str]:
     while frame:
         file, frame = hlo.frames[frame]
         files.append(file)
-    parts = (part for name, part in PARTS.items() if any(name in file for file in files))
-    return next(parts, REST), stage
+    found = (part for name, part in parts.items() if any(name in file for file in files))
+    return next(found, REST), stage
 
 
 def _is_small(instruction: Instruction) -> bool:

@@ -12,6 +12,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^()]*)\)(.*)", re.S)
 _TABLE = re.compile(r"(FileNames|FunctionNames|FileLocations|StackFrames)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_LAID_OUT = re.compile(r"\b[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?")
 _CYCLES = re.compile(r'"estimated_cycles":"(-?\d+)"')
 _BYTES = {
     "token": 0,
@@ -155,6 +156,16 @@ def bytes_of(shape: str) -> int:
             raise unreadable(f"no size of {dtype!r} is known")
         total += _BYTES[dtype] * prod(int(size) for size in sizes.split(",") if size)
     return total
+
+
+def arrays(shape: str) -> list[str]:
+    """The shapes of a tuple's arrays, or of one array, with their layouts."""
+    return _LAID_OUT.findall(shape)
+
+
+def in_main_memory(shape: str) -> bool:
+    """Whether an array lies in the chip's main memory: its layout names none of the others."""
+    return "S(" not in shape
 
 
 def flops(product: Instruction, left: list[int], right: list[int]) -> int:

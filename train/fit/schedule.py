@@ -26,6 +26,7 @@ class Scope(NamedTuple):
             start.
         loop: the `while` that repeats it, if one does.
         times: how often it runs in one run of the program.
+        open: whether it is in a loop of which only the data tell the end.
     """
 
     computation: str
@@ -33,6 +34,7 @@ class Scope(NamedTuple):
     outer: "Scope | None"
     loop: Instruction | None
     times: int
+    open: bool = False
 
 
 class Turn(NamedTuple):
@@ -53,51 +55,64 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The instructions of a program, in the order of their turns."""
+    """The instructions of a program, in the order of their turns.
+
+    Attributes:
+        rounds: that a loop of the program's own makes of which only the data tell the end; None:
+            such a loop is not understood.
+    """
 
     hlo: Hlo
+    rounds: int | None = None
 
     def turns(self) -> Iterator[Turn]:
         """Every instruction that runs, of the dearest branch where there are several.
 
         Raises:
-            ValueError: for a loop whose condition does not tell its trip count.
+            ValueError: for a loop whose condition does not tell its trip count, unless `rounds`
+                does.
         """
         return self._turns(Scope(self.hlo.entry, [], None, None, 1))
 
     def _turns(self, scope: Scope) -> Iterator[Turn]:
         for instruction in self.hlo.computations[scope.computation].instructions.values():
             if instruction.opcode == "while":
-                times = scope.times * self.trips(instruction, scope)
-                body = instruction.required(r"body=%([\w.\-]+)")
-                yield from self._turns(Scope(body, instruction.operands, scope, instruction, times))
+                yield from self._turns(self._body(instruction, scope))
             elif instruction.opcode == "conditional":
                 yield from max(self._branches(instruction, scope), key=_cycles)
             elif instruction.opcode == "call":
                 called = instruction.required(r"to_apply=%([\w.\-]+)")
-                inner = Scope(called, instruction.operands, scope, None, scope.times)
-                yield from self._turns(inner)
+                yield from self._turns(within(scope, called, instruction.operands))
             else:
                 yield Turn(instruction, scope)
 
     def _branches(self, instruction: Instruction, scope: Scope) -> Iterator[list[Turn]]:
         names = instruction.required(r"branch_computations=\{([^}]*)\}")
         for name, argument in zip(names.split(", "), instruction.operands[1:], strict=True):
-            yield list(self._turns(Scope(name[1:], [argument], scope, None, scope.times)))
+            yield list(self._turns(within(scope, name[1:], [argument])))
 
-    def trips(self, loop: Instruction, scope: Scope) -> int:
-        """How often the body of a `while` in `scope` runs, by its condition.
+    def _body(self, loop: Instruction, scope: Scope) -> Scope:
+        """Of a `while` in `scope`."""
+        trips = self.trips(loop, scope)
+        known = trips is not None
+        if trips is None:
+            trips = self.rounds if scope.outer is None else None
+        if trips is None:
+            raise unreadable(f"loop {loop.name}: its condition does not tell its trip count")
+        body = loop.required(r"body=%([\w.\-]+)")
+        times, open_ = scope.times * trips, scope.open or not known
+        return Scope(body, loop.operands, scope, loop, times, open_)
 
-        Raises:
-            ValueError: if the condition is no comparison of a counter with a number.
-        """
+    def trips(self, loop: Instruction, scope: Scope) -> int | None:
+        """How often the body of a `while` in `scope` runs, by its condition; None if that is no
+        comparison of a counter with a number."""
         condition = self.hlo.computations[loop.required(r"condition=%([\w.\-]+)")]
         body = Scope(loop.required(r"body=%([\w.\-]+)"), loop.operands, scope, loop, scope.times)
         counter, limit = self._comparison(condition, body)
         start = _whole(self._element(scope, loop.operands[0], counter))
         step = self._step(body, counter)
         if start is None or not step or limit is None:
-            raise unreadable(f"loop {loop.name}: its condition does not tell its trip count")
+            return None
         return max(-(-(limit - start) // step), 0)
 
     def _comparison(self, condition: Computation, body: Scope) -> tuple[int, int | None]:
@@ -227,10 +242,16 @@ class Schedule:
         yield from walk(self.hlo.computations[turn.scope.computation], turn.instruction)
 
 
+def within(scope: Scope, computation: str, arguments: list[str]) -> Scope:
+    """Of a computation that runs once where it is called."""
+    return Scope(computation, arguments, scope, None, scope.times, scope.open)
+
+
 def _whole(constant: Instruction | None) -> int | None:
     """A constant's value, if it is a whole number."""
-    whole = constant is not None and re.fullmatch(r"-?\d+", constant.inside)
-    return int(constant.inside) if constant and whole else None
+    if constant is None or constant.opcode != "constant":
+        return None
+    return int(constant.inside) if re.fullmatch(r"-?\d+", constant.inside) else None
 
 
 def _cycles(turns: list[Turn]) -> int:

@@ -18,6 +18,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from pvm_jax.files.bucket import BucketError
 from pvm_jax.files.paths import on_bucket
 
 _MOST_SENT = 2**20
@@ -90,6 +91,10 @@ class EventWriter:
     def _explaining(self) -> Iterator[None]:
         try:
             yield
+        except BucketError as error:
+            raise BucketError(
+                f"{error}; the same command then continues from the last step checkpoint"
+            ) from error
         except OSError as error:
             raise OSError(
                 f"{self._directory} cannot be written ({error}): free space there; the same command"

@@ -28,6 +28,7 @@ class Compiled:
     Attributes:
         total: bytes at once: arguments, results that do not replace them, and temporaries.
         seconds: that the compilation took.
+        temporaries: of these, what lives within it; 0 where it did not compile.
         refusal: what the compiler said where the program does not fit; None where it compiled.
         results: the shardings of what it returns, where it compiled.
         text: the compiled program as the compiler writes it, where it compiled.
@@ -35,6 +36,7 @@ class Compiled:
 
     total: int
     seconds: float
+    temporaries: int = 0
     refusal: str | None = None
     results: Any = None
     text: str | None = field(default=None, repr=False)
@@ -113,13 +115,14 @@ def compile_ahead(function: Any, *args: Any, mesh: Mesh, **static: Any) -> Compi
         except jax.errors.JaxRuntimeError as error:
             if (total := refused_bytes(str(error), device_bytes(args))) is None:
                 raise
-            return Compiled(total, time.perf_counter() - start, str(error))
+            return Compiled(total, time.perf_counter() - start, refusal=str(error))
     sizes = program.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
     return Compiled(
         total,
         time.perf_counter() - start,
+        temporaries=sizes.temp_size_in_bytes,
         results=program.output_shardings,
         text=program.as_text(),
     )

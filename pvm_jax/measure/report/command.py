@@ -1,5 +1,6 @@
 """What `python -m pvm_jax measure` does: a checkpoint and a file of conversations -> a report."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -197,14 +198,20 @@ def report_on(
 
 
 def measure(models: Models, task: Task, only: Sequence[str]) -> list[Section]:
-    """The measurements of these names, in the report's order; what is under way is said on
-    stderr."""
-    console, sections, task = Console(stderr=True), [], replace(task)
-    for name, run in MEASUREMENTS.items():
-        if name in only and (name != "looked" or task.looks):
-            with console.status(f"measuring {name}"):
-                sections.append(run(models, task))
-            console.print(f"measured {name}", highlight=False)
+    """The measurements of these names, in the report's order; what will be done, what is under way
+    and how long it took is said on stderr."""
+    console, sections, task = Console(stderr=True, highlight=False), [], replace(task)
+    names = [name for name in MEASUREMENTS if name in only and (name != "looked" or task.looks)]
+    console.print(
+        f"{len(task.examples):,} conversations, {len(models)} models ({', '.join(models)}),"
+        f" {len(names)} measurements: {', '.join(names)}. How long one takes is told after it"
+    )
+    for number, name in enumerate(names, 1):
+        start = time.perf_counter()
+        with console.status(f"measuring {name}"):
+            sections.append(MEASUREMENTS[name](models, task))
+        seconds = time.perf_counter() - start
+        console.print(f"{number}/{len(names)} measured {name}, {seconds:,.0f} s")
     return sections
 
 

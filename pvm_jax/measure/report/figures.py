@@ -243,7 +243,8 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
         colour = shades[number] if panel.ordered else CYCLE[number % len(CYCLE)]
         mean, low, high = np.array(series.y, float).reshape(-1, 3).T
         axes.fill_between(series.x, low, high, color=colour, alpha=0.18, linewidth=0)
-        (line,) = axes.plot(series.x, mean, color=colour, linewidth=1.6)
+        # Not clipped: a line at an end of the bounds is as thick as elsewhere.
+        (line,) = axes.plot(series.x, mean, color=colour, linewidth=1.6, clip_on=False)
         if len(own) <= len(MARKERS):
             line.set(marker=MARKERS[number], linestyle=DASHES[number], markersize=4)
         if len(own) <= len(MARKERS) or number in (

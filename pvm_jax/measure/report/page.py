@@ -58,16 +58,19 @@ th, td {{ text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px so
   font-variant-numeric: tabular-nums; }}
 th:first-child, td:first-child {{ text-align: left; }}
 .about {{ color: var(--soft); }}
+.origin td {{ text-align: left; overflow-wrap: anywhere; }}
 .sample {{ display: grid; gap: .75rem 1.5rem; margin: 0 0 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); }}
+  grid-template-columns: 14rem repeat(var(--answers), minmax(0, 1fr)); }}
+@media (max-width: 60rem) {{ .sample {{ grid-template-columns: minmax(0, 1fr); }} }}
 .sample img {{ width: 100%; max-width: 14rem; image-rendering: pixelated; }}
 .sample h3 {{ font-size: .9rem; margin: 0; }}
 .sample pre {{ font: .85rem/1.4 ui-monospace, monospace; white-space: pre-wrap; margin: .25rem 0;
-  max-height: 16rem; overflow: auto; }}
+  max-height: 24rem; overflow: auto; background: var(--card); padding: .4rem .6rem; }}
+.sample .prompt {{ max-height: 9rem; }}
 </style>
 <h1>{title}</h1>
 {about}
-{origin}
+<div class="origin">{origin}</div>
 <nav>{links}</nav>
 {sections}
 </html>
@@ -106,6 +109,7 @@ def write_report(
         "settings": dict(settings or {}),
         "sections": {
             section.key: {
+                "title": section.title,
                 "facts": list(section.facts),
                 "table": [list(row) for row in section.rows],
                 "figures": {panel.key: panel.data() for panel in section.panels},
@@ -174,10 +178,17 @@ def _figure(panel: Panel | AttentionMap, drawn: str, width: str) -> str:
 
 
 def _sample(sample: AnswerSample) -> str:
-    parts = [f'<img alt="" src="{_png(pixels)}">' for pixels in sample.pictures]
-    texts = {"question": sample.question} | dict(sample.answers)
-    said = [f"<div><h3>{escape(k)}</h3><pre>{escape(v)}</pre></div>" for k, v in texts.items()]
-    return f'<div class="sample"><div>{"".join(parts)}</div>{"".join(said)}</div>'
+    """A row: pictures above the question, then the answers, none of them on a row of its own."""
+    shown = [f'<img alt="" src="{_png(pixels)}">' for pixels in sample.pictures]
+    shown += ["<h3>question</h3>", f'<pre class="prompt">{escape(sample.question)}</pre>']
+    said = [
+        f"<div><h3>{escape(name)}</h3><pre>{escape(text)}</pre></div>"
+        for name, text in sample.answers.items()
+    ]
+    return (
+        f'<div class="sample" style="--answers: {len(said)}">'
+        f"<div>{''.join(shown)}</div>{''.join(said)}</div>"
+    )
 
 
 def _png(pixels: np.ndarray) -> str:

@@ -24,7 +24,7 @@ def provenance(models: Mapping[str, Qwen3VL], examples: Sequence[Example]) -> li
     facts = [
         ("date", datetime.now(UTC).isoformat(timespec="seconds")),
         ("version", f"pvm-jax {version('pvm-jax')}{_commit()}, jax {jax.__version__}"),
-        ("command", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        ("command", _command()),
         ("device", f"{len(devices)} x {devices[0].device_kind} ({platform.machine()})"),
         ("conversations", f"{len(examples):,}, identity {data_identity(examples)}"),
     ]
@@ -48,6 +48,13 @@ def data_identity(examples: Sequence[Example]) -> str:
                 digest.update(f"{array.shape} {array.dtype} ".encode())
                 digest.update(array.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _command() -> str:
+    """What was typed: a module that python ran, or a command by its name."""
+    module = sys.modules["__main__"].__spec__
+    typed = ["python", "-m", module.name.removesuffix(".__main__")] if module else None
+    return shlex.join([*(typed or [Path(sys.argv[0]).name]), *sys.argv[1:]])
 
 
 def _commit() -> str:

@@ -132,9 +132,11 @@ def test_an_answer_that_fails_once_is_asked_for_again(bucket, storage):
 
 
 def test_no_bucket(storage):
-    with pytest.raises(OSError, match="gs://not-there/a cannot be written"):
+    with pytest.raises(OSError, match=r"not-there/a cannot be written .*no such bucket"):
         sole_writer("gs://not-there/a").__enter__()
     assert not any_path("gs://not-there/a").exists()
+    with pytest.raises(OSError, match=r"^gs://not-there/\..*: there is no such bucket"):
+        check_writable(any_path("gs://not-there"))
 
 
 def test_no_network_is_told_soon(bucket, storage, monkeypatch):

@@ -83,6 +83,7 @@ def test_samples_stand_beside_their_pictures(tmp_path):
     page = write_report([section], tmp_path, title="T", origin=origin).read_text()
     assert page.count("data:image/png;base64,") == 1
     assert "<pre>a &lt; b</pre>" in page
+    assert 'style="--answers: 2"' in page  # all in one row
     assert "<td>pvm measure</td>" in page
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["origin"] == {"command": "pvm measure"}

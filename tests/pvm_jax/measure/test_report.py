@@ -94,6 +94,7 @@ def check_origin_and_samples(content: Mapping, page: str) -> None:
     )
     assert re.fullmatch(r"float32, backbone [0-9a-f]{16}", origin["without"])
     assert origin["conversations"].startswith("3, identity ")
+    assert origin["command"].startswith(("python -m pytest", "pytest", "-c"))  # as it was typed
     assert all(escape(value) in page for value in origin.values())
     samples = content["sections"]["samples"]["samples"]
     assert [list(one["answers"]) for one in samples] == [["true", "with the branch", "without"]] * 3
@@ -159,7 +160,7 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
 
 
 def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(
-    data, tmp_path, monkeypatch
+    data, tmp_path, monkeypatch, capsys
 ):
     """Whatever the other one's folder is called."""
     checkpoint = save_random(tmp_path / "first", 0.1, layers=2)
@@ -168,6 +169,9 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
     main(arguments(checkpoint, data, tmp_path, "--only", "lens", "--against", "checkpoint"))
     sections = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert list(sections) == ["lens"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("3 conversations, 2 models (checkpoint, against checkpoint), 1 measure")
+    assert "1/1 measured lens" in said
     series = sections["lens"]["figures"]["lens_kl"]["series"]
     assert list(series) == ["checkpoint", "against checkpoint"]
     assert series["checkpoint"]["mean"] != series["against checkpoint"]["mean"]

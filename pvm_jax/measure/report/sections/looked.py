@@ -29,7 +29,7 @@ def measure_looks(models: Models, task: Task) -> Section:
         panels.append(
             AttentionMap(
                 f"looked_{place}",
-                _said(task.processor, example, int(columns[place, 0])),
+                _said(task.processor, example, int(columns[place, 0]), tokens[place]),
                 caption("look", token=tokens[place], number=number),
                 [picture(f.pixels, f.rows, f.columns, pixels, model.config.vision) for f in seen],
                 {layer: _maps(values[place], seen, merge) for layer, values in attention.items()},
@@ -75,13 +75,14 @@ def _sharpest(attention: np.ndarray) -> int:
     return int(entropy.mean(0).argmin())
 
 
-def _said(processor: Processor, example: Example, column: int) -> str:
-    """The token of this column, behind those before it."""
-    before = processor.decode(example.input_ids[max(column - 4, 0) : column]).strip()
+def _said(processor: Processor, example: Example, column: int, token: int) -> str:
+    """The token of this column, behind those of the answer before it, of which there are
+    `token`."""
+    before = processor.decode(example.input_ids[column - min(4, token) : column]).strip()
     said = processor.decode(
         example.input_ids[column : column + 1], skip_special_tokens=False
     ).strip()
-    return f"…{before} → {said}"
+    return f"{'…' if token > 4 else ''}{before} → {said}".lstrip()
 
 
 def _maps(values: np.ndarray, seen: Sequence[Frame], merge: int) -> list[np.ndarray]:
