@@ -86,9 +86,10 @@ def project_to_heads(
     """The same to those heads that `part` names, [..., N, width]: a TPU writes a product's result
     in any order, and would copy it into this one."""
     if _keeps_whole(x, weight, heads):
+        matrix = _matrix(x, weight, heads, 0)[part].reshape(-1, x.shape[-1])
         # Else the compiler has the product give heads by itself.
-        y = jax.lax.optimization_barrier(project(x, weight))
-        return y.reshape(*x.shape[:-1], -1, heads.dim)[..., part, :]
+        y = jax.lax.optimization_barrier(product(x, matrix))
+        return y.reshape(*x.shape[:-1], -1, heads.dim)
     return jnp.einsum("...i,nwi->...nw", x, _matrix(x, weight, heads, 0)[part])
 
 
