@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pvm_jax.model.splash import LANES, splash_attention
-from pvm_jax.sharding import constrain, platform
+from pvm_jax.sharding import platform
 
 KERNELS = ("xla", "splash", "cudnn")
 PIECES, SHORTEST = 8, 128
@@ -52,10 +52,6 @@ def attention(
     if kernel is None:
         kernel = _platform_kernel(q)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    # Split by whole heads or not at all: else where there are fewer heads than devices, those are
-    # cut, and every score is added up between devices.
-    q = constrain(q, "batch", "length", "heads", "head_dim")
-    k, v = (constrain(x, "batch", "length", "kv_heads", "head_dim") for x in (k, v))
     if kernel == "xla":
         return _xla(
             q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits, scale=factor

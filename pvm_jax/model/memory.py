@@ -56,11 +56,11 @@ class CrossAttention(nnx.Module):
         """Visual tokens in the branch's width, [B, V, width], and their segments [B, V]."""
         keys = self.k_norm(self.k_proj.to_heads(compact, self.heads))
         values = self.v_proj.to_heads(compact, self.heads)
-        return Memory(keys, values, segment_ids)
+        return Memory(_by_head(keys, "kv_heads"), _by_head(values, "kv_heads"), segment_ids)
 
     def queries(self, query: jax.Array) -> jax.Array:
         """[B, S, width] -> [B, S, N, H]."""
-        return self.q_norm(self.q_proj.to_heads(query, self.heads))
+        return _by_head(self.q_norm(self.q_proj.to_heads(query, self.heads)), "heads")
 
     def __call__(
         self, query: jax.Array, memory: Memory, segment_ids: jax.Array, limits: jax.Array | None
@@ -68,8 +68,8 @@ class CrossAttention(nnx.Module):
         """[B, S, width] -> [B, S, width]; `segment_ids` and `limits` [B, S]."""
         recalled = attention(
             self.queries(query),
-            memory.keys,
-            memory.values,
+            _by_head(memory.keys, "kv_heads"),
+            _by_head(memory.values, "kv_heads"),
             q_segment_ids=segment_ids,
             kv_segment_ids=memory.segment_ids,
             causal=False,
@@ -77,6 +77,12 @@ class CrossAttention(nnx.Module):
             kernel=self.kernel,
         )
         return self.o_proj.from_heads(recalled, self.heads)
+
+
+def _by_head(x: jax.Array, heads: str) -> jax.Array:
+    """[B, S, N, H], split by whole heads or not at all: else where there are fewer heads than
+    devices, those are cut, and every score is added up between devices."""
+    return constrain(x, "batch", "length", heads, "head_dim")
 
 
 class PersistentVisualMemory(nnx.Module):
