@@ -10,6 +10,7 @@ from jax.extend import core as jex
 
 from pvm_jax.sharding import batch_sharding, make_mesh
 from tests.close import assert_close
+from train.step.flops import count_flops
 from train.step.loss import chunked_cross_entropy, chunked_logprobs
 
 B, S, D, V = 8, 37, 16, 211
@@ -157,3 +158,22 @@ def _shapes(jaxpr):
         yield from (variable.aval.shape for variable in equation.outvars)
         for inner in jex.jaxprs_in_params(equation.params):
             yield from _shapes(inner)
+
+
+@pytest.mark.parametrize("loss", [chunked_cross_entropy, chunked_logprobs])
+def test_a_head_that_is_not_trained_meets_each_chunk_twice(inputs, loss):
+    """For its logits and for their gradient; a third product would be the logits once more. The
+    gradient is the one that a trained head passes on."""
+    hidden, head, tokens, weights = inputs
+    readers = jnp.arange(float(B * S)).reshape(B, S)  # a gradient of its own for every token
+
+    def total(hidden, head):
+        if loss is chunked_cross_entropy:
+            return loss(hidden, head, tokens, weights, chunk=8)[0]
+        return (loss(hidden, head, tokens, weights != 0, chunk=8)[0] * readers).sum()
+
+    frozen, trained = jax.grad(total), jax.grad(total, argnums=(0, 1))
+    assert_close(frozen(hidden, head), trained(hidden, head)[0], 1e-6)
+    once = count_flops(total, hidden, head)
+    assert count_flops(frozen, hidden, head) == 2 * once
+    assert count_flops(trained, hidden, head) == 4 * once

@@ -1,13 +1,17 @@
 """What a large vocabulary says of a batch's tokens, without the logits of the whole batch."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pvm_jax.sharding import constrain, divides
 
-OfLogits = Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]
+Found = tuple[jax.Array, ...]
+OfLogits = Callable[[jax.Array, jax.Array], Found]
 """(logits [B, chunk, vocab] float32, targets [B, chunk]) -> arrays [B, chunk]."""
 
 
@@ -35,7 +39,12 @@ def chunked_cross_entropy(
     """
     weights = loss_weights[:, 1:].astype(jnp.float32)
     (logprobs,) = _chunked(
-        lambda *logits: (_logprob(*logits),), hidden, head, tokens, loss_weights != 0, chunk
+        lambda *logits: (_logprob(*logits),),
+        chunk,
+        hidden,
+        _placed(head),
+        tokens,
+        loss_weights != 0,
     )
     return -(weights * logprobs[:, 1:]).sum(), weights.sum()
 
@@ -79,66 +88,138 @@ def chunked_logprobs(
         logits = logits / temperature
         return _logprob(logits, targets), _entropy(jax.lax.stop_gradient(logits))
 
-    logprobs, entropy = _chunked(read, hidden, head, tokens, wanted, chunk)
+    logprobs, entropy = _chunked(read, chunk, hidden, _placed(head), tokens, wanted)
     return logprobs, entropy
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
     read: OfLogits,
+    chunk: int,
     hidden: jax.Array,
     head: jax.Array,
     tokens: jax.Array,
     wanted: jax.Array,
-    chunk: int,
-) -> tuple[jax.Array, ...]:
-    """What `read` makes of the logits of the wanted tokens: arrays [B, S], 0 elsewhere.
+) -> Found:
+    """What `read` makes of the logits of the wanted tokens: arrays [B, S], 0 elsewhere. Only the
+    first of them may pass a gradient on.
+
+    Of a head that is not trained, a logit's gradient is needed for the hidden state alone, and that
+    state has one: the forward pass takes it while the logits are there (`_forward`), where jax.grad
+    would compute them a second time.
+    """
+    return _as_targets(_over_chunks(partial(_of_chunk, read, head), chunk, hidden, tokens, wanted))
+
+
+def _forward(
+    read: OfLogits, chunk: int, hidden: Any, head: Any, tokens: Any, wanted: Any
+) -> tuple[Found, Any]:
+    """What `_chunked` returns, and what `_backward` needs: the first array's slopes by hidden
+    state, [B, S - 1, D], or how to pull a gradient back to a head that is trained too."""
+    rest = tokens.value, wanted.value
+    if head.perturbed:
+
+        def whole(hidden: jax.Array, head: jax.Array) -> Found:
+            of_chunk = partial(_of_chunk, read, head)
+            return _as_targets(_over_chunks(of_chunk, chunk, hidden, *rest))
+
+        return jax.vjp(whole, hidden.value, head.value)
+
+    def with_slopes(hidden: jax.Array, *rest: jax.Array) -> tuple[Found, jax.Array]:
+        def first(hidden: jax.Array) -> tuple[jax.Array, Found]:
+            found = _of_chunk(read, head.value, hidden, *rest)
+            return found[0], found
+
+        ones, pull, found = jax.vjp(first, hidden, has_aux=True)
+        return found, constrain(*pull(jnp.ones_like(ones)), "batch", "length", "hidden")
+
+    found, slopes = _over_chunks(with_slopes, chunk, hidden.value, *rest)
+    return _as_targets(found), slopes
+
+
+def _backward(read: OfLogits, chunk: int, kept: Any, gradients: Found) -> tuple[Any, ...]:
+    of_first, *of_others = (_instantiated(gradient) for gradient in gradients)
+    if callable(kept):
+        return *kept((of_first, *of_others)), None, None
+    of_hidden = (of_first[:, 1:, None] * kept).astype(kept.dtype)
+    return jnp.pad(of_hidden, [(0, 0), (0, 1), (0, 0)]), None, None, None
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _instantiated(gradient: Any) -> jax.Array:
+    if isinstance(gradient, SymbolicZero):
+        return jnp.zeros(gradient.shape, gradient.dtype)
+    return gradient
+
+
+def _placed(head: jax.Array) -> jax.Array:
+    """As `_axes` says; and its gradient comes back to where the head was."""
+    return constrain(constrain(head, "vocab", "embed"), _axes(head)[1], "hidden")
+
+
+def _axes(head: jax.Array) -> tuple[str, str]:
+    """What devices split of logits: the vocabulary, not the rows, over fsdp. A chunk of hidden
+    states is gathered in place of the head, whose gradient would else be whole on every device, in
+    float32, and added up over all of them for every chunk."""
+    if divides("loss_vocab", head.shape[0]):
+        return "loss_rows", "loss_vocab"
+    return "batch", "vocab"
+
+
+def _of_chunk(
+    read: OfLogits, head: jax.Array, hidden: jax.Array, targets: jax.Array, wanted: jax.Array
+) -> Found:
+    """Of `chunk` positions, hidden [B, chunk, D]."""
+    rows, vocab = _axes(head)
+    hidden, targets = (
+        constrain(hidden, rows, "length", "hidden"),
+        constrain(targets, rows, "length"),
+    )
+    weight = constrain(head, vocab, "hidden").astype(
+        hidden.dtype
+    )  # cast here: chunks' gradients add up in head's dtype
+    logits = jnp.einsum("bcd,vd->bcv", hidden, weight, preferred_element_type=jnp.float32)
+    found = read(constrain(logits, rows, "length", vocab), targets)
+    return tuple(jnp.where(wanted, constrain(x, "batch", "length"), 0) for x in found)
+
+
+def _over_chunks(
+    of_chunk: Callable, chunk: int, hidden: jax.Array, tokens: jax.Array, wanted: jax.Array
+) -> Any:
+    """`of_chunk` of hidden states, targets and whether they are wanted, chunk after chunk: a tree
+    of arrays [B, S - 1, ...], 0 where not wanted.
 
     Each row's wanted positions are brought to its front, so that a chunk in which no row has any is
     skipped: prompts and padding never meet the vocabulary, and at most [B, chunk, V] logits exist
-    at a time (recomputed in the backward pass).
+    at a time (jax.grad computes them again).
     """
     wanted = wanted[:, 1:]
     # Every row is reordered on its own: nothing moves between devices.
     order = jnp.argsort(~wanted, axis=1, stable=True)
-    hidden = jnp.take_along_axis(hidden[:, :-1], order[..., None], axis=1)
-    targets, wanted = (jnp.take_along_axis(x, order, axis=1) for x in (tokens[:, 1:], wanted))
-    # Devices split the vocabulary, not the rows, over fsdp: a chunk of hidden states is gathered in
-    # place of the head, whose gradient would else be whole on every device, in float32, and added
-    # up over all of them for every chunk.
-    rows, vocab = (
-        ("loss_rows", "loss_vocab") if divides("loss_vocab", head.shape[0]) else ("batch", "vocab")
-    )
-    head = constrain(
-        constrain(head, "vocab", "embed"), vocab, "hidden"
-    )  # the former says where its gradient belongs
+    ordered = [_reordered(x, order) for x in (hidden[:, :-1], tokens[:, 1:], wanted)]
 
-    def of_chunk(hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
-        hidden, targets = (
-            constrain(hidden, rows, "length", "hidden"),
-            constrain(targets, rows, "length"),
-        )
-        weight = constrain(head, vocab, "hidden").astype(
-            hidden.dtype
-        )  # cast here: chunks' gradients add up in head's dtype
-        logits = jnp.einsum("bcd,vd->bcv", hidden, weight, preferred_element_type=jnp.float32)
-        read_off = read(constrain(logits, rows, "length", vocab), targets)
-        return tuple(jnp.where(wanted, constrain(x, "batch", "length"), 0) for x in read_off)
+    def skipped(*parts: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_chunk, *parts))
 
-    def skipped(hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
-        return jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_chunk, hidden, targets, wanted)
-        )
-
-    def add_chunk(_: None, parts: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+    def next_chunk(_: None, parts: tuple[jax.Array, ...]) -> tuple[None, Any]:
         return None, jax.lax.cond(parts[2].any(), of_chunk, skipped, *parts)
 
-    chunks = tuple(_chunks(x, min(chunk, x.shape[1])) for x in (hidden, targets, wanted))
-    _, found = jax.lax.scan(jax.checkpoint(add_chunk, prevent_cse=False), None, chunks)
+    chunks = tuple(_chunks(x, min(chunk, x.shape[1])) for x in ordered)
+    _, found = jax.lax.scan(jax.checkpoint(next_chunk, prevent_cse=False), None, chunks)
     back = jnp.argsort(order, axis=1)
-    return tuple(
-        jnp.pad(jnp.take_along_axis(_rows(x, order.shape[1]), back, axis=1), [(0, 0), (1, 0)])
-        for x in found
-    )
+    return jax.tree.map(lambda x: _reordered(_rows(x, order.shape[1]), back), found)
+
+
+def _as_targets(found: Found) -> Found:
+    """[B, S - 1] -> [B, S]: no hidden state predicts a row's first token."""
+    return tuple(jnp.pad(x, [(0, 0), (1, 0)]) for x in found)
+
+
+def _reordered(x: jax.Array, order: jax.Array) -> jax.Array:
+    """[B, S, ...], each row in the order of [B, S]."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
@@ -150,8 +231,8 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def _rows(x: jax.Array, length: int) -> jax.Array:
-    """The inverse of `_chunks` for [chunks, B, chunk]: [B, length]."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
+    """The inverse of `_chunks`: [B, length, ...]."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
 
 def _logprob(logits: jax.Array, targets: jax.Array) -> jax.Array:
