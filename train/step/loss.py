@@ -115,7 +115,7 @@ def _forward(
     read: OfLogits, chunk: int, hidden: Any, head: Any, tokens: Any, wanted: Any
 ) -> tuple[Found, Any]:
     """What `_chunked` returns, and what `_backward` needs: the first array's slopes by hidden
-    state, [B, S - 1, D], or how to pull a gradient back to a head that is trained too."""
+    state, [B, S, D], or how to pull a gradient back to a head that is trained too."""
     rest = tokens.value, wanted.value
     if head.perturbed:
 
@@ -141,8 +141,7 @@ def _backward(read: OfLogits, chunk: int, kept: Any, gradients: Found) -> tuple[
     of_first, *of_others = (_instantiated(gradient) for gradient in gradients)
     if callable(kept):
         return *kept((of_first, *of_others)), None, None
-    of_hidden = (of_first[:, 1:, None] * kept).astype(kept.dtype)
-    return jnp.pad(of_hidden, [(0, 0), (0, 1), (0, 0)]), None, None, None
+    return (_following(of_first)[..., None] * kept).astype(kept.dtype), None, None, None
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -188,17 +187,17 @@ def _of_chunk(
 def _over_chunks(
     of_chunk: Callable, chunk: int, hidden: jax.Array, tokens: jax.Array, wanted: jax.Array
 ) -> Any:
-    """`of_chunk` of hidden states, targets and whether they are wanted, chunk after chunk: a tree
-    of arrays [B, S - 1, ...], 0 where not wanted.
+    """`of_chunk` of hidden states, the tokens that follow them and whether those are wanted, chunk
+    after chunk: a tree of arrays [B, S, ...], 0 where not wanted.
 
     Each row's wanted positions are brought to its front, so that a chunk in which no row has any is
     skipped: prompts and padding never meet the vocabulary, and at most [B, chunk, V] logits exist
     at a time (jax.grad computes them again).
     """
-    wanted = wanted[:, 1:]
+    targets, wanted = _following(tokens), _following(wanted)
     # Every row is reordered on its own: nothing moves between devices.
     order = jnp.argsort(~wanted, axis=1, stable=True)
-    ordered = [_reordered(x, order) for x in (hidden[:, :-1], tokens[:, 1:], wanted)]
+    ordered = [_reordered(x, order) for x in (hidden, targets, wanted)]
 
     def skipped(*parts: jax.Array) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_chunk, *parts))
@@ -212,9 +211,14 @@ def _over_chunks(
     return jax.tree.map(lambda x: _reordered(_rows(x, order.shape[1]), back), found)
 
 
+def _following(x: jax.Array) -> jax.Array:
+    """[B, S]: of each token, what `x` says of the next; 0 of the last one."""
+    return jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
+
+
 def _as_targets(found: Found) -> Found:
-    """[B, S - 1] -> [B, S]: no hidden state predicts a row's first token."""
-    return tuple(jnp.pad(x, [(0, 0), (1, 0)]) for x in found)
+    """The inverse of `_following`: 0 of a row's first token, which none precedes."""
+    return tuple(jnp.pad(x[:, :-1], [(0, 0), (1, 0)]) for x in found)
 
 
 def _reordered(x: jax.Array, order: jax.Array) -> jax.Array:
