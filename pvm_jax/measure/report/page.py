@@ -114,7 +114,7 @@ def write_report(
                 "table": [list(row) for row in section.rows],
                 "figures": {panel.key: panel.data() for panel in section.panels},
                 "samples": [
-                    {"question": one.question, "answers": dict(one.answers)}
+                    {"prompt": one.prompt, "answers": dict(one.answers)}
                     for one in section.samples
                 ],
             }
@@ -178,9 +178,9 @@ def _figure(panel: Panel | AttentionMap, drawn: str, width: str) -> str:
 
 
 def _sample(sample: AnswerSample) -> str:
-    """A row: pictures above the question, then the answers, none of them on a row of its own."""
+    """A row: pictures above the prompt, then the answers, none of them on a row of its own."""
     shown = [f'<img alt="" src="{_png(pixels)}">' for pixels in sample.pictures]
-    shown += ["<h3>question</h3>", f'<pre class="prompt">{escape(sample.question)}</pre>']
+    shown += ["<h3>prompt</h3>", f'<pre class="prompt">{escape(sample.prompt)}</pre>']
     said = [
         f"<div><h3>{escape(name)}</h3><pre>{escape(text)}</pre></div>"
         for name, text in sample.answers.items()

@@ -14,7 +14,7 @@ class AnswerSample(NamedTuple):
     and texts."""
 
     pictures: Sequence[np.ndarray]
-    question: str
+    prompt: str
     answers: Mapping[str, str]
 
 

@@ -88,5 +88,5 @@ def test_samples_stand_beside_their_pictures(tmp_path):
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["origin"] == {"command": "pvm measure"}
     assert content["sections"]["s"]["samples"] == [
-        {"question": "What?", "answers": {"true": "a < b", "it": "b"}}
+        {"prompt": "What?", "answers": {"true": "a < b", "it": "b"}}
     ]

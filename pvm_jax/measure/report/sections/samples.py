@@ -11,7 +11,7 @@ SAMPLES, PICTURES = 4, 4
 
 
 def sample_answers(models: Models, task: Task) -> Section:
-    """The first few conversations: pictures, question, true answer and what each model wrote."""
+    """The first few conversations: pictures, prompt, true answer and what each model wrote."""
     answers = {name: written(name, model, task).tokens for name, model in models.items()}
     config, pixels = next(iter(models.values())).config, task.processor.image_settings
     samples = []
