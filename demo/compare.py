@@ -94,10 +94,11 @@ def terms_of(terms: Terms, curves: Curves) -> dict[str, Any]:
 
 
 def claim(results: Path, terms: Mapping[str, Any]) -> None:
-    """Notes in `results` on what terms the comparison is; raises ValueError if others were noted
-    there, whose results it holds."""
+    """Notes in `results` on what terms the comparison is, new methods too; raises ValueError if
+    others were noted there, whose results it holds."""
     note, mine = results / "terms.json", json.dumps(terms, indent=2) + "\n"
-    if note.exists() and note.read_text() != mine:
+    noted, now = (json.loads(text) for text in (note.read_text() if note.exists() else mine, mine))
+    if noted | {"methods": now["methods"] | noted["methods"]} != now:
         raise ValueError(
             f"{results} holds a comparison on other terms (see {note}): give another --results"
             " and --out, or remove both folders"
@@ -132,7 +133,7 @@ def result(
             load_result(training, folder, plain),
             plain,
             curves,
-            trainable=METHODS[training.method].trainable,
+            trained=METHODS[training.method].stages,
             about=about | {"seed": training.seed, "rate": training.rate},
             logs=training.logs(folder),
         )
@@ -143,7 +144,7 @@ def result(
 def measure_base(plain: Path, curves: Curves) -> Measured:
     """The base as it is, and what it guesses about other images."""
     about = {"method": UNTRAINED, "table": "", "seed": None, "rate": None}
-    return measure(load(plain), plain, curves, trainable=None, about=about)
+    return measure(load(plain), plain, curves, trained=(), about=about)
 
 
 if __name__ == "__main__":

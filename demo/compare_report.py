@@ -18,16 +18,18 @@ from matplotlib.axes import Axes
 from demo.curves import AHEAD, ALONE, BETWEEN, MISLED, OTHER, UNTRAINED, WRITTEN, Measured
 from pvm_jax.measure.intervals import estimate
 
-LOOKS_FIRST, RIVALS = "PVM looks first", ("LoRA", "full")
+LOOKING = "PVM looks first", "PVM then LoRA"
+RIVALS = "LoRA", "full"
 STYLES = {  # colour, marker, line: no two differ by colour alone
     UNTRAINED: ("#555555", "o", "-"),
     "LoRA": ("#2a78b5", "s", "--"),
     "full": ("#2e8b57", "^", "-."),
     "PVM": ("#e8871e", "D", ":"),
-    LOOKS_FIRST: ("#c0392b", "o", "-"),
+    "PVM looks first": ("#c0392b", "o", "-"),
+    "PVM then LoRA": ("#6b2fb3", "P", "-"),
     OTHER: ("#bbbbbb", "x", ":"),
-    MISLED: ("#c0392b", "x", ":"),
-    ALONE: ("#8e44ad", "v", "--"),
+    MISLED: ("#111111", "x", ":"),
+    ALONE: ("#b8860b", "v", "--"),
 }
 PANELS = (
     "words between image and question",
@@ -79,8 +81,8 @@ def tables(methods: Methods) -> list[str]:
             ]
         if rows:
             parts.append(table(header, rows))
-    if LOOKS_FIRST in methods and set(RIVALS) <= set(methods):
-        parts += [_differences(methods)]
+    if set(RIVALS) <= set(methods):
+        parts += [_differences(methods, name) for name in LOOKING if name in methods]
     for name, ones in methods.items():
         if MISLED in ones[0].curves:
             parts += [_controls(name, ones)]
@@ -120,21 +122,21 @@ def _about(methods: Methods) -> str:
     return table(["", *methods], rows)
 
 
-def _differences(methods: Methods) -> str:
-    """Of the branch that looks first against the better of its rivals, at each number of words."""
-    names = (LOOKS_FIRST, *RIVALS)
+def _differences(methods: Methods, branch: str) -> str:
+    """Of a branch that looks first against the better of its rivals, at each number of words."""
+    names = (branch, *RIVALS)
     seeds = min(len(methods[name]) for name in names)
     rows = []
     for curve in (BETWEEN, AHEAD, WRITTEN):
         for words in methods[UNTRAINED][0].curves.get(curve, {}):
             of = {name: values(methods[name][:seeds], curve, words) for name in names}
             rival = max(RIVALS, key=lambda name: of[name].mean())
-            difference = of[LOOKS_FIRST] - of[rival]
+            difference = of[branch] - of[rival]
             found = estimate(difference.mean(0))
             by_seed = ", ".join(f"{x:+.3f}" for x in difference.mean(1))
             interval = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
             rows.append([f"{words} {curve}", rival, interval, by_seed])
-    header = ["", "best rival", f"{LOOKS_FIRST} minus it, 95 % over scenes", "by seed"]
+    header = ["", "best rival", f"{branch} minus it, 95 % over scenes", "by seed"]
     return table(header, rows)
 
 
@@ -176,8 +178,9 @@ def plot(methods: Methods, path: Path) -> None:
     base = methods[UNTRAINED]
     _draw(axes[0], base, OTHER, f"base, {OTHER}", STYLES[OTHER])
     _draw(axes[2], base, BETWEEN, UNTRAINED, STYLES[UNTRAINED])
-    if branch := methods.get(LOOKS_FIRST):
-        _draw(axes[2], branch, BETWEEN, LOOKS_FIRST, STYLES[LOOKS_FIRST])
+    if looking := [name for name in LOOKING if name in methods]:
+        branch = methods[looking[-1]]
+        _draw(axes[2], branch, BETWEEN, looking[-1], STYLES[looking[-1]])
         for curve in (MISLED, ALONE):
             _draw(axes[2], branch, curve, curve, STYLES[curve])
     words = [int(n) for n in base[0].curves[BETWEEN]]

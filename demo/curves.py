@@ -92,11 +92,11 @@ def measure(
     checkpoint: Path,
     curves: Curves,
     *,
-    trainable: Trainable | None,
+    trained: Sequence[Trainable],
     about: Mapping[str, Any],
     logs: Sequence[Path] = (),
 ) -> Measured:
-    """A model; of the base (`trainable` None) also what it guesses about other images, of a branch
+    """A model; of the base (nothing `trained`) also what it guesses about other images, of a branch
     also its controls and its gates in `logs`.
 
     Args:
@@ -109,15 +109,13 @@ def measure(
         AHEAD: {words: scenes.sees(model, scenes.examples(0, words)) for words in curves.ahead},
         WRITTEN: {words: scenes.writes(model, words) for words in curves.written},
     }
-    attention, gates, trained = {}, {}, 0
-    if trainable is None:
+    attention, gates = {}, {}
+    if not trained:
         found[OTHER] = {
             words: scenes.sees(model, scenes.examples(words), other=True)
             for words in curves.between
         }
-    else:
-        trained = sum(leaf.size for leaf in jax.tree.leaves(split_model(model, trainable)[1]))
-    if trainable == "pvm":
+    if "pvm" in trained:
         misled, gates = mislead(model), read_gates(*logs)
         for name, one, hide in ((MISLED, misled, False), (ALONE, model, True)):
             found[name] = {
@@ -137,7 +135,11 @@ def measure(
     }
     return Measured(
         **about,
-        trained=trained,
+        trained=sum(
+            leaf.size
+            for part in set(trained)
+            for leaf in jax.tree.leaves(split_model(model, part)[1])
+        ),
         tokens=sum(read_tokens(log) for log in logs),
         curves=values,
         attention=attention,

@@ -104,7 +104,7 @@ def run(name: str, out: Path, steps: int) -> Measured:
         load(fresh, branch=branch),
         fresh,
         MEASURED,
-        trainable="pvm",
+        trained=("pvm",),
         about={"method": name, "table": "regime", "seed": VARIATIONS[name].seed, "rate": None},
         logs=[branch.parent / "log"],
     )

@@ -39,22 +39,35 @@ class Method:
     """One way to fine-tune.
 
     Attributes:
-        trainable: what trains, as train.sft calls it.
-        arguments: of train.sft, beside demo/branch.yaml and the rate.
-        looks_first: whether the branch learns to look first (demo/look.yaml).
+        stages: what trains in each, as train.sft calls it. Before the last one, which is
+            demo/branch.yaml, a branch may learn to look (demo/look.yaml).
+        arguments: of the last stage's train.sft, beside demo/branch.yaml and the rate.
+        branch: of convert.hf_to_orbax, which makes it; nothing: no branch.
     """
 
-    trainable: Trainable
+    stages: Sequence[Trainable]
     arguments: Sequence[str] = ()
-    looks_first: bool = False
+    branch: Sequence[str] = ()
+
+    @property
+    def looks_first(self) -> bool:
+        return len(self.stages) > 1
+
+    @property
+    def fresh(self) -> str:
+        """Of the folder of its fresh weights; and a suffix for what begins with them."""
+        return "_".join(["fresh", *([] if self.branch == BRANCH else self.branch[-1:])])
 
 
-# LoRA's rank gives it the branch's number of parameters.
+# LoRA's rank gives all but "full" the branch's number of parameters.
 METHODS = {
-    "LoRA": Method("lora", ("--lora.rank=50", "--lora.alpha=100")),
-    "full": Method("decoder"),
-    "PVM": Method("pvm"),
-    "PVM looks first": Method("pvm", looks_first=True),
+    "LoRA": Method(("lora",), ("--lora.rank=50", "--lora.alpha=100")),
+    "full": Method(("decoder",)),
+    "PVM": Method(("pvm",), branch=BRANCH),
+    "PVM looks first": Method(("pvm", "pvm"), branch=BRANCH),
+    "PVM then LoRA": Method(
+        ("pvm", "lora"), ("--lora.rank=35", "--lora.alpha=70"), (*BRANCH[:-1], "64")
+    ),
 }
 
 
@@ -104,7 +117,8 @@ class Training:
     @property
     def look(self) -> str:
         """Of the folder of its first stage, in which the branch learns to look."""
-        return "_".join([LOOK, *self._no_replay])
+        made = METHODS[self.method].fresh
+        return "_".join([made.replace("fresh", LOOK), *self._no_replay])
 
     @property
     def _no_replay(self) -> list[str]:
@@ -118,19 +132,24 @@ class Training:
 
 def load_result(training: Training, folder: Path, plain: Path) -> Qwen3VL:
     """The model that a training in `folder` made of the checkpoint `plain`."""
-    trainable, run = METHODS[training.method].trainable, folder / training.name
-    if trainable == "pvm":
-        return load(folder / "fresh", branch=run / "branch")
-    return load(plain, lora=run / "lora") if trainable == "lora" else load(run / "model")
+    method = METHODS[training.method]
+    runs = [folder / training.name]
+    if method.looks_first:
+        runs.insert(0, folder / training.look)
+    made = {one: run / RESULTS[one] for one, run in zip(method.stages, runs, strict=True)}
+    if "decoder" in made:
+        return load(made["decoder"])
+    checkpoint = folder / method.fresh if method.branch else plain
+    return load(checkpoint, branch=made.get("pvm"), lora=made.get("lora"))
 
 
 def commands(training: Training, terms: Terms, folder: Path, plain: Path) -> list[Step]:
     """Fresh weights, examples and stages of a training, in the folder of its seed."""
     method, seed, made = METHODS[training.method], training.seed, []
     checkpoint = plain
-    if method.trainable == "pvm":
-        checkpoint = folder / "fresh"
-        convert = ["convert.hf_to_orbax", BASE, checkpoint, *BRANCH, "--seed", seed]
+    if method.branch:
+        checkpoint = folder / method.fresh
+        convert = ["convert.hf_to_orbax", BASE, checkpoint, *method.branch, "--seed", seed]
         made.append((checkpoint, convert))
     stages = batches(training, terms, plain)
     totals = Counter[str]()
@@ -139,19 +158,20 @@ def commands(training: Training, terms: Terms, folder: Path, plain: Path) -> lis
     files = {name: folder / f"{name}_data_{n}" / "data.jsonl" for name, n in totals.items()}
     for name, file in files.items():
         made.append((file, _make_examples(name, file.parent, seed, totals[name])))
-    own = [f"--checkpoint={checkpoint}", f"--trainable={method.trainable}", f"--seed={seed}"]
-    own += method.arguments
-    runs = [("demo/branch.yaml", training.name, [f"--optimizer.learning_rate={training.rate:g}"])]
+    own = [f"--checkpoint={checkpoint}", f"--seed={seed}"]
+    rate = f"--optimizer.learning_rate={training.rate:g}"
+    runs = [("demo/branch.yaml", training.name, [rate, *method.arguments])]
     if method.looks_first:
         branch = folder / training.look / RESULTS["pvm"]
         runs[0][-1].append(f"--branch={branch}")
         runs.insert(0, ("demo/look.yaml", training.look, []))
-    for (config, run, more), stage in zip(runs, stages, strict=True):
+    for (config, run, more), trainable, stage in zip(runs, method.stages, stages, strict=True):
         # Of what two stages share, each reads its part.
         sources = [f"{{path: {files[n]}, weight: {stage[n] / totals[n]:g}}}" for n in stage]
-        command = ["train.sft", f"--config={config}", f"--run_dir={folder / run}", *own, *more]
+        command = ["train.sft", f"--config={config}", f"--run_dir={folder / run}", *own]
+        command += [f"--trainable={trainable}", *more]
         command += [f"--data.sources=[{', '.join(sources)}]", f"--max_steps={stage.total()}"]
-        made.append((folder / run / RESULTS[method.trainable], command))
+        made.append((folder / run / RESULTS[trainable], command))
     return made
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import jax
 import numpy as np
@@ -16,9 +17,9 @@ from demo import checkpoint, compare, curves, recall, regime, trainings
 from demo.compare_report import write_report
 from demo.curves import AHEAD, ALONE, BETWEEN, MISLED, OTHER, WRITTEN, Curves, Measured
 from demo.evaluate import EvaluationSettings, encode
-from demo.run import BASE, BRANCH
+from demo.run import BASE
 from demo.task import draw
-from demo.trainings import FAR, LONG, LOOK, METHODS, NEAR, Terms, Training
+from demo.trainings import FAR, LONG, LOOK, METHODS, NEAR, Method, Terms, Training
 from pvm_jax.config import LoRAConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.model.qwen3_vl import Qwen3VL, abstract_model
@@ -46,7 +47,7 @@ def test_methods_differ_in_what_trains_alone():
     assert len({tuple(a for a in one if not a.startswith(own)) for one in last.values()}) == 1
     for name, command in last.items():
         config, _ = parse(SFTConfig, command[1:], prog="train.sft", description="", examples="")
-        assert config.trainable == METHODS[name].trainable
+        assert config.trainable == METHODS[name].stages[-1]
         assert config.batch_size == trainings.BATCH_SIZE
         assert (config.branch is not None) == METHODS[name].looks_first
     made = [
@@ -127,23 +128,23 @@ def test_an_unknown_table_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_lora_has_as_many_parameters_as_the_branch():
-    layers, width = (1, 2), int(BRANCH[-1])
-    assert ("--pvm_layers", *map(str, layers), "--pvm_hidden_size", str(width)) == BRANCH
-    given = dict(
-        a.removeprefix("--lora.").split("=")
-        for a in METHODS["LoRA"].arguments
-        if a.startswith("--lora.")
-    )
-    config = checkpoint.make_config(checkpoint.make_tokenizer()).with_pvm(layers, width)
-    model = abstract_model(
-        replace(config, lora=LoRAConfig(int(given["rank"]), float(given["alpha"])))
-    )
-    counts = [
-        sum(math.prod(x.shape) for x in jax.tree.leaves(split_model(model, part)[1]))
-        for part in ("pvm", "lora")
-    ]
-    assert counts[1] == pytest.approx(counts[0], rel=0.03)
+def test_all_but_full_train_as_many_parameters():
+    def parameters(method: Method) -> int:
+        given = parse_qs("&".join(a.removeprefix("--lora.") for a in method.arguments))
+        config = checkpoint.make_config(checkpoint.make_tokenizer())
+        if method.branch:
+            _, *layers, _, width = method.branch
+            config = config.with_pvm(tuple(map(int, layers)), int(width))
+        if given:
+            config = replace(
+                config, lora=LoRAConfig(int(given["rank"][0]), float(given["alpha"][0]))
+            )
+        model = abstract_model(config)
+        parts = [split_model(model, part)[1] for part in set(method.stages)]
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(parts))
+
+    counts = {name: parameters(method) for name, method in METHODS.items() if name != "full"}
+    assert counts == {name: pytest.approx(counts["PVM"], rel=0.03) for name in counts}
 
 
 @pytest.fixture(scope="module")
@@ -219,10 +220,12 @@ def test_measured_once_and_then_read(tmp_path):
 
 
 def test_a_folder_of_results_on_other_terms_is_refused(tmp_path):
-    for _ in range(2):
-        compare.claim(tmp_path / "results", {"steps": 1})
-    with pytest.raises(ValueError, match=r"on other terms \(see .*terms\.json\): give "):
-        compare.claim(tmp_path / "results", {"steps": 2})
+    """A method that joins the others is no other term; one that is gone or changed is."""
+    for methods in ({"a": 1}, {"a": 1}, {"b": 1, "a": 1}):
+        compare.claim(tmp_path / "results", {"steps": 1, "methods": methods})
+    for steps, methods in ((2, {"a": 1, "b": 1}), (1, {"a": 2, "b": 1}), (1, {"a": 1})):
+        with pytest.raises(ValueError, match=r"on other terms \(see .*terms\.json\): give "):
+            compare.claim(tmp_path / "results", {"steps": steps, "methods": methods})
 
 
 def test_the_shipped_results_are_of_the_shipped_base_and_on_these_terms(tmp_path):
@@ -283,7 +286,7 @@ def test_what_is_measured_of_a_model(model, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "EvaluationSettings", lambda: little)
     asked = Curves(between=(0, 5), ahead=(5,), controls=(5,), written=(0,), scenes=2)
     about = {"method": "m", "table": "near", "seed": 0, "rate": None}
-    found = curves.measure(model, tmp_path, asked, trainable="pvm", about=about)
+    found = curves.measure(model, tmp_path, asked, trained=("pvm",), about=about)
     shapes = {name: {w: len(v) for w, v in by.items()} for name, by in found.curves.items()}
     assert shapes == {
         BETWEEN: {"0": 2, "5": 2},
@@ -294,7 +297,7 @@ def test_what_is_measured_of_a_model(model, processor, tmp_path, monkeypatch):
     }
     assert list(found.attention) == ["5"]
     assert found.trained == sum(x.size for x in jax.tree.leaves(split_model(model, "pvm")[1]))
-    base = curves.measure(model, tmp_path, replace(asked, written=()), trainable=None, about=about)
+    base = curves.measure(model, tmp_path, replace(asked, written=()), trained=(), about=about)
     assert set(base.curves) == {BETWEEN, AHEAD, OTHER}
     assert base.curves[BETWEEN] == found.curves[BETWEEN]
     examples = curves.Scenes(asked, tmp_path).examples(0, 5)
