@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypedDict, Unpack
 
@@ -24,6 +24,10 @@ PREFILL_CHUNK = 1024
 """Columns of the prompts that are read at a time, at most, unless the caller says otherwise."""
 
 
+_STOP_TOKENS = 8
+"""Their number is rounded up to so many, so that most programs are the same."""
+
+
 class Generation(NamedTuple):
     """What was generated; row p * num_samples + n is sample n of prompt p.
 
@@ -40,13 +44,27 @@ class Generation(NamedTuple):
     lengths: jax.Array
 
 
-class Sampling(NamedTuple):
-    """How a token is chosen: what the compiled programs depend on."""
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_p", "stop_tokens"],
+    meta_fields=["top_k"],
+)
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
 
-    temperature: float
+    The compiled programs depend on `top_k`, on what is None and on how many `stop_tokens` there
+    are. Another temperature, `top_p` or stop token compiles nothing.
+
+    Attributes:
+        temperature: above 0; None is greedy.
+        stop_tokens: ids that end a row; a negative one is none.
+    """
+
+    temperature: float | jax.Array | None
     top_k: int | None
-    top_p: float | None
-    stop_tokens: tuple[int, ...]
+    top_p: float | jax.Array | None
+    stop_tokens: Sequence[int] | np.ndarray
 
 
 class _State(NamedTuple):
@@ -118,8 +136,9 @@ def generate(
         ValueError: for a setting out of its range.
     """
     run, state = _start(model, batch, max_new_tokens, **settings)
-    output = _advance(run, state, max_new_tokens).output
-    return _flat(output)
+    if max_new_tokens > 1:
+        state = _advance(run, state, max_new_tokens)
+    return _flat(state.output)
 
 
 def stream(
@@ -217,13 +236,18 @@ def _start(
         raise ValueError(
             f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}"
         )
-    ends = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
-    sampling = Sampling(temperature, top_k, top_p, ends)
+    ends = [-1, *(model.config.stop_tokens if stop_tokens is None else stop_tokens)]
+    sampling = Sampling(
+        float(temperature) if temperature else None,
+        top_k,
+        None if top_p is None else float(top_p),
+        np.pad(ends, (0, -len(ends) % _STOP_TOKENS), constant_values=-1).astype(np.int32),
+    )
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     keys = _sample_keys(
         jax.random.key(0) if rng is None else rng,
-        np.arange(rows) if seeds is None else seeds,
+        np.asarray(range(rows) if seeds is None else seeds, np.int32),
         num_samples,
     )
     slots = min(FIRST_SLOTS, max_new_tokens)
@@ -241,7 +265,8 @@ def _start(
     return _Run(graphdef, params, cache, sampling), state
 
 
-def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples: int) -> jax.Array:
+@partial(jax.jit, static_argnames="num_samples")
+def _sample_keys(rng: jax.Array, seeds: np.ndarray, num_samples: int) -> jax.Array:
     """[B, num_samples]."""
 
     def key(seed: jax.Array, number: jax.Array) -> jax.Array:
@@ -249,10 +274,10 @@ def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples:
 
     return jax.vmap(
         lambda seed: jax.vmap(lambda number: key(seed, number))(jnp.arange(num_samples))
-    )(jnp.asarray(seeds))
+    )(seeds)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens", "slots", "chunk"))
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "slots", "chunk"))
 def prefill(
     graphdef,
     params,
@@ -332,7 +357,7 @@ def _fold(cache: Cache, state: _State, slots: int) -> Cache:
     return cache._replace(prompts=whole.compacted(slots))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def decode_loop(
     graphdef, params, cache: Cache, state: _State, until: jax.Array | int, sampling: Sampling
 ) -> _State:
@@ -359,11 +384,11 @@ def decode_loop(
 def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) -> _State:
     """Chooses each sample's next token from hidden [B, samples, D] and records it."""
     logits = model.logits(hidden)
-    rows = state.keys.reshape(-1)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(rows, state.emitted)
     never = (model.config.image_token_id, model.config.video_token_id)
-    token = _choose(logits.reshape(len(rows), -1), keys, sampling, never).reshape(state.token.shape)
-    logprobs = jax.nn.log_softmax(logits / (sampling.temperature or 1.0))
+    flat, keys = logits.reshape(-1, logits.shape[-1]), state.keys.reshape(-1)
+    token = _choose(flat, keys, state.emitted, sampling, never).reshape(state.token.shape)
+    scaled = logits if sampling.temperature is None else logits / sampling.temperature
+    logprobs = jax.nn.log_softmax(scaled)
     logprob = jnp.take_along_axis(logprobs, token[..., None], -1)[..., 0]
     token, logprob = jnp.where(state.done, 0, token), jnp.where(state.done, 0, logprob)
     output = Generation(
@@ -376,11 +401,16 @@ def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) 
 
 
 def _choose(
-    logits: jax.Array, keys: jax.Array, sampling: Sampling, never: tuple[int, ...]
+    logits: jax.Array,
+    keys: jax.Array,
+    emitted: jax.Array,
+    sampling: Sampling,
+    never: tuple[int, ...],
 ) -> jax.Array:
-    """[rows, vocab] -> [rows]."""
+    """[rows, vocab] and the samples' keys [rows] -> [rows], the samples' token number
+    `emitted`."""
     logits = logits.at[:, jnp.asarray(never)].set(-jnp.inf)
-    if sampling.temperature == 0:
+    if sampling.temperature is None:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     logits = logits / sampling.temperature
     if sampling.top_k is not None:
@@ -391,4 +421,5 @@ def _choose(
         before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
         least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), -1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, emitted)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
