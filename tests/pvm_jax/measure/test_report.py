@@ -105,6 +105,7 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
     """All measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
     options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
+    options += ["--batch-size", "3"]  # all conversations: every batch has the same shape
     main(arguments(checkpoint, data, tmp_path, *options))
     said = capsys.readouterr().out
     assert f"The report: {tmp_path / 'report.html'}" in said
