@@ -1,8 +1,7 @@
 """Generation: one prefill a prompt, then one compiled loop over a cache that grows by buckets."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypedDict, Unpack
 
@@ -15,6 +14,7 @@ from pvm_jax.data.batch import Batch, bucket_size
 from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.model.sampling import Sampling, choose, make_sampling
 
 FIRST_SLOTS = 256
 """Generated tokens that the first cache has slots for; a full one is doubled. One compilation of
@@ -22,10 +22,6 @@ the loop for each size."""
 
 PREFILL_CHUNK = 1024
 """Columns of the prompts that are read at a time, at most, unless the caller says otherwise."""
-
-
-_STOP_TOKENS = 8
-"""Their number is rounded up to so many, so that most programs are the same."""
 
 
 class Generation(NamedTuple):
@@ -42,29 +38,6 @@ class Generation(NamedTuple):
     tokens: jax.Array
     logprobs: jax.Array
     lengths: jax.Array
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["temperature", "top_p", "stop_tokens"],
-    meta_fields=["top_k"],
-)
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen.
-
-    The compiled programs depend on `top_k`, on what is None and on how many `stop_tokens` there
-    are. Another temperature, `top_p` or stop token compiles nothing.
-
-    Attributes:
-        temperature: above 0; None is greedy.
-        stop_tokens: ids that end a row; a negative one is none.
-    """
-
-    temperature: float | jax.Array | None
-    top_k: int | None
-    top_p: float | jax.Array | None
-    stop_tokens: Sequence[int] | np.ndarray
 
 
 class _State(NamedTuple):
@@ -218,7 +191,7 @@ def _start(
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> tuple[_Run, _State]:
     """Checks the settings and prefills."""
-    rows, vocab_size = batch.tokens.shape[0], model.config.text.vocab_size
+    rows = batch.tokens.shape[0]
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("num_samples", num_samples),
@@ -226,23 +199,12 @@ def _start(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k must be in [1, {vocab_size}], got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if seeds is not None and (len(seeds) != rows or not all(0 <= seed < 2**31 for seed in seeds)):
         raise ValueError(
             f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}"
         )
-    ends = [-1, *(model.config.stop_tokens if stop_tokens is None else stop_tokens)]
-    sampling = Sampling(
-        float(temperature) if temperature else None,
-        top_k,
-        None if top_p is None else float(top_p),
-        np.pad(ends, (0, -len(ends) % _STOP_TOKENS), constant_values=-1).astype(np.int32),
-    )
+    ends = model.config.stop_tokens if stop_tokens is None else stop_tokens
+    sampling = make_sampling(temperature, top_k, top_p, ends, model.config.text.vocab_size)
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     keys = _sample_keys(
@@ -386,7 +348,7 @@ def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) 
     logits = model.logits(hidden)
     never = (model.config.image_token_id, model.config.video_token_id)
     flat, keys = logits.reshape(-1, logits.shape[-1]), state.keys.reshape(-1)
-    token = _choose(flat, keys, state.emitted, sampling, never).reshape(state.token.shape)
+    token = choose(flat, keys, state.emitted, sampling, never).reshape(state.token.shape)
     scaled = logits if sampling.temperature is None else logits / sampling.temperature
     logprobs = jax.nn.log_softmax(scaled)
     logprob = jnp.take_along_axis(logprobs, token[..., None], -1)[..., 0]
@@ -398,28 +360,3 @@ def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) 
     )
     done = state.done | jnp.isin(token, jnp.asarray(sampling.stop_tokens, jnp.int32))
     return state._replace(token=token, emitted=state.emitted + 1, done=done, output=output)
-
-
-def _choose(
-    logits: jax.Array,
-    keys: jax.Array,
-    emitted: jax.Array,
-    sampling: Sampling,
-    never: tuple[int, ...],
-) -> jax.Array:
-    """[rows, vocab] and the samples' keys [rows] -> [rows], the samples' token number
-    `emitted`."""
-    logits = logits.at[:, jnp.asarray(never)].set(-jnp.inf)
-    if sampling.temperature is None:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p is not None:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
-        least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, emitted)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

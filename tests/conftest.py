@@ -30,7 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 GOLDEN = Path(__file__).parent / "golden"
 
 gc.set_threshold(
-    50_000, 20, 100
+    200_000, 20, 100
 )  # programs are many objects that stay: a tenth of the time went into counting them
 
 

@@ -61,10 +61,8 @@ def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
 
 
 def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
-    small = {path: array for path, array in arrays.items() if _is_small(array)}
-    large = {path: array for path, array in arrays.items() if path not in small}
-    with np.errstate(invalid="ignore"):  # NaN is NaN in bfloat16 too
-        found = {path: _sum_here(np.asarray(array, jnp.bfloat16)) for path, array in small.items()}
+    found = {path: checksum_part(array, 0) for path, array in arrays.items() if _is_small(array)}
+    large = {path: array for path, array in arrays.items() if path not in found}
     return found | {path: int(value) for path, value in (_sum_all(large) if large else {}).items()}
 
 
@@ -81,17 +79,18 @@ def _is_small(array: Any) -> bool:
     return here and array.size <= SMALL
 
 
-def _sum_here(array: np.ndarray) -> int:
+def _sum_here(array: np.ndarray, start: int = 0) -> int:
     """`_weighted_sum` of all bits of `array`."""
     bits = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}").astype(np.uint32)
-    return int(np.sum(bits * (2 * np.arange(bits.size, dtype=np.uint32) + 1), dtype=np.uint32))
+    index = np.arange(bits.size, dtype=np.uint32) + np.uint32(start % 2**32)
+    return int(np.sum(bits * (2 * index + 1), dtype=np.uint32))
 
 
 @jax.jit
 def _sum_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """One program sums one tensor after the other: on CPUs, where a sum needs its terms in memory,
     it takes the largest's."""
-    return {path: _checksum(array, checksum_part) for path, array in arrays.items()}
+    return {path: _checksum(array, _sum_part) for path, array in arrays.items()}
 
 
 @jax.jit
@@ -107,13 +106,20 @@ def _checksum(x: jax.Array, of_part: Callable[[jax.Array, jax.Array], jax.Array]
     return jnp.sum(jax.lax.map(lambda args: of_part(*args), (x, starts)), dtype=jnp.uint32)
 
 
-@jax.jit
-def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
+def checksum_part(part: Any, start: int) -> int:
     """The sum over `part` of its bfloat16 bits times (2 * flat index + 1), modulo 2^32; its first
-    index is `start` (uint32).
+    index is `start`.
 
     The checksums of an array's parts add up to the array's.
     """
+    if not _is_small(part):
+        return int(_sum_part(part, np.uint32(start % 2**32)))
+    with np.errstate(invalid="ignore"):  # NaN is NaN in bfloat16 too
+        return _sum_here(np.asarray(part, jnp.bfloat16), start)
+
+
+@jax.jit
+def _sum_part(part: jax.Array, start: jax.Array) -> jax.Array:
     return _weighted_sum(_bits(part.astype(jnp.bfloat16)), start)
 
 

@@ -51,7 +51,7 @@ def set_up(model, trainable, *, mesh, accumulation=1, steps=20, schedule=None):
     optimizer = make_optimizer(config)
     graphdef, trained, frozen = split_model(model, trainable)
     shardings = state_shardings(trained, optimizer, mesh)
-    frozen = jax.device_put(nnx.as_pure(frozen), param_shardings(frozen, mesh))
+    frozen = jax.device_put(jax.device_get(nnx.as_pure(frozen)), param_shardings(frozen, mesh))
     step = make_step(make_loss(graphdef, chunk=16), optimizer, schedule, accumulation=accumulation)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return step, init_state(trained, optimizer, shardings), frozen
