@@ -79,7 +79,7 @@ def _checksum(array: ts.TensorStore) -> int:
     strides, total = [prod(array.shape[axis + 1 :]) for axis in range(array.ndim)], 0
     for block in blocks(array.shape, array.dtype.numpy_dtype.itemsize):
         start = sum(part.start * stride for part, stride in zip(block, strides, strict=True))
-        total += int(checksum_part(array[block].read().result(), np.uint32(start % 2**32)))
+        total += checksum_part(array[block].read().result(), start)
     return total % 2**32
 
 

@@ -10,7 +10,6 @@ back and must write what backbone and adapter write together.
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 import pvm_jax
 from convert.hf_to_orbax import convert as hf_to_orbax
@@ -68,7 +67,7 @@ def main(
     ):
         model = pvm_jax.load(path, lora=lora)
         batch = pvm_jax.Batch.from_hf(arrays, model.config)
-        logits[name] = np.asarray(nnx.jit(pvm_jax.Qwen3VL.__call__)(model, batch))
+        logits[name] = np.asarray(model(batch))
     for one, other in (("backbone", "adapter"), ("adapter", "merged")):
         gap = np.abs(logits[one] - logits[other]).max()
         print(f"largest difference of logits, {one} and {other}: {gap:.1e}")

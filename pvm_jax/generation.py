@@ -1,6 +1,5 @@
 """Generation: one prefill a prompt, then one compiled loop over a cache that grows by buckets."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from pvm_jax.data.batch import Batch, bucket_size
 from pvm_jax.model import pieces
 from pvm_jax.model.cache import Cache, PromptCache, SampleCache
 from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.model.sampling import Sampling, choose, make_sampling
 
 FIRST_SLOTS = 256
 """Generated tokens that the first cache has slots for; a full one is doubled. One compilation of
@@ -38,15 +38,6 @@ class Generation(NamedTuple):
     tokens: jax.Array
     logprobs: jax.Array
     lengths: jax.Array
-
-
-class Sampling(NamedTuple):
-    """How a token is chosen: what the compiled programs depend on."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    stop_tokens: tuple[int, ...]
 
 
 class _State(NamedTuple):
@@ -118,8 +109,9 @@ def generate(
         ValueError: for a setting out of its range.
     """
     run, state = _start(model, batch, max_new_tokens, **settings)
-    output = _advance(run, state, max_new_tokens).output
-    return _flat(output)
+    if max_new_tokens > 1:
+        state = _advance(run, state, max_new_tokens)
+    return _flat(state.output)
 
 
 def stream(
@@ -199,7 +191,7 @@ def _start(
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> tuple[_Run, _State]:
     """Checks the settings and prefills."""
-    rows, vocab_size = batch.tokens.shape[0], model.config.text.vocab_size
+    rows = batch.tokens.shape[0]
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("num_samples", num_samples),
@@ -207,23 +199,17 @@ def _start(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f"top_k must be in [1, {vocab_size}], got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if seeds is not None and (len(seeds) != rows or not all(0 <= seed < 2**31 for seed in seeds)):
         raise ValueError(
             f"seeds must be one for each of the {rows} prompts, in [0, 2^31), got {list(seeds)}"
         )
-    ends = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
-    sampling = Sampling(temperature, top_k, top_p, ends)
+    ends = model.config.stop_tokens if stop_tokens is None else stop_tokens
+    sampling = make_sampling(temperature, top_k, top_p, ends, model.config.text.vocab_size)
     graphdef, params = nnx.split(model)
     params = nnx.as_pure(params)
     keys = _sample_keys(
         jax.random.key(0) if rng is None else rng,
-        np.arange(rows) if seeds is None else seeds,
+        np.asarray(range(rows) if seeds is None else seeds, np.int32),
         num_samples,
     )
     slots = min(FIRST_SLOTS, max_new_tokens)
@@ -241,7 +227,8 @@ def _start(
     return _Run(graphdef, params, cache, sampling), state
 
 
-def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples: int) -> jax.Array:
+@partial(jax.jit, static_argnames="num_samples")
+def _sample_keys(rng: jax.Array, seeds: np.ndarray, num_samples: int) -> jax.Array:
     """[B, num_samples]."""
 
     def key(seed: jax.Array, number: jax.Array) -> jax.Array:
@@ -249,10 +236,10 @@ def _sample_keys(rng: jax.Array, seeds: Sequence[int] | np.ndarray, num_samples:
 
     return jax.vmap(
         lambda seed: jax.vmap(lambda number: key(seed, number))(jnp.arange(num_samples))
-    )(jnp.asarray(seeds))
+    )(seeds)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling", "max_new_tokens", "slots", "chunk"))
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "slots", "chunk"))
 def prefill(
     graphdef,
     params,
@@ -332,7 +319,7 @@ def _fold(cache: Cache, state: _State, slots: int) -> Cache:
     return cache._replace(prompts=whole.compacted(slots))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="state")
+@partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
 def decode_loop(
     graphdef, params, cache: Cache, state: _State, until: jax.Array | int, sampling: Sampling
 ) -> _State:
@@ -359,11 +346,11 @@ def decode_loop(
 def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) -> _State:
     """Chooses each sample's next token from hidden [B, samples, D] and records it."""
     logits = model.logits(hidden)
-    rows = state.keys.reshape(-1)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(rows, state.emitted)
     never = (model.config.image_token_id, model.config.video_token_id)
-    token = _choose(logits.reshape(len(rows), -1), keys, sampling, never).reshape(state.token.shape)
-    logprobs = jax.nn.log_softmax(logits / (sampling.temperature or 1.0))
+    flat, keys = logits.reshape(-1, logits.shape[-1]), state.keys.reshape(-1)
+    token = choose(flat, keys, state.emitted, sampling, never).reshape(state.token.shape)
+    scaled = logits if sampling.temperature is None else logits / sampling.temperature
+    logprobs = jax.nn.log_softmax(scaled)
     logprob = jnp.take_along_axis(logprobs, token[..., None], -1)[..., 0]
     token, logprob = jnp.where(state.done, 0, token), jnp.where(state.done, 0, logprob)
     output = Generation(
@@ -373,22 +360,3 @@ def _emit(model: Qwen3VL, state: _State, hidden: jax.Array, sampling: Sampling) 
     )
     done = state.done | jnp.isin(token, jnp.asarray(sampling.stop_tokens, jnp.int32))
     return state._replace(token=token, emitted=state.emitted + 1, done=done, output=output)
-
-
-def _choose(
-    logits: jax.Array, keys: jax.Array, sampling: Sampling, never: tuple[int, ...]
-) -> jax.Array:
-    """[rows, vocab] -> [rows]."""
-    logits = logits.at[:, jnp.asarray(never)].set(-jnp.inf)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if sampling.top_p is not None:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
-        least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

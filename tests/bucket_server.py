@@ -11,14 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from itertools import count
-from pathlib import Path
 from threading import Lock
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import fsspec.config
-import pytest
-
-from pvm_jax.files.paths import any_path
 from tests.local_server import answering
 
 CUT = 0
@@ -250,26 +245,3 @@ def serving(*buckets: str) -> Iterator[Storage]:
     storage = Storage(buckets={bucket: {} for bucket in buckets})
     with answering(_Handler, storage=storage) as storage.address:
         yield storage
-
-
-@pytest.fixture(scope="session")
-def storage(tmp_path_factory) -> Iterator[Storage]:
-    """A storage to which gs:// leads in this process and in those that it starts; all tests share
-    it, since the libraries ask once where it is."""
-    with serving() as storage, pytest.MonkeyPatch.context() as patch:
-        for name, value in storage.environment.items():
-            patch.setenv(name, value)
-        patch.setenv("PVM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setitem(fsspec.config.conf["gcs"], "token", "anon")
-        pytest.importorskip("gcsfs", reason="gs:// is read by gcsfs")
-        yield storage
-
-
-@pytest.fixture
-def bucket(storage) -> Iterator[Path]:
-    """A bucket of its own."""
-    name = f"bucket-{next(storage.generations)}"
-    storage.buckets[name] = {}
-    yield any_path(f"gs://{name}")
-    storage.fault = lambda method, path: None
-    del storage.buckets[name]

@@ -11,16 +11,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has them from the proces
     os.environ["XLA_FLAGS"] = xla_flags()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from flax import nnx
 
-from convert.hf_to_orbax import convert
-from pvm_jax import Qwen3VL, load
-from pvm_jax.options import Main
-from tests.bucket_server import bucket, storage  # noqa: F401
+# What takes seconds to import is imported by the fixtures: the process that only hands the tests
+# out to xdist's workers reads this file too.
+if TYPE_CHECKING:
+    from pvm_jax import Qwen3VL
+    from pvm_jax.options import Main
+    from tests.bucket_server import Storage
 
 # Tests send it: a shell starts jobs in the background with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,7 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 GOLDEN = Path(__file__).parent / "golden"
 
 gc.set_threshold(
-    50_000, 20, 100
+    200_000, 20, 100
 )  # programs are many objects that stay: a tenth of the time went into counting them
 
 
@@ -42,6 +44,8 @@ def golden(request) -> Path:
 @pytest.fixture(scope="session")
 def golden_checkpoints(tmp_path_factory) -> dict[str, Path]:
     """The reference checkpoints, converted."""
+    from convert.hf_to_orbax import convert
+
     root = tmp_path_factory.mktemp("golden")
     for shape in ("shape_8b", "shape_4b"):
         convert(GOLDEN / shape, root / shape)
@@ -49,14 +53,18 @@ def golden_checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def loaded() -> dict[str, Qwen3VL]:
+def loaded() -> "dict[str, Qwen3VL]":
     """The reference models that a test has asked for."""
     return {}
 
 
 @pytest.fixture
-def golden_model(golden, golden_checkpoints, loaded) -> Qwen3VL:
+def golden_model(golden, golden_checkpoints, loaded) -> "Qwen3VL":
     """The model of `golden`, through conversion and loading; its arrays are all tests'."""
+    from flax import nnx
+
+    from pvm_jax import load
+
     if golden.name not in loaded:
         loaded[golden.name] = load(golden_checkpoints[golden.name])
     return nnx.merge(*nnx.split(loaded[golden.name]))
@@ -66,7 +74,7 @@ def golden_model(golden, golden_checkpoints, loaded) -> Qwen3VL:
 def refused(capsys):
     """(command's entry, its arguments) -> the one line with which it refuses them."""
 
-    def refused(main: Main, argv: Sequence[str]) -> str:
+    def refused(main: "Main", argv: Sequence[str]) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main(argv)
@@ -79,3 +87,32 @@ def refused(capsys):
         return line
 
     return refused
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory) -> "Iterator[Storage]":
+    """A storage to which gs:// leads in this process and in those that it starts; all tests share
+    it, since the libraries ask once where it is."""
+    import fsspec.config
+
+    from tests.bucket_server import serving
+
+    with serving() as storage, pytest.MonkeyPatch.context() as patch:
+        for name, value in storage.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("PVM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setitem(fsspec.config.conf["gcs"], "token", "anon")
+        pytest.importorskip("gcsfs", reason="gs:// is read by gcsfs")
+        yield storage
+
+
+@pytest.fixture
+def bucket(storage) -> Iterator[Path]:
+    """A bucket of its own."""
+    from pvm_jax.files.paths import any_path
+
+    name = f"bucket-{next(storage.generations)}"
+    storage.buckets[name] = {}
+    yield any_path(f"gs://{name}")
+    storage.fault = lambda method, path: None
+    del storage.buckets[name]

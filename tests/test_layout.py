@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -39,10 +40,16 @@ def name_of(file: Path) -> str:
 FILES = {name_of(file): file for package in PACKAGES for file in (ROOT / package).rglob("*.py")}
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
+@cache
 def imports(module: str) -> set[str]:
     """The modules of ours that `module` imports, also within functions."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in nodes_of(FILES[module]):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {
@@ -93,14 +100,14 @@ def test_a_package_has_few_modules_of_its_own():
 def test_no_two_classes_share_a_name():
     packages = (*PACKAGES, "demo", "benchmarks", "examples")
     files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    nodes = [node for file in files for node in nodes_of(file)]
     names = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1] == []
 
 
 def private_names() -> set[str]:
     """What our own modules define with a leading underscore."""
-    nodes = [node for file in FILES.values() for node in ast.walk(ast.parse(file.read_text()))]
+    nodes = [node for file in FILES.values() for node in nodes_of(file)]
     named = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     named |= {
         node.id if isinstance(node, ast.Name) else node.attr

@@ -11,11 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pvm_jax.model.parameters import by_path, part_of
 
 _LARGE = 2**24
 """Numbers of an array whose terms are not to be in memory all at once."""
+
+SMALL = 2**20
+"""Numbers up to which NumPy sums an array sooner than a program for its shape is compiled."""
 
 
 def backbone_identity(params: Any) -> str:
@@ -34,7 +38,7 @@ def backbone_identity(params: Any) -> str:
 def branch_identity(params: Any) -> str | None:
     """The same of the branch; None where there is none, or where it is silent (every gate 0)."""
     branch = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "branch"}
-    if not any(jnp.any(leaf != 0) for path, leaf in branch.items() if path.endswith("/gate_alpha")):
+    if not any(np.any(leaf) for path, leaf in branch.items() if path.endswith("/gate_alpha")):
         return None
     return identity(branch, _checksums(branch))
 
@@ -43,8 +47,7 @@ def exact_identity(tree: Any) -> str:
     """The same of all bits of a pytree of arrays, in their own dtypes: one that is flipped is
     always noticed."""
     arrays = by_path(tree)
-    # Each is waited for: on a busy CPU, many programs that sum over devices block each other.
-    return identity(arrays, {path: int(_exact_checksum(array)) for path, array in arrays.items()})
+    return identity(arrays, {path: _exact_checksum(array) for path, array in arrays.items()})
 
 
 def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
@@ -57,15 +60,41 @@ def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
+    found = {path: checksum_part(array, 0) for path, array in arrays.items() if _is_small(array)}
+    large = {path: array for path, array in arrays.items() if path not in found}
+    return found | {path: int(value) for path, value in (_sum_all(large) if large else {}).items()}
+
+
+def _exact_checksum(array: Any) -> int:
+    # Each is waited for: on a busy CPU, many programs that sum over devices block each other.
+    return _sum_here(np.asarray(array)) if _is_small(array) else int(_sum_exactly(array))
+
+
+def _is_small(array: Any) -> bool:
+    """Small, and all of it is in this process."""
+    here = not isinstance(array, jax.Array) or (
+        array.is_fully_addressable or array.is_fully_replicated
+    )
+    return here and array.size <= SMALL
+
+
+def _sum_here(array: np.ndarray, start: int = 0) -> int:
+    """`_weighted_sum` of all bits of `array`."""
+    bits = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}").astype(np.uint32)
+    index = np.arange(bits.size, dtype=np.uint32) + np.uint32(start % 2**32)
+    return int(np.sum(bits * (2 * index + 1), dtype=np.uint32))
+
+
 @jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _sum_all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """One program sums one tensor after the other: on CPUs, where a sum needs its terms in memory,
     it takes the largest's."""
-    return {path: _checksum(array, checksum_part) for path, array in arrays.items()}
+    return {path: _checksum(array, _sum_part) for path, array in arrays.items()}
 
 
 @jax.jit
-def _exact_checksum(x: jax.Array) -> jax.Array:
+def _sum_exactly(x: jax.Array) -> jax.Array:
     return _checksum(x, lambda part, start: _weighted_sum(_bits(part), start))
 
 
@@ -77,13 +106,20 @@ def _checksum(x: jax.Array, of_part: Callable[[jax.Array, jax.Array], jax.Array]
     return jnp.sum(jax.lax.map(lambda args: of_part(*args), (x, starts)), dtype=jnp.uint32)
 
 
-@jax.jit
-def checksum_part(part: jax.Array, start: jax.Array) -> jax.Array:
+def checksum_part(part: Any, start: int) -> int:
     """The sum over `part` of its bfloat16 bits times (2 * flat index + 1), modulo 2^32; its first
-    index is `start` (uint32).
+    index is `start`.
 
     The checksums of an array's parts add up to the array's.
     """
+    if not _is_small(part):
+        return int(_sum_part(part, np.uint32(start % 2**32)))
+    with np.errstate(invalid="ignore"):  # NaN is NaN in bfloat16 too
+        return _sum_here(np.asarray(part, jnp.bfloat16), start)
+
+
+@jax.jit
+def _sum_part(part: jax.Array, start: jax.Array) -> jax.Array:
     return _weighted_sum(_bits(part.astype(jnp.bfloat16)), start)
 
 

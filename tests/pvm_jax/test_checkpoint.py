@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 from pvm_jax import ModelConfig, Qwen3VL, abstract_model, load, load_branch, save, save_branch
+from pvm_jax.checkpoint import identity
 from pvm_jax.checkpoint.checksums import CHECKSUMS
 from pvm_jax.checkpoint.directory import CheckpointError
-from pvm_jax.checkpoint.identity import backbone_identity
+from pvm_jax.checkpoint.identity import backbone_identity, exact_identity
 from pvm_jax.model.parameters import by_path
 from pvm_jax.sharding import make_mesh, param_shardings
 from tests.full_disk import full_disk
@@ -39,7 +40,11 @@ def trained(model) -> Qwen3VL:
     """The same backbone, another branch."""
     graphdef, params = nnx.split(model)
     return nnx.merge(
-        graphdef, nnx.map_state(lambda path, leaf: leaf + 1 if path[0] == "pvm" else leaf, params)
+        graphdef,
+        nnx.map_state(
+            lambda path, leaf: jax.device_put(np.asarray(leaf) + 1) if path[0] == "pvm" else leaf,
+            params,
+        ),
     )
 
 
@@ -53,7 +58,9 @@ def branch(trained, tmp_path_factory) -> Path:
 def filled(config: ModelConfig) -> Qwen3VL:
     """A model of ones, without waiting for an initialisation."""
     graphdef, params = nnx.split(abstract_model(config))
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params))
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: jax.device_put(np.ones(leaf.shape, leaf.dtype)), params)
+    )
 
 
 def parameters(model: Qwen3VL) -> dict[str, jax.Array]:
@@ -109,7 +116,7 @@ class TestLoad:
         assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
         assert_equal(
             parameters(loaded),
-            {path: leaf.astype(jnp.bfloat16) for path, leaf in parameters(model).items()},
+            {path: np.asarray(leaf, jnp.bfloat16) for path, leaf in parameters(model).items()},
         )
 
     @pytest.mark.parametrize("dtype", ["float16", jnp.int32, "half"])
@@ -246,7 +253,8 @@ class TestBranch:
     def test_on_its_backbone(self, converted, branch, trained, dtype):
         loaded = load(converted, branch=branch, mesh=make_mesh(2, 2, 2), dtype=dtype)
         expected = {
-            path: leaf.astype(dtype or leaf.dtype) for path, leaf in parameters(trained).items()
+            path: np.asarray(leaf, dtype and jnp.bfloat16)
+            for path, leaf in parameters(trained).items()
         }
         assert_equal(parameters(loaded), expected)
 
@@ -266,7 +274,7 @@ class TestBranch:
         assert loaded.config == config
         assert backbone_identity(nnx.state(loaded)) == backbone_identity(nnx.state(model))
         assert all(
-            (leaf == 1).all()
+            (np.asarray(leaf) == 1).all()
             for path, leaf in parameters(loaded).items()
             if path.startswith("pvm/")
         )
@@ -279,20 +287,30 @@ class TestBranch:
 
 class TestIdentity:
     def test_is_of_the_values(self, converted, model):
-        identity = backbone_identity(nnx.state(model))
-        assert backbone_identity(nnx.to_pure_dict(nnx.state(model))) == identity
-        assert backbone_identity(nnx.state(load(converted, mesh=make_mesh(2, 2, 2)))) == identity
+        """The same on any mesh."""
+        name = backbone_identity(nnx.state(model))
+        assert backbone_identity(nnx.to_pure_dict(nnx.state(model))) == name
+        assert backbone_identity(nnx.state(load(converted, mesh=make_mesh(2, 2, 2)))) == name
         assert (
             backbone_identity(nnx.state(load(converted, mesh=make_mesh(1, 8, 1), dtype="bfloat16")))
-            == identity
+            == name
         )
+
+    def test_is_the_same_for_large_arrays(self, converted, model, monkeypatch):
+        """Which a program sums where they lie, small ones NumPy."""
+        whole = nnx.to_pure_dict(nnx.state(model))
+        head = whole["lm_head"]
+        found = backbone_identity(whole), exact_identity(head)
+        spread = nnx.to_pure_dict(nnx.state(load(converted, mesh=make_mesh(2, 2, 2))))
+        monkeypatch.setattr(identity, "SMALL", 0)
+        assert (backbone_identity(spread), exact_identity(head)) == found
 
     @pytest.mark.parametrize(
         "change", [lambda leaf: leaf.at[..., 3].add(0.5), lambda leaf: leaf[::-1]]
     )
     def test_differs_for_other_values(self, model, change):
         params = nnx.to_pure_dict(nnx.state(model))
-        identity = backbone_identity(params)
+        name = backbone_identity(params)
         up = params["language_model"]["layers"]["mlp"]["up_proj"]
         up["weight"] = change(up["weight"])
-        assert backbone_identity(params) != identity
+        assert backbone_identity(params) != name

@@ -4,7 +4,6 @@ and chats."""
 import dataclasses
 import functools
 import math
-from collections import Counter
 
 import jax
 import numpy as np
@@ -52,15 +51,6 @@ def batch() -> Batch:
 @pytest.fixture(scope="module")
 def greedy(model, batch):
     return generate(model, batch, max_new_tokens=STEPS, temperature=0.0)
-
-
-def prefilled(model: Qwen3VL, batch: Batch, samples: int = 1):
-    """Cache and state after the prompts, as `generate` makes them for STEPS greedy tokens."""
-    graphdef, params = nnx.split(model)
-    keys = jax.random.split(jax.random.key(0), (batch.tokens.shape[0], samples))
-    how = {"sampling": Sampling(0.0, None, None, model.config.stop_tokens), "chunk": PREFILL_CHUNK}
-    lengths = {"max_new_tokens": STEPS, "slots": STEPS}
-    return prefill(graphdef, nnx.as_pure(params), batch, keys, None, **how, **lengths)
 
 
 def continued(e: Example, tokens) -> Example:
@@ -112,12 +102,16 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
         return encode(self, patches, *rest)
 
     monkeypatch.setattr(VisionTower, "__call__", count)
-    cache, state = prefilled(model, batch, samples=3)
+    kept = []
+    monkeypatch.setattr(
+        generation, "prefill", lambda *args, **how: kept.append(prefill(*args, **how)) or kept[-1]
+    )
+    got = generate(model, batch, max_new_tokens=STEPS, temperature=0.0, num_samples=3)
+    ((cache, state),) = kept
     assert encoded == [len(EXAMPLES)]
     assert {leaf.shape[0] for leaf in jax.tree.leaves(cache.memories)} == {len(EXAMPLES)}
     assert cache.prompts.keys.shape[1] == len(EXAMPLES)
     assert state.samples.keys.shape[1:4:2] == (len(EXAMPLES), 3)
-    got = generate(model, batch, max_new_tokens=STEPS, temperature=0.0, num_samples=3)
     np.testing.assert_array_equal(got.tokens, np.repeat(greedy.tokens, 3, 0))
     np.testing.assert_array_equal(got.lengths, np.repeat(greedy.lengths, 3))
 
@@ -125,7 +119,11 @@ def test_samples_share_their_prompts_prefill_and_memory(model, batch, greedy, mo
 def test_the_layers_of_a_step_do_not_carry_the_cache(deep, batch, monkeypatch):
     """They read it where it lies, and the token is written into all layers at once (DecodingStep
     says why)."""
-    cache, state = prefilled(deep, batch)
+    graphdef, params = nnx.split(deep)
+    keys = jax.random.split(jax.random.key(0), (len(EXAMPLES), 1))
+    how = {"sampling": Sampling(None, None, None, ()), "chunk": PREFILL_CHUNK, "past": None}
+    read = functools.partial(prefill, graphdef, max_new_tokens=STEPS, slots=STEPS, **how)
+    cache, state = jax.eval_shape(read, nnx.as_pure(params), batch, keys)
     carried, written = [], []
     scan, write = jax.lax.scan, jax.lax.dynamic_update_slice_in_dim
 
@@ -139,8 +137,7 @@ def test_the_layers_of_a_step_do_not_carry_the_cache(deep, batch, monkeypatch):
 
     monkeypatch.setattr(jax.lax, "scan", counted_scan)
     monkeypatch.setattr(jax.lax, "dynamic_update_slice_in_dim", counted_write)
-    positions = np.zeros(state.token.shape, np.int32)
-    args = (state.token, positions, state.segment_ids, cache, state.samples, state.emitted - 1)
+    args = (state.token, state.token, state.segment_ids, cache, state.samples, state.emitted)
     jax.eval_shape(functools.partial(pieces.decode, deep), *args)
     assert tuple(np.delete(state.samples.keys.shape, 4)) in carried
     assert state.samples.keys.shape not in carried
@@ -170,19 +167,19 @@ def test_a_sample_depends_on_nothing_but_its_prompt_seed_and_number(model, batch
 def test_a_cache_that_grows_by_buckets_gives_the_uncached_tokens(deep, batch, monkeypatch):
     """Over three sizes of the cache, with a prompt that is read in chunks; streamed alike."""
     monkeypatch.setattr(generation, "FIRST_SLOTS", 4)
-    want = uncached(deep, EXAMPLES, 21)
-    got = generate(deep, batch, max_new_tokens=21, temperature=0.0, prefill_chunk=20)
+    want = uncached(deep, EXAMPLES, 14)
+    got = generate(deep, batch, max_new_tokens=14, temperature=0.0, prefill_chunk=20)
     np.testing.assert_array_equal(got.tokens, want)
-    streamed = stream(deep, batch, max_new_tokens=21, temperature=0.0, prefill_chunk=20)
+    streamed = stream(deep, batch, max_new_tokens=14, temperature=0.0, prefill_chunk=20)
     np.testing.assert_array_equal(np.stack(list(streamed), 1), want)
 
 
-def test_a_later_turns_images_join_those_in_memory(deep, monkeypatch):
+def test_a_later_turns_images_join_those_in_memory(model, monkeypatch):
     """Three turns, the second with other images, against a forward pass over the whole
     conversation."""
-    text = dataclasses.replace(deep.config.text, pvm_visibility="preceding")
-    config = dataclasses.replace(deep.config, text=text)
-    preceding = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(deep))
+    text = dataclasses.replace(model.config.text, pvm_visibility="preceding")
+    config = dataclasses.replace(model.config, text=text)
+    preceding = nnx.merge(nnx.graphdef(abstract_model(config)), nnx.state(model))
     chat, whole, caches = Chat(preceding), None, []
 
     def kept(*args, **static):
@@ -234,7 +231,7 @@ def test_a_decoding_step_copies_neither_weights_nor_cache():
     params = nnx.as_pure(params)
     prompt = Batch.empty(CONFIG, rows=2, length=512, patches=64)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (2, 2)))
-    sampling = Sampling(0.0, None, None, ())
+    sampling = Sampling(None, None, None, ())
     read = functools.partial(
         prefill, graphdef, past=None, sampling=sampling, max_new_tokens=256, slots=256, chunk=512
     )
@@ -259,12 +256,15 @@ def test_the_branch_can_be_left_out(model, batch, greedy):
     assert (np.asarray(got.tokens) != np.asarray(greedy.tokens)).any()
 
 
+MANY = {"max_new_tokens": STEPS, "num_samples": 30}
+
+
 @pytest.mark.parametrize(
-    "narrow", [{"top_k": 1}, pytest.param({"top_p": 1e-6}, marks=pytest.mark.slow)]
+    "narrow", [{"top_p": 1e-6}, pytest.param({"top_k": 1}, marks=pytest.mark.slow)]
 )
 def test_narrow_sampling_is_greedy(model, batch, greedy, narrow):
-    got = generate(model, batch, max_new_tokens=STEPS, temperature=2.0, **narrow)
-    np.testing.assert_array_equal(got.tokens, greedy.tokens)
+    got = generate(model, batch, temperature=2.0, **MANY, **narrow)
+    np.testing.assert_array_equal(got.tokens, np.repeat(greedy.tokens, 30, 0))
 
 
 def test_top_k_and_top_p_keep_the_likeliest(model, batch):
@@ -274,25 +274,34 @@ def test_top_k_and_top_p_keep_the_likeliest(model, batch):
     share = np.cumsum(np.sort(np.exp(logits - logits.max()))[::-1])
     share /= share[-1]
     allowed = {"top_k": set(ranked[:3]), "top_p": set(ranked[: int((share < 0.5).sum()) + 1])}
-    for name, value in (("top_k", 3), ("top_p", 0.5)):
-        drawn = Counter()
-        for seed in range(30):
-            got = generate(
-                model,
-                batch,
-                max_new_tokens=1,
-                temperature=1.0,
-                rng=jax.random.key(seed),
-                **{name: value},
-            )
-            drawn[int(got.tokens[0, 0])] += 1
-        assert set(drawn) <= allowed[name]
+    for how in ({"top_k": 3, "max_new_tokens": 1}, {"top_p": 0.5}):
+        got = generate(model, batch, **MANY | how)
+        drawn, (name, *_) = set(np.asarray(got.tokens)[:30, 0].tolist()), how
+        assert drawn <= allowed[name]
         assert len(drawn) > 1 or len(allowed[name]) == 1
 
 
+def test_another_temperature_top_p_or_stop_token_compiles_nothing(model, batch, greedy):
+    """And is heeded."""
+    want, programs = np.repeat(greedy.tokens, 30, 0), []
+    for temperature, top_p, stop, same in (
+        (1e-5, 1.0, (), True),
+        (50.0, 1e-6, (), True),
+        (50.0, 1.0, (), False),
+        (50.0, 1e-6, (int(want[0, 0]),), False),
+    ):
+        how = {"temperature": temperature, "top_p": top_p, "stop_tokens": stop}
+        assert np.array_equal(generate(model, batch, **MANY, **how).tokens, want) == same
+        programs.append((prefill._cache_size(), decode_loop._cache_size()))
+    assert len(set(programs)) == 1
+
+
 def test_placeholders_are_never_drawn(model, batch):
-    got = generate(model, batch, max_new_tokens=200, temperature=50.0)
-    drawn = set(np.unique(got.tokens).tolist())
+    how = {"max_new_tokens": STEPS, "temperature": 50.0, "num_samples": 2}
+    keys = jax.random.split(jax.random.key(0), 12)
+    drawn = {
+        *np.unique([generate(model, batch, rng=key, **how).tokens for key in keys]).tolist(),
+    }
     assert not drawn & {CONFIG.image_token_id, CONFIG.video_token_id}
     assert len(drawn) > 60  # at this temperature nearly everything else is
 
@@ -316,10 +325,9 @@ def test_rows_end_at_their_stop_token(model, batch, greedy):
         np.testing.assert_array_equal(got.tokens[row, :length], greedy.tokens[row, :length])
         assert not np.asarray(got.tokens[row, length:]).any()
         assert not np.asarray(got.logprobs[row, length:]).any()
-    assert (
-        len(list(stream(model, batch, max_new_tokens=2000, temperature=0.0, stop_tokens=range(90))))
-        == 1
-    )  # all ended
+    first = np.asarray(greedy.tokens[:, 0]).tolist()
+    how = {"max_new_tokens": STEPS, "temperature": 0.0, "stop_tokens": first}
+    assert len(list(stream(model, batch, **how))) == 1  # all ended
 
 
 @pytest.mark.parametrize(

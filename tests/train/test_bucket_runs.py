@@ -3,8 +3,6 @@ step, asked and measured as on a local disk, bit for bit."""
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -21,6 +19,8 @@ from pvm_jax.files.bucket import BucketError
 from tests.pvm_jax.test_in_buckets import put
 from tests.tiny import CONFIG
 from tests.train import runs
+from tests.train.forks import Fork
+from tests.train.saving import save_steps
 from train.run.checkpoints import TrainCheckpoints, whole_steps
 from train.run.events import EventWriter, read_starts
 
@@ -52,26 +52,7 @@ def ask_and_measure(place):
     return [json.loads(line)["answers"] for line in lines], report["sections"]
 
 
-SAVES = """
-import sys
-import jax, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from tests.tiny import CONFIG
-from train.config import DistributedConfig
-from train.run.checkpoints import TrainCheckpoints
-from train.run.distributed import joined
-
-address, process, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-with joined(DistributedConfig(address, 2, process), with_traceback=True):
-    sharding = NamedSharding(jax.make_mesh((2,), ("x",)), PartitionSpec("x"))
-    with TrainCheckpoints(directory, CONFIG, "backbone") as checkpoints:
-        for step in (2, 4):
-            part = lambda index: np.full((8, 4), step, np.float32)[index]
-            checkpoints.save(step, {"w": jax.make_array_from_callback((8, 4), sharding, part)})
-"""
-
-
-def test_two_processes_that_are_killed_while_they_write_a_step(bucket, storage):
+def test_two_processes_that_are_killed_while_they_write_a_step(bucket, storage, tmp_path):
     """SIGKILL comes with the first request to write after the step's first file is there."""
     steps, written = bucket / "run" / "steps", storage.buckets[bucket.name]
     processes, address = [], f"127.0.0.1:{runs.free_port()}"
@@ -85,9 +66,9 @@ def test_two_processes_that_are_killed_while_they_write_a_step(bucket, storage):
 
     storage.fault = fault
     for number in range(2):
-        words = [sys.executable, "-c", SAVES, address, str(number), str(steps)]
-        environment = runs.environment(devices=1)
-        processes.append(subprocess.Popen(words, cwd=runs.ROOT, env=environment))
+        environment, output = runs.environment(devices=1), tmp_path / str(number)
+        call = (save_steps, address, number, str(steps))
+        processes.append(Fork(*call, environment=environment, output=output))
     assert [process.wait(600) for process in processes] == [-signal.SIGKILL] * 2
     storage.fault = lambda method, path: None
     torn = [key for key in written if key.startswith("run/steps/4/")]

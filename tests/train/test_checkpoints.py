@@ -31,7 +31,8 @@ class TestTrainCheckpoints:
 
     def state(self, model, mesh):
         trained = nnx.State({"pvm": {"1": nnx.state(model)["pvm"]["1"]}})
-        params = jax.tree.map(jax.device_put, nnx.as_pure(trained), param_shardings(trained, mesh))
+        params = jax.device_get(nnx.as_pure(trained))
+        params = jax.device_put(params, param_shardings(trained, mesh))
         begin = jax.jit(lambda x: jax.tree.map(lambda x: x + 1, self.transformation.init(x)))
         return {"params": params, "optimizer": begin(params)}
 

@@ -3,8 +3,6 @@ on."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -142,15 +140,8 @@ def test_who_waits_in_vain_says_for_whom(root):
         "--distributed.process_id=1",
     ]
     options = ["--distributed.num_processes=2", "--distributed.timeout=1", *where]
-    done = subprocess.run(
-        [sys.executable, "-m", "train.sft", *runs.arguments(root, "lonely", *options)],
-        cwd=runs.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said = done.stdout
-    assert done.returncode == 2, said
+    (process,) = runs.start(root, "lonely", *options)
+    (said,) = runs.finish(root, "lonely", [process], code=2)
     assert (
         "\nerror: process 1 of 2 waited 1 s (distributed.timeout) for the other processes at"
         " 127.0.0.1:" in f"\n{said}"

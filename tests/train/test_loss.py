@@ -1,6 +1,7 @@
 """The chunked loss against the formula written out."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,14 @@ def dense_cross_entropy(hidden, head, tokens, loss_weights):
     return -(log_probs * loss_weights[:, 1:]).sum(), loss_weights[:, 1:].sum()
 
 
+def mean(loss, *args):
+    total, weight = loss(*args)
+    return total / weight
+
+
+dense_gradients = jax.jit(jax.value_and_grad(partial(mean, dense_cross_entropy), argnums=(0, 1)))
+
+
 @pytest.fixture
 def inputs():
     rng = np.random.default_rng(0)
@@ -40,17 +49,9 @@ def inputs():
 
 @pytest.mark.parametrize("chunk", [1, 8, 12, 36, 512])
 def test_loss_and_gradients_equal_the_dense_formula(inputs, chunk):
-    hidden, head, tokens, weights = inputs
-
-    def mean(loss, hidden, head):
-        total, weight = loss(hidden, head, tokens, weights)
-        return total / weight
-
-    chunked = lambda *args: chunked_cross_entropy(*args, chunk=chunk)  # noqa: E731
-    expected = jax.value_and_grad(lambda *a: mean(dense_cross_entropy, *a), argnums=(0, 1))(
-        hidden, head
-    )
-    actual = jax.jit(jax.value_and_grad(lambda *a: mean(chunked, *a), argnums=(0, 1)))(hidden, head)
+    chunked = partial(mean, partial(chunked_cross_entropy, chunk=chunk))
+    expected = dense_gradients(*inputs)
+    actual = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(*inputs)
     assert_close(actual, expected, 1e-5)
 
 
@@ -68,7 +69,8 @@ def test_sharded_loss_and_gradients_equal_unsharded(inputs, vocab):
     expected = program(hidden, head, tokens, weights)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        hidden, tokens, weights = jax.device_put((hidden, tokens, weights), batch_sharding(mesh))
+        of_rows, head = jax.device_get(((hidden, tokens, weights), head))
+        hidden, tokens, weights = jax.device_put(of_rows, batch_sharding(mesh))
         head = jax.device_put(
             head, jax.NamedSharding(mesh, jax.P("tensor" if vocab == 208 else None, "fsdp"))
         )
@@ -87,7 +89,8 @@ def test_sharded_loss_and_gradients_equal_unsharded(inputs, vocab):
 
 def test_no_weights_is_zero_loss(inputs):
     hidden, head, tokens, weights = inputs
-    total, weight = chunked_cross_entropy(hidden, head, tokens, jnp.zeros_like(weights), chunk=8)
+    loss = jax.jit(partial(chunked_cross_entropy, chunk=8))
+    total, weight = loss(hidden, head, tokens, jnp.zeros_like(weights))
     assert (float(total), float(weight)) == (0, 0)
 
 
@@ -116,22 +119,20 @@ def test_logprobs_and_entropy_equal_the_dense_formulas(inputs, chunk, temperatur
 
 def test_entropy_passes_no_gradient_on(inputs):
     hidden, head, tokens, weights = inputs
-    gradient = jax.grad(
-        lambda h: chunked_logprobs(h, head, tokens, weights != 0, chunk=8)[1].sum()
-    )(hidden)
+    entropy = lambda h: chunked_logprobs(h, head, tokens, weights != 0, chunk=8)[1].sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(entropy))(hidden)
     assert not gradient.any()
 
 
 def test_sharded_logprobs_equal_unsharded(inputs):
     hidden, head, tokens, weights = inputs
     wanted = weights != 0
-    expected = chunked_logprobs(hidden, head, tokens, wanted, chunk=8)
+    logprobs = jax.jit(partial(chunked_logprobs, chunk=8))
+    expected = logprobs(hidden, head, tokens, wanted)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        rows = jax.device_put((hidden, tokens, wanted), batch_sharding(mesh))
-        actual = jax.jit(lambda h, w, t, n: chunked_logprobs(h, w, t, n, chunk=8))(
-            rows[0], head, *rows[1:]
-        )
+        rows = jax.device_put(jax.device_get((hidden, tokens, wanted)), batch_sharding(mesh))
+        actual = logprobs(rows[0], head, *rows[1:])
     assert_close(actual, expected, 1e-5)
 
 

@@ -49,7 +49,8 @@ def set_up(model, trainable, *, mesh, accumulation=1, steps=20, schedule=None):
     config = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0)
     schedule = schedule or make_schedule(config, steps)
     optimizer = make_optimizer(config)
-    graphdef, trained, frozen = split_model(model, trainable)
+    graphdef, *parts = split_model(model, trainable)
+    trained, frozen = jax.device_get(parts)  # of arrays on a device a program each cuts the parts
     shardings = state_shardings(trained, optimizer, mesh)
     frozen = jax.device_put(nnx.as_pure(frozen), param_shardings(frozen, mesh))
     step = make_step(make_loss(graphdef, chunk=16), optimizer, schedule, accumulation=accumulation)

@@ -90,18 +90,15 @@ class GRPOProgram(Program):
     def abstract_totals(self) -> Totals:
         """ShapeDtypeStructs of totals, with their shardings."""
         rows = self.abstract_rows(Bucket(2, 0), self.batch_sharding.mesh.size)
-        (loss, (sums, gap)), gradients = jax.eval_shape(
-            jax.value_and_grad(partial(_loss, self), has_aux=True),
-            self.state.params,
-            self.fixed,
-            rows,
+        loss, (sums, gap) = jax.eval_shape(
+            partial(_loss, self), self.state.params, self.fixed, rows
         )
         everywhere = jax.NamedSharding(self.batch_sharding.mesh, jax.P())
 
         def place(x: Any, sharding: jax.NamedSharding = everywhere) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        gradients = jax.tree.map(lambda x, p: place(x, p.sharding), gradients, self.state.params)
+        gradients = jax.tree.map(lambda x: place(x, x.sharding), self.state.params)
         return Totals(place(loss), gradients, jax.tree.map(place, sums), place(gap))
 
     @property

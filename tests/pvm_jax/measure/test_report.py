@@ -105,6 +105,7 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
     """All measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
     options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
+    options += ["--batch-size", "3"]  # all conversations: every batch has the same shape
     main(arguments(checkpoint, data, tmp_path, *options))
     said = capsys.readouterr().out
     assert f"The report: {tmp_path / 'report.html'}" in said
@@ -162,7 +163,9 @@ def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path,
 def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint(
     data, tmp_path, monkeypatch, capsys
 ):
-    """Whatever the other one's folder is called."""
+    """Whatever the other one's folder is called. Another test looks at what is drawn."""
+    drawn = figures.Drawing("<svg></svg>", b"", b"")
+    monkeypatch.setattr("pvm_jax.measure.report.page.draw", lambda panel: drawn)
     checkpoint = save_random(tmp_path / "first", 0.1, layers=2)
     assert save_random(tmp_path, 0.2, layers=2) == tmp_path / "checkpoint"
     monkeypatch.chdir(tmp_path)
