@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from pvm_jax.sharding import constrain, divides
 
@@ -38,14 +37,12 @@ def chunked_cross_entropy(
         Two float32 scalars.
     """
     weights = loss_weights[:, 1:].astype(jnp.float32)
-    (logprobs,) = _chunked(
-        lambda *logits: (_logprob(*logits),),
-        chunk,
-        hidden,
-        _placed(head),
-        tokens,
-        loss_weights != 0,
-    )
+
+    def read(*logits: jax.Array) -> Found:
+        return (_logprob(*logits),)
+
+    found: Any = _chunked(read, chunk, hidden, _placed(head), tokens, loss_weights != 0)
+    (logprobs,) = found
     return -(weights * logprobs[:, 1:]).sum(), weights.sum()
 
 
@@ -88,7 +85,8 @@ def chunked_logprobs(
         logits = logits / temperature
         return _logprob(logits, targets), _entropy(jax.lax.stop_gradient(logits))
 
-    logprobs, entropy = _chunked(read, chunk, hidden, _placed(head), tokens, wanted)
+    found: Any = _chunked(read, chunk, hidden, _placed(head), tokens, wanted)
+    logprobs, entropy = found
     return logprobs, entropy
 
 
@@ -139,18 +137,19 @@ def _forward(
 
 def _backward(read: OfLogits, chunk: int, kept: Any, gradients: Found) -> tuple[Any, ...]:
     of_first, *of_others = (_instantiated(gradient) for gradient in gradients)
-    if callable(kept):
-        return *kept((of_first, *of_others)), None, None
-    return (_following(of_first)[..., None] * kept).astype(kept.dtype), None, None, None
+    if isinstance(kept, jax.Array):
+        return (_following(of_first)[..., None] * kept).astype(kept.dtype), None, None, None
+    return *kept((of_first, *of_others)), None, None
 
 
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _instantiated(gradient: Any) -> jax.Array:
-    if isinstance(gradient, SymbolicZero):
-        return jnp.zeros(gradient.shape, gradient.dtype)
-    return gradient
+    """`gradient`, which may be a jax.custom_derivatives.SymbolicZero, as an array."""
+    if isinstance(gradient, jax.Array):
+        return gradient
+    return jnp.zeros(gradient.shape, gradient.dtype)
 
 
 def _placed(head: jax.Array) -> jax.Array:

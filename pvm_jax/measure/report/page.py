@@ -114,8 +114,7 @@ def write_report(
                 "table": [list(row) for row in section.rows],
                 "figures": {panel.key: panel.data() for panel in section.panels},
                 "samples": [
-                    {"prompt": one.prompt, "answers": dict(one.answers)}
-                    for one in section.samples
+                    {"prompt": one.prompt, "answers": dict(one.answers)} for one in section.samples
                 ],
             }
             for section in sections
