@@ -53,10 +53,10 @@ class Method:
     def looks_first(self) -> bool:
         return len(self.stages) > 1
 
-    @property
-    def fresh(self) -> str:
-        """Of the folder of its fresh weights; and a suffix for what begins with them."""
-        return "_".join(["fresh", *([] if self.branch == BRANCH else self.branch[-1:])])
+    def folder(self, name: str) -> str:
+        """Of what differs by the branch alone: `name`, and the branch's width if it is not the
+        demo's."""
+        return "_".join([name, *([] if self.branch == BRANCH else self.branch[-1:])])
 
 
 # LoRA's rank gives all but "full" the branch's number of parameters.
@@ -117,8 +117,12 @@ class Training:
     @property
     def look(self) -> str:
         """Of the folder of its first stage, in which the branch learns to look."""
-        made = METHODS[self.method].fresh
-        return "_".join([made.replace("fresh", LOOK), *self._no_replay])
+        return "_".join([METHODS[self.method].folder(LOOK), *self._no_replay])
+
+    @property
+    def runs(self) -> list[str]:
+        """Of the folders of its stages, in order."""
+        return [self.look, self.name] if METHODS[self.method].looks_first else [self.name]
 
     @property
     def _no_replay(self) -> list[str]:
@@ -126,20 +130,17 @@ class Training:
 
     def logs(self, folder: Path) -> list[Path]:
         """TensorBoard folders of its stages, in order."""
-        stages = [self.look, self.name] if METHODS[self.method].looks_first else [self.name]
-        return [folder / stage / "log" for stage in stages]
+        return [folder / run / "log" for run in self.runs]
 
 
 def load_result(training: Training, folder: Path, plain: Path) -> Qwen3VL:
     """The model that a training in `folder` made of the checkpoint `plain`."""
     method = METHODS[training.method]
-    runs = [folder / training.name]
-    if method.looks_first:
-        runs.insert(0, folder / training.look)
-    made = {one: run / RESULTS[one] for one, run in zip(method.stages, runs, strict=True)}
+    stages = zip(method.stages, training.runs, strict=True)
+    made = {trainable: folder / run / RESULTS[trainable] for trainable, run in stages}
     if "decoder" in made:
         return load(made["decoder"])
-    checkpoint = folder / method.fresh if method.branch else plain
+    checkpoint = folder / method.folder("fresh") if method.branch else plain
     return load(checkpoint, branch=made.get("pvm"), lora=made.get("lora"))
 
 
@@ -148,7 +149,7 @@ def commands(training: Training, terms: Terms, folder: Path, plain: Path) -> lis
     method, seed, made = METHODS[training.method], training.seed, []
     checkpoint = plain
     if method.branch:
-        checkpoint = folder / method.fresh
+        checkpoint = folder / method.folder("fresh")
         convert = ["convert.hf_to_orbax", BASE, checkpoint, *method.branch, "--seed", seed]
         made.append((checkpoint, convert))
     stages = batches(training, terms, plain)
