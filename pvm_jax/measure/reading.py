@@ -1,6 +1,7 @@
 """Conversations -> what a measurement takes of their answers' tokens, batch after batch through one
 compiled program."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -126,7 +127,8 @@ def at_predicting(pieces: jax.Array, columns: jax.Array) -> jax.Array:
     """[pieces, ..., B, piece] -> [B, ..., answer]: of what was kept of all columns, that of the
     column before each of `columns` [B, answer], from which the token there is predicted."""
     whole = jnp.moveaxis(pieces, 0, -2)
-    whole = jnp.moveaxis(whole.reshape(*whole.shape[:-2], -1), -2, 0)
+    # Not -1: of a model without a branch there is nothing to reshape.
+    whole = jnp.moveaxis(whole.reshape(*whole.shape[:-2], math.prod(whole.shape[-2:])), -2, 0)
     before = (columns - 1).reshape(columns.shape[0], *(1,) * (whole.ndim - 2), -1)
     return jnp.take_along_axis(whole, before, axis=-1)
 

@@ -19,9 +19,11 @@ from pvm_jax.measure.decision import FinalAnswer, decision, final_after, for_goo
 from pvm_jax.measure.dependency import FROM_BRANCH, FROM_DECODER, NO_IMAGE, dependency
 from pvm_jax.measure.dependency import program as dependency_program
 from pvm_jax.measure.dilution import dilution
+from pvm_jax.measure.dilution import program as dilution_program
 from pvm_jax.measure.evidence import evidence
 from pvm_jax.measure.lens import lens
 from pvm_jax.measure.looked import looked
+from pvm_jax.measure.looked import program as looked_program
 from pvm_jax.measure.midway import midway
 from pvm_jax.measure.pictures import exchanged
 from pvm_jax.measure.reading import find_answers
@@ -223,9 +225,23 @@ def test_dependency_is_the_divergence_of_whole_distributions(model, examples, re
         wanted = np.take_along_axis(whole, answers.columns - 1, 1)
         assert_close(found[name], answers.where_real(wanted), BAR)
         assert np.nanmean(found[name]) > 100 * BAR  # something hangs on it
-    columns = answers.columns[:, :1]
-    plain = jax.eval_shape(lambda: dependency_program(without_pvm(model), batch, columns, CHUNK))
-    assert list(plain) == [NO_IMAGE]  # there is no branch to hide it from
+
+
+def test_a_model_without_a_branch_is_measured_too(model, examples):
+    batch, plain = whole_rows(model, examples), without_pvm(model)
+    columns = find_answers(examples).columns[:, :2]
+    rows = len(examples)
+
+    def shapes(program):
+        found = jax.eval_shape(lambda: program(plain, batch, columns, CHUNK))
+        return jax.tree.map(lambda x: x.shape, found)
+
+    assert shapes(dependency_program) == {NO_IMAGE: (rows, 2)}  # no branch to hide it from
+    _, _, *sizes = shapes(dilution_program)
+    assert sizes == [(rows, 0, 2)] * 2
+    branch, decoder = shapes(looked_program)
+    assert branch[:2] == (rows, 0)
+    assert decoder[:2] == (rows, 3)
 
 
 def test_midway_is_what_whole_rows_go_on_to_write(model, examples):

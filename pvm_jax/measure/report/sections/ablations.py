@@ -62,7 +62,7 @@ _WORDS = {
 def _by_words(
     key: str, models: Models, task: Task, examples: Mapping[int, Sequence[Example]]
 ) -> tuple[Panel, list[str]]:
-    """`by_filler` of all models as a figure, and what the first gains on the second."""
+    """`by_filler` of all models as a figure, and what the first gains on the others."""
     title, label = _WORDS[key]
     found = by_filler(models, examples, guess=key == "filler", rows=task.rows, chunk=task.chunk)
 
@@ -88,7 +88,8 @@ def _gains(
     examples: Mapping[int, Sequence[Example]],
     label: str,
 ) -> list[str]:
-    """What the first model gains on the second, paired by conversation, at every distance."""
+    """What the first model gains on each of the others, paired by conversation, at every
+    distance."""
     of_models = [(name, by) for name, by in found.items() if name != IMAGE_SWAPPED]
     if (guess := found.get(IMAGE_SWAPPED)) and not any(
         estimate(task.counting(by[n].correct - guess[n].correct, examples[n])).low > 0
@@ -99,19 +100,16 @@ def _gains(
             f"at the floor: at no number of {label} is any model right more often than guessing is"
             f" ({IMAGE_SWAPPED}), so nothing can be told apart here"
         ]
-    if len(of_models) < 2:
-        return []
-    (first, a), (second, b) = of_models[:2]
-    gains = {n: estimate(task.counting(a[n].correct - b[n].correct, examples[n])) for n in examples}
-    clear = any(gain.low > 0 or gain.high < 0 for gain in gains.values())
-    return [
-        *(
-            []
-            if clear
-            else [
+    (first, a), *others = of_models
+    facts = []
+    for other, b in others:
+        gains = {
+            n: estimate(task.counting(a[n].correct - b[n].correct, examples[n])) for n in examples
+        }
+        if not any(gain.low > 0 or gain.high < 0 for gain in gains.values()):
+            facts.append(
                 f"a null result: at no number of {label} does the accuracy differ beyond its 95%"
-                f" interval ({first}, {second})"
-            ]
-        ),
-        *(f"{n} {label}: {first} minus {second}, paired: {gain}" for n, gain in gains.items()),
-    ]
+                f" interval ({first}, {other})"
+            )
+        facts += [f"{n} {label}: {first} minus {other}, paired: {g}" for n, g in gains.items()]
+    return facts
