@@ -31,16 +31,22 @@ def backbone_identity(params: Any) -> str:
     Args:
         params: the parameter tree (`nnx.state(model)`, pure or not, or nested dicts).
     """
-    backbone = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "backbone"}
+    backbone = _part(params, "backbone")
     return identity(backbone, _checksums(backbone))
 
 
 def branch_identity(params: Any) -> str | None:
     """The same of the branch; None where there is none, or where it is silent (every gate 0)."""
-    branch = {path: leaf for path, leaf in by_path(params).items() if part_of(path) == "branch"}
+    branch = _part(params, "branch")
     if not any(np.any(leaf) for path, leaf in branch.items() if path.endswith("/gate_alpha")):
         return None
     return identity(branch, _checksums(branch))
+
+
+def lora_identity(params: Any) -> str | None:
+    """The same of the LoRA adapters; None where there are none."""
+    adapters = _part(params, "lora")
+    return identity(adapters, _checksums(adapters)) if adapters else None
 
 
 def exact_identity(tree: Any) -> str:
@@ -58,6 +64,11 @@ def identity(arrays: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
         for path, array in sorted(arrays.items())
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _part(params: Any, name: str) -> dict[str, Any]:
+    """The arrays of `part_of` that name, by path."""
+    return {path: leaf for path, leaf in by_path(params).items() if part_of(path) == name}
 
 
 def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:

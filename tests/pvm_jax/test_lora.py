@@ -1,5 +1,6 @@
 """LoRA: what a fresh adapter is, where it goes, and how it is stored."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pvm_jax import (
 from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.store import save_branch
 from pvm_jax.data.batch import Batch
+from pvm_jax.measure.report.provenance import provenance
 from pvm_jax.model.lora import is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.sharding import make_mesh, param_shardings
@@ -217,6 +219,14 @@ class TestStored:
             save(tmp_path / "whole", trained)
         with pytest.raises(ValueError, match="no LoRA adapter to save"):
             save_lora(tmp_path / "none", model)
+
+    def test_a_report_names_it(self, base, adapter, trained, model):
+        fresh = dict(provenance({"x": add_lora(model, EVERYWHERE), "none": model}, []))
+        stored = dict(provenance({"x": load(base, lora=adapter)}, []))
+        assert stored["x"] == dict(provenance({"x": trained}, []))["x"]
+        assert re.fullmatch(r".*, LoRA [0-9a-f]{16}", stored["x"])
+        assert stored["x"] != fresh["x"]
+        assert "LoRA" not in fresh["none"]
 
     def test_another_backbone_is_refused(self, adapter, model):
         graphdef, params = nnx.split(model)

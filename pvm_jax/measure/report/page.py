@@ -58,7 +58,8 @@ th, td {{ text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px so
   font-variant-numeric: tabular-nums; }}
 th:first-child, td:first-child {{ text-align: left; }}
 .about {{ color: var(--soft); }}
-.origin td {{ text-align: left; overflow-wrap: anywhere; }}
+.origin td {{ text-align: left; }}
+.origin td + td {{ overflow-wrap: anywhere; }}
 .sample {{ display: grid; gap: .75rem 1.5rem; margin: 0 0 2rem;
   grid-template-columns: 14rem repeat(var(--answers), minmax(0, 1fr)); }}
 @media (max-width: 60rem) {{ .sample {{ grid-template-columns: minmax(0, 1fr); }} }}

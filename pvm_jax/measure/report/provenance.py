@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from pvm_jax.checkpoint.identity import backbone_identity, branch_identity
+from pvm_jax.checkpoint.identity import backbone_identity, branch_identity, lora_identity
 from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
@@ -34,6 +34,8 @@ def provenance(models: Mapping[str, Qwen3VL], examples: Sequence[Example]) -> li
         parts = [f"{' and '.join(dtypes)}, backbone {backbone_identity(params)}"]
         if branch := branch_identity(params):
             parts.append(f"branch {branch}")
+        if lora := lora_identity(params):
+            parts.append(f"LoRA {lora}")
         facts.append((name, ", ".join(parts)))
     return facts
 
