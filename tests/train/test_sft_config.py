@@ -74,7 +74,7 @@ def test_options_override_the_file(read):
         (
             ["--data.sources=[{path: a, weight: .inf}]"],
             FILE,
-            "data.sources.0.weight must be finite, got inf",
+            "sources: the weight of a must be a finite number above 0, got inf",
         ),
         (["--seed=-1"], FILE, "seed must be in [0, 2^31), got -1"),
         (["--run_dir="], FILE, "run_dir: a path is empty"),
