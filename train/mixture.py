@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pvm_jax.files.json_file import is_number
-from pvm_jax.files.paths import any_path, make_paths, on_bucket
+from pvm_jax.files.paths import any_path, on_bucket
 from pvm_jax.files.yaml_file import is_yaml, read_yaml
 
 
@@ -23,8 +23,10 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
+        if self.path.startswith(("{", "[{")):  # what the parser did not understand
+            raise ValueError(f"sources: a source is a path, or path and weight, got {self.path}")
         try:
-            make_paths(self, "path")
+            object.__setattr__(self, "path", str(any_path(self.path)))
         except ValueError as error:
             raise ValueError(f"sources: {error}") from error
         if not (is_number(self.weight) and self.weight > 0):
