@@ -203,7 +203,10 @@ def arguments(
         parser.add_function_arguments(of)
     namespace = parser.parse_args(_Words(parser, by_place, repeated).expand(argv))
     _refuse_null(parser, namespace)
-    values = vars(parser.instantiate(namespace))
+    try:
+        values = vars(parser.instantiate(namespace))
+    except ValueError as error:  # of a section that may be left out, in the parser's words
+        parser.error(str(error), error)
     values.pop("config")
     given = {flag for flag in (*flags, *_TRACEBACK_FLAG) if values.pop(flag, False)} & flags.keys()
     for key, value in values.items():
@@ -238,10 +241,10 @@ class Parser(ArgumentParser):
             super().error(message, ex)
         for pattern, text in _PLAINER.items():
             message = re.sub(pattern, text, message, flags=re.DOTALL)
-        raise ValueError(message) from ex
+        raise ValueError(message.strip()) from ex
 
 
-_PLAINER = {
+_PLAINER = {  # what the parser says -> in plainer words
     r'Parser key "([\w.]+)"': r"\1",
     r"\s*Given value type: .*": "",
     r"argument (--[\w.]+)/\1\+": r"argument \1",
@@ -253,9 +256,9 @@ _PLAINER = {
     r"Expected a (?:<class '(\w+)'>|typing\.(\w+\[[^\n]*?\]))": r"expected \1\2",
     r"\. Got value: ": ", got ",
     r"Unable to load config '([^\n]*)'\s*- [\w.]+: .*": r"must be keys and values, got '\1'",
+    r"(^|:)\s*- *((?:(?!\n\s*- ).)+)\n\s*- expected NoneType$": r"\1 \2",
 }
-"""What the parser says -> in plainer words."""
-_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'")
+_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|r key '([\w.]+)'")
 
 
 def _nearest(word: str, known: Collection[str]) -> str:
@@ -369,8 +372,7 @@ def _lists_of_sections(key: str, value: Any) -> Iterator[str]:
 
 
 def _refuse_null(parser: Parser, namespace: Namespace) -> None:
-    """ValueError for null where it is no value, which the parser lets pass, and for a section that
-    is something else than keys and values."""
+    """ValueError for null where it is no value, and for a section that is no keys and values."""
     for action in parser._actions:
         key, kind = action.dest, getattr(action, "_typehint", None)
         if key == "config" or key not in namespace or action.nargs == 0:

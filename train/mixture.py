@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pvm_jax.files.paths import any_path, make_paths, on_bucket
-from pvm_jax.files.yaml_file import read_yaml
+from pvm_jax.files.json_file import is_number
+from pvm_jax.files.paths import any_path, on_bucket
+from pvm_jax.files.yaml_file import is_yaml, read_yaml
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,16 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
-        make_paths(self, "path")
-        if not self.weight > 0:
+        if self.path.startswith(("{", "[{")):  # what the parser did not understand
+            raise ValueError(f"sources: a source is a path, or path and weight, got {self.path}")
+        try:
+            object.__setattr__(self, "path", str(any_path(self.path)))
+        except ValueError as error:
+            raise ValueError(f"sources: {error}") from error
+        if not (is_number(self.weight) and self.weight > 0):
             raise ValueError(
-                f"data.sources: the weight of {self.path} must be positive, got {self.weight}"
+                f"sources: the weight of {self.path} must be a finite number above 0, got"
+                f" {self.weight!r}"
             )
 
 
@@ -43,9 +50,11 @@ def mixture_of(sources: str | list[str | Source]) -> list[Source]:
 
 
 def _unfolded(source: Source) -> list[Source]:
-    if not _is_mixture(source.path):
+    if not is_yaml(source.path):
         return [source]
     file = any_path(source.path)
+    if not file.exists():
+        raise FileNotFoundError(f"sources: {file}: no such mixture file")
     content = read_yaml(file)
     entries = content.get("sources")
     if content.keys() != {"sources"} or not isinstance(entries, list) or not entries:
@@ -57,6 +66,8 @@ def _unfolded(source: Source) -> list[Source]:
             raise ValueError(f"{file}: a source is a path, or path and weight, got {entry!r:.80}")
         try:
             one = Source(**values)
+            if is_yaml(one.path):
+                raise ValueError(f"{one.path} is a mixture file too: give the paths in it")
             path = any_path(one.path)
             path = path if on_bucket(path) else file.parent / path
             found.append(Source(str(path), one.weight * source.weight))
@@ -70,8 +81,4 @@ def in_place(sources: str | list[str | Source]) -> str | list[str | Source]:
     where that was written. Raises as `mixture_of`."""
     named = [sources] if isinstance(sources, str) else sources
     paths = [one.path if isinstance(one, Source) else one for one in named]
-    return [*mixture_of(sources)] if any(map(_is_mixture, paths)) else sources
-
-
-def _is_mixture(path: str) -> bool:
-    return path.endswith((".yaml", ".yml"))
+    return [*mixture_of(sources)] if any(map(is_yaml, paths)) else sources

@@ -20,6 +20,7 @@ from pvm_jax.data.tables import SAVED_INDEX, ParquetFiles, SavedDataset
 from pvm_jax.data.tars import TarFiles
 from pvm_jax.files.hub import convert_first
 from pvm_jax.files.paths import any_path, on_bucket
+from pvm_jax.files.yaml_file import is_yaml
 
 _IN_DIRECTORIES = (".jsonl", ".jsonl.gz")
 _MAY_HOLD_DATA = re.compile(
@@ -74,6 +75,10 @@ def _several(path: Path, members: Sequence[Path], every_column: bool) -> Convers
     if all(member.suffix == ".tar" and member.is_file() for member in members):
         return TarFiles(path, members)
     if members == [path]:
+        if is_yaml(path):
+            raise ValueError(
+                f"{path}: a mixture file is for the sources of a run alone: give a path in it"
+            )
         return JsonFile(path)
     return Joined(path, [open_conversations(one, every_column=every_column) for one in members])
 

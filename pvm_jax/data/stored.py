@@ -72,12 +72,15 @@ class Conversations(Sequence[ChatMessages]):
     @contextmanager
     def naming(self, index: int) -> Iterator[None]:
         """Turns what conversation `index` is refused for into a ValueError that names its place,
-        once; what a bucket does not give stays a BucketError."""
+        once; what a bucket does not give stays a BucketError, what takes another package an
+        ImportError."""
         where = f"{self.where(index)}: "
         try:
             yield
         except BucketError as error:  # not the record's fault
             raise BucketError(f"{where}{str(error).removeprefix(where)}") from error
+        except ImportError as error:  # nor is a package that is not installed
+            raise ImportError(f"{where}{str(error).removeprefix(where)}") from error
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}{str(error).removeprefix(where)}") from error
         except RecursionError as error:

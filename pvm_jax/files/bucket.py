@@ -44,7 +44,7 @@ for _limit, _number in {
 }.items():
     os.environ.setdefault(f"TENSORSTORE_CURL_{_limit}", f"{_number:.0f}")
 
-_PACKAGES = {"gs": "pip install 'pvm-jax[gcs]'", "s3": "pip install 'pvm-jax[s3]'"}
+_PACKAGES = {"gs": "'pvm-jax[gcs]'", "s3": "'pvm-jax[s3]'", "az": "adlfs"}
 _LOG_IN = {
     "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -65,9 +65,8 @@ def reaching(path: PurePath) -> Iterator[None]:
         raise
     except ImportError as error:
         scheme = str(path).partition(":")[0]
-        advice = _PACKAGES.get(scheme, str(error))
         raise ImportError(
-            f"{path}: a package that reads {scheme}:// is missing: {advice}"
+            f"{path}: a package that reads {scheme}:// is missing: pip install {_PACKAGES[scheme]}"
         ) from error
     except FSTimeoutError as error:
         waited = f"no answer in {CONTACT_SECONDS:.0f} s"

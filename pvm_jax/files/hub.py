@@ -140,9 +140,13 @@ def make_model(given: str, *, private: bool) -> HfUri:
         HubError: if it cannot be: without a token that may write there, without a network.
         ValueError: for what is no such name.
     """
-    of = parse_hf_uri(f"{constants.HF_PROTOCOL}models/{given.removeprefix(constants.HF_PROTOCOL)}")
-    if of.revision or of.path_in_repo:
-        raise ValueError(f"{given}: give OWNER/NAME")
+    name = given.removeprefix(constants.HF_PROTOCOL)
+    try:
+        of = parse_hf_uri(f"{constants.HF_PROTOCOL}models/{name}")
+    except HfUriError:
+        of = None
+    if of is None or of.revision or of.path_in_repo:
+        raise ValueError(f"--push_to_hub {given}: give OWNER/NAME of the Hub")
     with asking(of, "it is to be written, but"):
         HfApi().create_repo(of.id, private=private or None, exist_ok=True)
     return of

@@ -13,6 +13,8 @@ BUCKETS = tuple(f"{scheme}://" for scheme in SCHEMES)
 """How a bucket's path begins."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # as Path writes it too, which keeps one slash
 
+_FROM_HUB = "; the Hub's come here by pvm convert OWNER/NAME DST, and pvm dataset OWNER/NAME DST"
+
 
 def any_path(path: str | PurePath) -> Path:
     """`path` with `~` for the home directory; of gs://, s3:// and az:// a BucketPath, which has the
@@ -28,9 +30,10 @@ def any_path(path: str | PurePath) -> Path:
     if found := _URL.match(text):
         url = f"{found[1]}://{text[found.end() :]}"
         if found[1] not in SCHEMES:
+            on_hub = found[1] == "hf" or url.startswith("https://huggingface.co/")
             raise ValueError(
                 f"{url} is a URL: give a path of this machine, of a bucket (gs://, s3://, az://) or"
-                " of a copy of the files"
+                f" of a copy of the files{_FROM_HUB if on_hub else ''}"
             )
         bucket, _, key = text[found.end() :].strip("/").partition("/")
         if not bucket:

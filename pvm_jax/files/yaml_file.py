@@ -41,6 +41,11 @@ class _Loader(_SafeLoader):
 _Loader.add_constructor(_INT, _Loader.construct_yaml_int)
 
 
+def is_yaml(path: str | Path) -> bool:
+    """Whether this is what YAML files are called."""
+    return str(path).endswith((".yaml", ".yml"))
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The keys and values in `file`.
 

@@ -115,8 +115,8 @@ def test_each_refusal_is_one_line_before_anything_is_written(
 
     assert "report.json does not exist" in said("--report", "nowhere")
     assert not ready.made
-    assert "OWNER/NAME" in said(to=f"{ID}@main")
-    assert "nothing" in said(to="nothing")
+    for wrong in (f"{ID}@main", "nothing"):
+        assert f"--push_to_hub {wrong}: give OWNER/NAME" in said(to=wrong)
     assert "--base_model ~/models/base: give OWNER/NAME" in said("--base_model", "~/models/base")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "it is to be written, but as a model of" in said()

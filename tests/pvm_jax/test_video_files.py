@@ -162,3 +162,7 @@ def test_without_pyav_the_error_names_the_extra(films, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ImportError, match=r"pip install 'pvm-jax\[video\]'"):
         outline(VideoFile(str(films / "a.mp4")), FrameSampling())
+    (films / "one.jsonl").write_text(json.dumps({"messages": conversation("a.mp4")}))
+    with pytest.raises(ImportError, match=r"one\.jsonl:1: .*pip install 'pvm-jax\[video\]'"):
+        convert(films / "one.jsonl", films / "none", max_rejected=1.0)  # it is no reject
+    assert not (films / "none").exists()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pvm_jax.data.conversations import open_conversations
 from train.config import Bucket, ExamplesConfig
 from train.mixture import Source, mixture_of
 
@@ -17,10 +18,26 @@ def test_a_mixture_file_is_the_sources_that_it_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["sources: []", "data: [a]", "sources: [{path: a, wieght: 2}]", "sources: [[a]]"]
+    ("content", "told"),
+    [
+        ("sources: []", "a mixture file has one key"),
+        ("data: [a]", "a mixture file has one key"),
+        ("sources: [{path: a, wieght: 2}]", "a source is a path"),
+        ("sources: [[a]]", "a source is a path"),
+        ("sources: [{path: a, weight: two}]", "the weight of a must be .* above 0, got 'two'"),
+        ("sources: [{path: a, weight: .inf}]", "the weight of a must be a finite number"),
+        ("sources: [mixture.yml]", r"mixture\.yml is a mixture file too"),
+    ],
 )
-def test_another_file_is_refused(tmp_path, content):
+def test_another_file_is_refused(tmp_path, content, told):
     file = tmp_path / "mixture.yml"
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"mixture\.yml: a (mixture file|source)"):
+    with pytest.raises(ValueError, match=rf"mixture\.yml: .*{told}"):
         mixture_of(str(file))
+    with pytest.raises(ValueError, match=r"mixture\.yml: a mixture file is for the sources"):
+        open_conversations(file)
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match=r"^sources: none\.yaml: no such mixture file$"):
+        mixture_of("none.yaml")

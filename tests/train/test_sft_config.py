@@ -74,7 +74,13 @@ def test_options_override_the_file(read):
         (
             ["--data.sources=[{path: a, weight: .inf}]"],
             FILE,
-            "data.sources.0.weight must be finite, got inf",
+            "sources: the weight of a must be a finite number above 0, got inf",
+        ),
+        (["--data.sources=[{path: a, wieght: 1}]"], FILE, "a source is a path, or path and weight"),
+        (
+            ["--held_out.sources=a", "--held_out.every=0"],
+            FILE,
+            "held_out: needs sources, every >= 1, samples >= 0 and max_new_tokens >= 1",
         ),
         (["--seed=-1"], FILE, "seed must be in [0, 2^31), got -1"),
         (["--run_dir="], FILE, "run_dir: a path is empty"),

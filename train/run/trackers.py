@@ -5,6 +5,8 @@ A tracker that cannot be opened ends the run before a model is loaded; one that 
 once, and the run goes on: what it computes does not depend on who watches.
 """
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +31,8 @@ what they are given."""
 _RUN_TAG = "pvm_run"
 _PARAMS_A_CALL = 100
 _PARAM_CHARACTERS = 500
+_MLFLOW_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""By itself it asks a server that is gone for many minutes, in which nothing is trained."""
 
 
 class Tracker(Protocol):
@@ -195,6 +199,9 @@ class _MLflow(Tracker):
         from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
         from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
+        for limit, number in _MLFLOW_LIMITS.items():
+            os.environ.setdefault(limit, number)
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it warns of is raised too
         self._client, self._metric = MlflowClient(), Metric
         experiment = self._client.get_experiment_by_name(config.log.project)
         place = (

@@ -28,6 +28,7 @@ def test_a_url_is_named_as_it_was_written(url, written):
         any_path(written(url))
     shown = url.replace("file:///tmp", "file://tmp")
     assert str(error.value).startswith(f"{shown} is a URL: give a path of this machine")
+    assert ("pvm convert OWNER/NAME" in str(error.value)) == url.startswith("hf:")
 
 
 @pytest.mark.parametrize("written", [str, Path])
