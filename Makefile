@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS := $(VENV)/docs
 
-.PHONY: help demo demo-grpo figures compare regime base test newest isa matrix faults docs \
+.PHONY: help demo demo-lora demo-grpo figures compare regime base test newest isa matrix faults docs \
   docs-check lint format environment constraints clean
 
 help:  ## this list
@@ -36,11 +36,14 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 demo: $(READY)  ## convert the shipped tiny checkpoint, train its branch, generate, measure
 	$(BIN)/python -m demo.run
 
+demo-lora: $(READY)  ## LoRA of the branch's size, measured beside what demo trained (10 min)
+	$(BIN)/python -m demo.lora
+
 demo-grpo: $(READY)  ## refine what demo trained by GRPO, over three seeds; plot the held-out reward
 	$(BIN)/python -m demo.grpo
 
-FIGURES := out/demo/report/figures
-figures: demo  ## the README's figures, out of the demo's report
+FIGURES := out/demo/compared/figures
+figures: demo-lora  ## the README's figures, out of the report with LoRA
 	cp $(FIGURES)/filler.svg $(FIGURES)/ahead.svg $(FIGURES)/dependency.svg docs/
 	cp $(FIGURES)/looked_3.svg docs/looked.svg
 

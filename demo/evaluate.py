@@ -22,10 +22,11 @@ from pvm_jax.measure.accuracy import teacher_forced
 from pvm_jax.measure.reading import find_answers
 from pvm_jax.measure.report.command import compared, report_on
 from pvm_jax.measure.report.task import Task
-from pvm_jax.model.qwen3_vl import Qwen3VL
+from pvm_jax.model.qwen3_vl import Qwen3VL, without_pvm
 from pvm_jax.options import run_as_command
 
 TOKENS_PER_LINE = 3
+LORA = "LoRA alone"
 TITLE = "What the demo's model sees over a long answer"
 MEASURED = ("dilution", "accuracy", "samples", "ablations", "looked", "lens", "cost", "dependency")
 """What fits the demo's minutes. Its answers have no final answer, its pictures no boxes."""
@@ -49,8 +50,8 @@ class EvaluationSettings:
         seed: of the scenes.
     """
 
-    distances: tuple[int, ...] = (0, 100, 200, 400, 800)
-    ahead: tuple[int, ...] = (0, 200, 800)
+    distances: tuple[int, ...] = (0, 200, 400, 800, 1600)
+    ahead: tuple[int, ...] = (0, 800)
     scenes: int = 32
     lines: int = 48
     size: int = 4
@@ -192,10 +193,11 @@ def main(
     out: Path,
     checkpoint: Path,
     branch: Path | None = None,
+    lora: Path | None = None,
     settings: EvaluationSettings = EvaluationSettings(),
 ) -> None:
-    """Measures a checkpoint with and without its branch; writes report.html, report.json and
-    figures/ to `out`.
+    """Measures a checkpoint with and without its branch, and with LoRA in its place; writes
+    report.html, report.json and figures/ to `out`.
 
     Example: python -m demo.evaluate out/demo/report out/demo/checkpoint --branch
         out/demo/run/branch
@@ -204,6 +206,7 @@ def main(
         out: folder for the report.
         checkpoint: the base model (Orbax).
         branch: a branch that was trained on it; without one, the checkpoint's own.
+        lora: an adapter that was trained on the same base without a branch, to compare with.
         settings: what is measured.
     """
     processor = Processor.from_pretrained(checkpoint)
@@ -218,14 +221,18 @@ def main(
         ),
         "Intervals are 95%, by resampling scenes.",
     ]
+    models = compared(load(checkpoint, branch=branch), {})
+    if lora:
+        models[LORA] = without_pvm(load(checkpoint, lora=lora))
     report_on(
-        compared(load(checkpoint, branch=branch), {}),
+        models,
         make_task(checkpoint, processor, settings),
         out,
         only=MEASURED,
         title=TITLE,
         about=about,
-        settings=asdict(settings) | {"checkpoint": str(checkpoint), "branch": str(branch)},
+        settings=asdict(settings)
+        | {"checkpoint": str(checkpoint), "branch": str(branch), "lora": str(lora)},
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from demo.evaluate import encode
+from demo.lora import LORA
 from demo.run import BASE, BRANCH, Step
 from demo.task import Mixture, make_example
 from pvm_jax.checkpoint.store import load
@@ -61,7 +62,7 @@ class Method:
 
 # LoRA's rank gives all but "full" the branch's number of parameters.
 METHODS = {
-    "LoRA": Method(("lora",), ("--lora.rank=50", "--lora.alpha=100")),
+    "LoRA": Method(("lora",), LORA),
     "full": Method(("decoder",)),
     "PVM": Method(("pvm",), branch=BRANCH),
     "PVM looks first": Method(("pvm", "pvm"), branch=BRANCH),
