@@ -18,8 +18,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DOCS := $(VENV)/docs
 
-.PHONY: help demo demo-lora demo-grpo figures compare regime base test newest isa matrix faults docs \
-  docs-check lint format environment constraints clean
+.PHONY: help demo demo-lora demo-grpo figures compare regime base test newest isa matrix faults \
+  docs docs-check lint format environment constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
