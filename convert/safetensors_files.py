@@ -261,7 +261,7 @@ def _header(file: Path) -> dict[str, Stored]:
     for name in header:
         if name != "__metadata__":
             entry = header.object(name)
-            begin, _ = entry.integers("data_offsets")
+            begin, _ = entry.integers("data_offsets", bits=64)
             shape = entry.integers("shape")
             stored[name] = Stored(file, entry.text("dtype"), shape, 8 + length + begin)
     return stored

@@ -59,11 +59,16 @@ class JsonObject(Mapping[str, Any]):
         what = f"a whole number of at least {least}"
         return self._read(key, default, lambda value: _is_integer(value, least), what)
 
-    def integers(self, key: str, default: Any = _REQUIRED, *, least: int = 0) -> tuple[int, ...]:
-        """Raises ValueError for anything but a list of what `integer` takes."""
+    def integers(
+        self, key: str, default: Any = _REQUIRED, *, least: int = 0, bits: int = 32
+    ) -> tuple[int, ...]:
+        """Raises ValueError for anything but a list of whole numbers of at least `least`, in
+        `bits`."""
 
         def fits(value: Any) -> bool:
-            return isinstance(value, list | tuple) and all(_is_integer(x, least) for x in value)
+            return isinstance(value, list | tuple) and all(
+                _is_integer(x, least, bits) for x in value
+            )
 
         what = f"a list of whole numbers of at least {least}"
         value = self._read(key, default, fits, what)
@@ -143,5 +148,6 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+def _is_integer(value: Any, least: int, bits: int = 32) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and least <= value < 2 ** (bits - 1)

@@ -2,6 +2,7 @@
 one line."""
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -38,6 +39,24 @@ def test_the_index_is_followed(sharded):
         "a": "0.safetensors",
         "b": "1.safetensors",
     }
+
+
+def test_a_file_of_several_gigabytes(tmp_path):
+    """As checkpoints have them; a hole on the disk but for the last numbers."""
+    far = 2**32 + 8
+    header = {
+        "hole": {"dtype": "F64", "shape": [far // 8], "data_offsets": [0, far]},
+        "end": {"dtype": "F16", "shape": [3], "data_offsets": [far, far + 6]},
+    }
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(far, os.SEEK_CUR)
+        file.write(np.array([1, 2, 3], np.float16).tobytes())
+    with SafetensorsReader(tmp_path) as reader:
+        found = np.empty(3, np.float16)
+        reader.read("end", 0, found)
+    np.testing.assert_array_equal(found, [1, 2, 3])
 
 
 @pytest.mark.parametrize(
