@@ -23,7 +23,7 @@ from pvm_jax.model.layers import (
     stack,
 )
 from pvm_jax.model.rope import Rotary, mrope, rotate
-from pvm_jax.sharding import constrain
+from pvm_jax.sharding import by_row, constrain
 
 Recall = Callable[[int, jax.Array], jax.Array]
 """(layer, stream [B, S, D]) -> the branch's update [B, S, D]."""
@@ -125,7 +125,9 @@ class DecoderLayer(nnx.Module):
         attention = self.self_attn
         q, k, v = attention.queries_keys_values(self.input_layernorm(x), rotary)
         attended, cache = attend(q, k, v)
-        h = x + attention.o_proj.from_heads(attended, attention.heads)
+        h = by_row(
+            x + attention.o_proj.from_heads(attended, attention.heads), "batch", "length", "hidden"
+        )
         update = None if recall is None else recall(h)
         ffn = self.mlp(self.post_attention_layernorm(h))
         y = h + ffn if update is None else h + ffn + update
@@ -184,7 +186,7 @@ def _layer(shared: _Shared, recall: Callable[[jax.Array], jax.Array] | None, num
         hidden = inner.stream
         if features is not None and shared.place is not None:
             hidden = hidden + shared.place(features)
-        hidden = constrain(hidden, "batch", "length", "hidden")
+        hidden = by_row(hidden, "batch", "length", "hidden")
         carry = hidden, inner.cache, None if shared.beside else inner.middle
         if shared.probe is None:
             return carry, None
