@@ -48,13 +48,14 @@ def write_card(
 
 def _what(config: ModelConfig, parts: Mapping[str, Path]) -> Iterator[str]:
     layers = config.text.pvm_layers
+    gate = ", its gate by token" if config.text.pvm_gate == "token" else ""
     if layers:
         yield (
             "A Qwen3-VL with the branch of Persistent Visual Memory"
             " ([arXiv 2605.00814](https://arxiv.org/abs/2605.00814)): beside the FFN of the decoder"
             f" layers {', '.join(map(str, layers))} (counted from 0), {config.text.pvm_hidden_size}"
-            f" wide, recalling {config.text.pvm_visibility} images. With `trust_remote_code=True`"
-            " transformers runs it; without, it leaves the branch out."
+            f" wide, recalling {config.text.pvm_visibility} images{gate}. With"
+            " `trust_remote_code=True` transformers runs it; without, it leaves the branch out."
         )
     else:
         yield "A Qwen3-VL, as transformers' own `Qwen3VLForConditionalGeneration`."

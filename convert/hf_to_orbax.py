@@ -36,7 +36,7 @@ from pvm_jax.checkpoint.directory import (
     write_aside,
     write_config,
 )
-from pvm_jax.config import ModelConfig, dtype_name
+from pvm_jax.config import ModelConfig, TextConfig, dtype_name
 from pvm_jax.data.tokenizer import has_tokenizer, read_tokenizer
 from pvm_jax.files.hub import SETTINGS, fetch, named_on_hub
 from pvm_jax.files.paths import any_path, checkpoint_path
@@ -74,6 +74,8 @@ class ImportOptions:
         pvm_hidden_size: the branch's width; by default four heads.
         pvm_visibility: images that a text token recalls: "all", as published, or those before it,
             "preceding"; by default the checkpoint's, else all.
+        pvm_gate: of a fresh branch: "scalar", as published, or "token", which opens further for
+            some tokens than for others; by default scalar.
         plain: without a branch: add none, leave the checkpoint's out.
         dtype: cast every tensor; by default as stored.
         seed: of a fresh branch.
@@ -84,6 +86,7 @@ class ImportOptions:
     pvm_layers: list[int] | None = None
     pvm_hidden_size: int | None = None
     pvm_visibility: Literal["all", "preceding"] | None = None
+    pvm_gate: Literal["scalar", "token"] | None = None
     plain: bool = False
     dtype: Literal["float32", "bfloat16"] | None = None
     seed: int = 0
@@ -110,6 +113,7 @@ def convert(
     pvm_layers: Sequence[int] | None = None,
     pvm_hidden_size: int | None = None,
     pvm_visibility: str | None = None,
+    pvm_gate: str | None = None,
     *,
     plain: bool = False,
     dtype: DTypeLike | None = None,
@@ -119,9 +123,8 @@ def convert(
 
     Args:
         src: a directory, or a text that names a model of the Hub (`pvm_jax.files.hub`).
-        pvm_layers, pvm_hidden_size: of the branch; None takes the checkpoint's, or the default by
-            size for a fresh one.
-        pvm_visibility: as `TextConfig` has it; None takes the checkpoint's.
+        pvm_layers, pvm_hidden_size, pvm_visibility, pvm_gate: as `TextConfig` has them; None takes
+            the checkpoint's, for a fresh branch the default (of the first two: by size).
         plain: without a branch: none is added, the checkpoint's own is left out.
         dtype: float32 or bfloat16, of everything; None keeps each tensor's own.
         seed: of a fresh branch.
@@ -139,7 +142,7 @@ def convert(
     src = fetch(on_hub, SETTINGS) if on_hub else any_path(src)
     _refuse_other(src)
     original = read_config(src)
-    asked = _Branch(tuple(pvm_layers or ()) or None, pvm_hidden_size, pvm_visibility)
+    asked = _Branch(tuple(pvm_layers or ()) or None, pvm_hidden_size, pvm_visibility, pvm_gate)
     config, bare = _config(original, asked, plain=plain)
     if has_tokenizer(src):
         read_tokenizer(src)
@@ -178,6 +181,7 @@ class _Branch(NamedTuple):
     layers: tuple[int, ...] | None
     hidden_size: int | None
     visibility: str | None
+    gate: str | None
 
 
 def _config(original: Mapping, branch: _Branch, *, plain: bool) -> tuple[ModelConfig, bool]:
@@ -186,8 +190,8 @@ def _config(original: Mapping, branch: _Branch, *, plain: bool) -> tuple[ModelCo
     if plain:
         if any(branch):
             raise ValueError(
-                "--plain makes no branch: leave --pvm_layers, --pvm_hidden_size and"
-                " --pvm_visibility out"
+                "--plain makes no branch: leave --pvm_layers, --pvm_hidden_size, --pvm_visibility"
+                " and --pvm_gate out"
             )
         return ModelConfig.from_hf(original).without_pvm(), False
     config = ModelConfig.from_hf(original)
@@ -195,6 +199,7 @@ def _config(original: Mapping, branch: _Branch, *, plain: bool) -> tuple[ModelCo
     for flag, given, found in (
         ("--pvm_layers", branch.layers, own.pvm_layers),
         ("--pvm_hidden_size", branch.hidden_size, own.pvm_hidden_size),
+        ("--pvm_gate", branch.gate, own.pvm_gate),
     ):
         if own.pvm_layers and given not in (None, found):
             raise ValueError(
@@ -202,7 +207,9 @@ def _config(original: Mapping, branch: _Branch, *, plain: bool) -> tuple[ModelCo
                 " leave it out"
             )
     if not own.pvm_layers:
-        config = config.with_pvm(branch.layers, branch.hidden_size)
+        config = config.with_pvm(
+            branch.layers, branch.hidden_size, gate=branch.gate or TextConfig.pvm_gate
+        )
     if branch.visibility is not None:
         config = replace(config, text=replace(config.text, pvm_visibility=branch.visibility))
     return config, not own.pvm_layers

@@ -35,7 +35,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 _KEPT = "pvm_memory"
 """The attribute of a cache that holds its `KeptMemory`: copied with it, gone with it."""
-_KEYS = {"pvm_layers", "pvm_hidden_size", "pvm_visibility"}
+_CHOICES = {"pvm_visibility": ("all", "preceding"), "pvm_gate": ("scalar", "token")}
+"""The published form, which a config.json need not name, and the other."""
 _OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -152,6 +153,8 @@ class PVMBlock(nn.Module):
         self.mlp = Qwen3VLTextMLP(ffn)
         self.output_expander = nn.Linear(width, config.hidden_size, bias=False)
         self.gate_alpha = nn.Parameter(torch.zeros(1))
+        by_token = getattr(config, "pvm_gate", "scalar") == "token"
+        self.gate_token = nn.Parameter(torch.zeros(config.hidden_size)) if by_token else None
 
     def memory(self, recall: Recall, layer: int, device: torch.device) -> KeysValues:
         """What this branch, of decoder layer `layer`, remembers; an image is projected once."""
@@ -170,9 +173,11 @@ class PVMBlock(nn.Module):
         memory = self.memory(recall, layer, stream.device)
         recalled = self.cross_attn(query, memory, recall.visible.to(stream.device))
         recalled = recalled + self.mlp(self.post_attn_norm(recalled))
-        wide = self.output_expander(recalled).float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        update = self.gate_alpha.to(stream.dtype) * normed.to(stream.dtype)
+        update = _rms_normalized(self.output_expander(recalled), self.eps)
+        if self.gate_token is not None:
+            gate = _rms_normalized(stream, self.eps) @ self.gate_token.to(stream.dtype)
+            update = 2 * gate.sigmoid()[..., None] * update
+        update = self.gate_alpha.to(stream.dtype) * update
         return update.masked_fill(recall.silent.to(stream.device), 0)
 
 
@@ -208,6 +213,8 @@ class PVMQwen3VLTextModel(Qwen3VLTextModel):
         super()._init_weights(module)
         if isinstance(module, PVMBlock):
             init.zeros_(module.gate_alpha)
+            if module.gate_token is not None:
+                init.zeros_(module.gate_token)
 
     def forward(
         self,
@@ -301,6 +308,12 @@ class PVMQwen3VLForConditionalGeneration(Qwen3VLForConditionalGeneration):
         return super()._prefill(input_ids, generation_config, *args, **kwargs)
 
 
+def _rms_normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """[..., D] -> [..., D]: x over its root mean square, which is computed in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def _by_row(embeds: torch.Tensor, is_visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The visual tokens [B, V, D] among `embeds` [B, S, D], in order, and which of them there are
     [B, V]."""
@@ -355,7 +368,7 @@ def _refuse_packed_rows(
 def _check_branch(config: Any) -> None:
     """Raises ValueError for a branch that this file does not know."""
     found = {key for key in config.to_dict() if key.startswith("pvm_")}
-    if unknown := sorted(found - _KEYS):
+    if unknown := sorted(found - {"pvm_layers", "pvm_hidden_size", *_CHOICES}):
         raise ValueError(f"text_config: {', '.join(unknown)}: this branch is not known here")
     layers, width = getattr(config, "pvm_layers", None), getattr(config, "pvm_hidden_size", None)
     if not layers or list(layers) != sorted({*layers} & {*range(config.num_hidden_layers)}):
@@ -368,8 +381,6 @@ def _check_branch(config: Any) -> None:
             f"text_config.pvm_hidden_size must be a multiple of head_dim {config.head_dim}, got"
             f" {width}"
         )
-    visibility = getattr(config, "pvm_visibility", "all")
-    if visibility not in ("all", "preceding"):
-        raise ValueError(
-            f"text_config.pvm_visibility must be 'all' or 'preceding', got {visibility!r}"
-        )
+    for key, (published, other) in _CHOICES.items():
+        if (value := getattr(config, key, published)) not in (published, other):
+            raise ValueError(f"text_config.{key} must be {published!r} or {other!r}, got {value!r}")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pvm_jax.files.json_file import is_number
-from pvm_jax.hf_config import MODEL_TYPE, SPECIAL_TOKENS, read_sections
+from pvm_jax.hf_config import BRANCH_CHOICES, MODEL_TYPE, SPECIAL_TOKENS, read_sections
 from pvm_jax.presets import PRESETS
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
@@ -119,6 +119,8 @@ class TextConfig:
         pvm_visibility: which of its conversation's images a text token recalls: "all", as
             published, or "preceding": those before it alone, as the decoder's own attention, for
             conversations whose later turns bring images.
+        pvm_gate: what scales the branch's update: "scalar", as published, or "token": the scalar
+            times 0 to 2, by what the token's stream holds.
     """
 
     vocab_size: int = 151936
@@ -137,6 +139,7 @@ class TextConfig:
     pvm_layers: tuple[int, ...] = ()
     pvm_hidden_size: int = 512
     pvm_visibility: str = "all"
+    pvm_gate: str = "scalar"
 
     def __post_init__(self):
         for name, above in (("rms_norm_eps", 0), ("rope_theta", 1)):
@@ -167,10 +170,9 @@ class TextConfig:
                 f"pvm_hidden_size {self.pvm_hidden_size} must be a multiple of the decoder's"
                 f" head_dim {self.head_dim}"
             )
-        if self.pvm_visibility not in ("all", "preceding"):
-            raise ValueError(
-                f"pvm_visibility must be 'all' or 'preceding', got {self.pvm_visibility!r}"
-            )
+        for name, (published, other) in BRANCH_CHOICES.items():
+            if (value := getattr(self, name)) not in (published, other):
+                raise ValueError(f"{name} must be {published!r} or {other!r}, got {value!r}")
 
     @property
     def pvm_num_heads(self) -> int:
@@ -291,6 +293,7 @@ class ModelConfig:
         layers: tuple[int, ...] | None = None,
         hidden_size: int | None = None,
         visibility: str = "all",
+        gate: str = "scalar",
     ) -> Self:
         """This config with the branch at `layers` (0-based) and of width `hidden_size`; None takes
         the default by size.
@@ -305,17 +308,14 @@ class ModelConfig:
             layers = _default_pvm_layers(self.text.num_hidden_layers, self.text.hidden_size)
         if hidden_size is None:
             hidden_size = 4 * self.text.head_dim
-        branch = {
-            "pvm_layers": tuple(layers),
-            "pvm_hidden_size": hidden_size,
-            "pvm_visibility": visibility,
-        }
+        branch = {"pvm_layers": tuple(layers), "pvm_hidden_size": hidden_size}
+        branch |= {"pvm_visibility": visibility, "pvm_gate": gate}
         return replace(self, text=replace(self.text, **branch))
 
     def with_branch_of(self, text: TextConfig) -> Self:
-        """This config with the branch that `text` describes: its layers, its width and what it
-        sees."""
-        return self.with_pvm(text.pvm_layers, text.pvm_hidden_size, text.pvm_visibility)
+        """This config with the branch that `text` describes, and all that it says of it."""
+        branch = {name: value for name, value in asdict(text).items() if name.startswith("pvm_")}
+        return replace(self, text=replace(self.text, **branch))
 
     def without_pvm(self) -> Self:
         """The base model's config."""
@@ -359,8 +359,9 @@ class ModelConfig:
         }
         if not self.text.pvm_layers:
             del text["pvm_layers"], text["pvm_hidden_size"]
-        if not self.text.pvm_layers or self.text.pvm_visibility == TextConfig.pvm_visibility:
-            del text["pvm_visibility"]  # not one of the authors' keys
+        for key, (published, _) in BRANCH_CHOICES.items():
+            if not self.text.pvm_layers or text[key] == published:
+                del text[key]
         vision = {f.name: getattr(self.vision, f.name) for f in fields(VisionConfig)}
         vision |= {
             "model_type": MODEL_TYPE,

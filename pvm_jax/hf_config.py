@@ -41,6 +41,9 @@ _SIZES = {
         "spatial_merge_size",
     ),
 }
+BRANCH_CHOICES = {"pvm_visibility": ("all", "preceding"), "pvm_gate": ("scalar", "token")}
+"""Keys of the branch that are not the authors': the published form, where the key is left out, and
+the other one."""
 # Keys with which this family or its relatives compute something else, and all that is computed
 # here. null is as good as absent.
 _COMPUTED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -163,8 +166,7 @@ def _text(text: JsonObject) -> dict[str, Any]:
     }
     if "rms_norm_eps" in text:
         values["rms_norm_eps"] = text.number("rms_norm_eps")
-    if "pvm_visibility" in text:
-        values["pvm_visibility"] = text.text("pvm_visibility")
+    values |= {key: text.text(key) for key in BRANCH_CHOICES if key in text}
     values["pvm_layers"] = text.integers("pvm_layers", None) or ()
     values["attention_bias"] = text.flag("attention_bias", None) or False
     return values | _rope(text)

@@ -89,7 +89,7 @@ def make_model(config: ModelConfig, *, gate: float = 0) -> Qwen3VL:
     def value(path, shape):
         if "gate_alpha" in path:
             return np.full(shape, gate)
-        if "bias" in path:
+        if "bias" in path or "gate_token" in path:
             return np.zeros(shape)
         return np.ones(shape) if "norm" in path else rng.normal(0, 0.02, shape)
 

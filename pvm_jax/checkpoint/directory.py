@@ -20,6 +20,7 @@ from pvm_jax.files.cache import SETTINGS_SUFFIXES
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import any_path, on_bucket
 from pvm_jax.files.writing import copy_file, remove_tree
+from pvm_jax.hf_config import BRANCH_CHOICES
 
 _MAX_LINES = 100
 UNFINISHED = "UNFINISHED"
@@ -160,11 +161,8 @@ def write_config(directory: Path, config: ModelConfig, original: Mapping[str, An
     if text.get("rope_parameters"):
         rope = text.pop("rope_scaling") | {"rope_theta": text.pop("rope_theta")}
         text["rope_parameters"] = text["rope_parameters"] | rope
-    for key in (
-        "pvm_layers",
-        "pvm_hidden_size",
-        "pvm_visibility",
-    ):  # of the original's branch, if this is without one
+    # Those of the original's branch, if this is without one.
+    for key in ("pvm_layers", "pvm_hidden_size", *BRANCH_CHOICES):
         if key not in ours["text_config"]:
             text.pop(key, None)
     for part in (merged, merged["text_config"], merged["vision_config"]):

@@ -223,8 +223,8 @@ def load_lora(path: str | Path, model: Qwen3VL, *, dtype: DTypeLike | None = Non
 
 
 def read_branch(root: Path) -> tuple[TextConfig, str | None]:
-    """The config that says a branch's layers and width, and the identity of the backbone that it
-    was trained on (None: the checkpoint is a whole model).
+    """The config that says a branch's layers, width and gate, and the identity of the backbone that
+    it was trained on (None: the checkpoint is a whole model).
 
     Raises:
         CheckpointError: if the checkpoint at `root` has no branch.

@@ -89,7 +89,7 @@ class PersistentVisualMemory(nnx.Module):
     """Gated cross-attention from the text stream to the image, beside one decoder layer's FFN.
 
     Fresh parameters are those that train: gate 0, every Linear ~ N(0, 0.02), norms 1. The update is
-    then exactly 0, and the gate's gradient is not.
+    then exactly 0, and the gate's gradient is not. A fresh gate by token is the scalar gate.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
@@ -109,6 +109,11 @@ class PersistentVisualMemory(nnx.Module):
             width, c.hidden_size, ("embed", "hidden"), dtype=dtype, rngs=rngs
         )
         self.gate_alpha = parameter(rngs, zeros, (1,), ("norm",), dtype)
+        self.gate_token = (
+            parameter(rngs, zeros, (c.hidden_size,), ("hidden",), dtype)
+            if c.pvm_gate == "token"
+            else None
+        )
         self.eps = c.rms_norm_eps
 
     def memorize(self, embeds: jax.Array, segment_ids: jax.Array) -> Memory:
@@ -146,6 +151,9 @@ class PersistentVisualMemory(nnx.Module):
         recalled = self.cross_attn(query, memory, segment_ids, limits)
         recalled = recalled + self.mlp(self.post_attn_norm(recalled))
         update = rms_normalize(self.output_expander(recalled), self.eps)
+        if self.gate_token is not None:
+            gate = rms_normalize(stream, self.eps) @ self.gate_token[...].astype(stream.dtype)
+            update = 2 * jax.nn.sigmoid(gate)[..., None] * update
         update = self.gate_alpha[...].astype(update.dtype) * update
         remembers = jnp.any(attention_mask(segment_ids, memory.segment_ids, limits=limits), -1) & (
             segment_ids > 0

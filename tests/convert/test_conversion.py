@@ -123,36 +123,46 @@ def test_with_the_branch_goes_the_code_that_runs_it(variant, tmp_path):
 
 
 @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
-def test_visibility_is_a_checkpoints_own(plain, tmp_path):
-    """There, through an export and back, and in what a branch that was saved alone brings to
-    another checkpoint."""
-    hf_to_orbax.convert(plain, tmp_path / "orbax", pvm_visibility="preceding")
-    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "hf")
-    hf_to_orbax.convert(tmp_path / "hf", tmp_path / "again")
-    hf_to_orbax.convert(plain, tmp_path / "all")
-    save_branch(tmp_path / "branch", load(tmp_path / "again"))
-    models = [
-        load(tmp_path / "again"),
-        load(tmp_path / "all"),
-        load(tmp_path / "all", branch=tmp_path / "branch"),
-    ]
-    assert [model.config.text.pvm_visibility for model in models] == [
-        "preceding",
-        "all",
-        "preceding",
-    ]
+def test_visibility_and_gate_are_a_checkpoints_own(variant, golden_checkpoints, tmp_path):
+    """There and back, and in what a branch that was saved alone brings to a checkpoint with another
+    branch."""
+    own = {"pvm_visibility": "preceding", "pvm_gate": "token"}
+
+    def change(tensors: dict, config: dict) -> None:
+        config["text_config"] |= own
+        for name in [name for name in tensors if name.endswith("output_expander.weight")]:
+            weight = tensors[name][:, 0].copy()
+            tensors[name.replace("output_expander.weight", "gate_token")] = weight
+
+    by_token = variant(change)
+    hf_to_orbax.convert(by_token, tmp_path / "orbax")
+    orbax_to_hf.convert(tmp_path / "orbax", tmp_path / "back")
+    assert_equal_bytes(by_token, tmp_path / "back")
+    assert read_config(tmp_path / "back")["text_config"].items() >= own.items()
+    with pytest.raises(ValueError, match="--pvm_gate scalar: the checkpoint brings its own branch"):
+        hf_to_orbax.convert(by_token, tmp_path / "other", pvm_gate="scalar")
+
+    model = load(tmp_path / "orbax")
+    save_branch(tmp_path / "branch", model)
+    published = golden_checkpoints["shape_8b"]
+    moved = load(published, branch=tmp_path / "branch")
+    assert moved.config.text == model.config.text != ModelConfig.from_hf(published).text
+    got, want = (by_path(nnx.state(one.pvm)) for one in (moved, model))
+    assert got.keys() == want.keys()
+    assert all((got[path] == want[path]).all() for path in want)
 
 
 @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
 def test_fresh_branch(plain, tmp_path):
-    hf_to_orbax.convert(plain, tmp_path / "one", seed=1)
-    hf_to_orbax.convert(plain, tmp_path / "two", seed=2)
+    hf_to_orbax.convert(plain, tmp_path / "one", seed=1, pvm_gate="token")
+    hf_to_orbax.convert(plain, tmp_path / "two", seed=2, pvm_gate="token")
     model = load(tmp_path / "one")
-    assert model.config.text == ModelConfig.from_hf(plain).with_pvm().text
+    assert model.config.text == ModelConfig.from_hf(plain).with_pvm(gate="token").text
     one, two = (by_path(nnx.state(made)) for made in (model, load(tmp_path / "two")))
     expanders = [f"pvm/{layer}/output_expander/weight" for layer in model.config.text.pvm_layers]
     for layer, expander in zip(model.config.text.pvm_layers, expanders, strict=True):
         assert one[f"pvm/{layer}/gate_alpha"] == 0
+        assert not one[f"pvm/{layer}/gate_token"].any()
         assert (one[f"pvm/{layer}/input_norm/weight"] == 1).all()
         assert np.std(one[expander].astype(np.float32)) == pytest.approx(0.02, rel=0.1)
         assert one[expander].dtype == jnp.bfloat16
@@ -247,8 +257,13 @@ class TestRefused:
 
         assert "gate_alpha (1,)" in self.convert(variant(change), tmp_path)
 
-    def test_other_layers_than_the_checkpoints(self, golden, tmp_path):
+    def test_other_layers_or_gate_than_the_checkpoints(self, golden, tmp_path):
         assert "--pvm_layers (0,)" in self.convert(golden, tmp_path, pvm_layers=(0,))
+        said = self.convert(golden, tmp_path, pvm_gate="token")
+        assert said.startswith(
+            "--pvm_gate token: the checkpoint brings its own branch, with scalar"
+        )
+        assert "\n" not in said
 
     def test_mixed_types_in_a_stack(self, variant, tmp_path):
         def change(tensors: dict, config: dict) -> None:
@@ -326,7 +341,7 @@ class TestCommand:
     @pytest.mark.parametrize("golden", ["shape_8b"], indirect=True)
     def test_arguments(self, plain, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(jax.config, "update", lambda *_: None)
-        visibility = ["--pvm-visibility", "preceding"]
+        chosen = ["--pvm-visibility", "preceding", "--pvm-gate", "token"]
         hf_to_orbax.main(
             [
                 str(plain),
@@ -336,10 +351,11 @@ class TestCommand:
                 "3",
                 "--pvm-hidden-size",
                 "16",
-                *visibility,
+                *chosen,
             ]
         )
-        assert read_config(tmp_path / "o")["text_config"]["pvm_visibility"] == "preceding"
+        text = read_config(tmp_path / "o")["text_config"]
+        assert (text["pvm_visibility"], text["pvm_gate"]) == ("preceding", "token")
         orbax_to_hf.main(
             [str(tmp_path / "o"), str(tmp_path / "b"), "--plain", "--max-shard-size", "1MB"]
         )

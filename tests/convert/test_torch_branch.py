@@ -132,7 +132,9 @@ def test_loss_and_gradients(golden, exported):
 
 
 @pytest.mark.parametrize(
-    "text", [{}, {"pvm_visibility": "preceding"}, {"attention_bias": True}], ids=str
+    "text",
+    [{}, {"pvm_visibility": "preceding"}, {"pvm_gate": "token"}, {"attention_bias": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("left", [True, False])
 def test_rows_with_one_image_none_and_two(tiny, text, left):
@@ -267,6 +269,7 @@ def test_what_it_does_not_understand_it_refuses(tiny):
         ({"pvm_layers": [1, 3]}, r"pvm_layers must be some ascending layers in \[0, 3\)"),
         ({"pvm_hidden_size": 24}, "pvm_hidden_size must be a multiple of head_dim 16, got 24"),
         ({"pvm_visibility": "none"}, "must be 'all' or 'preceding', got 'none'"),
+        ({"pvm_gate": "row"}, "must be 'scalar' or 'token', got 'row'"),
         ({"pvm_gates": 2}, "pvm_gates: this branch is not known here"),
     ],
     ids=str,

@@ -40,6 +40,7 @@ def test_reads_rope_parameters_as_transformers_5_writes_them():
         (changed(text_config={"pvm_layers": [3, 1]}), "pvm_layers must be ascending"),
         (changed(text_config={"pvm_layers": [7]}), r"pvm_layers must be ascending and in \[0, 3\)"),
         (changed(text_config={"pvm_hidden_size": 40}), "pvm_hidden_size 40 must be a multiple"),
+        (changed(text_config={"pvm_gate": "row"}), "pvm_gate must be 'scalar' or 'token', got"),
         (changed(text_config={"num_key_value_heads": 3}), "num_key_value_heads 3"),
         (changed(vision_config={"out_hidden_size": 64}), "out_hidden_size 64"),
         (changed(vision_config={"deepstack_visual_indexes": [9]}), "deepstack_visual_indexes"),

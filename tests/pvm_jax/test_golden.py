@@ -104,10 +104,12 @@ def test_greedy_generation(golden, golden_model):
 
 def test_config_round_trip(golden):
     config = ModelConfig.from_hf(golden)
-    for visibility in ("all", "preceding"):
-        text = dataclasses.replace(config.text, pvm_visibility=visibility)
-        config = dataclasses.replace(config, text=text)
-        assert ModelConfig.from_hf(config.to_hf()) == config
+    for changed in ({}, {"pvm_visibility": "preceding"}, {"pvm_gate": "token"}):
+        other = dataclasses.replace(config, text=dataclasses.replace(config.text, **changed))
+        written = other.to_hf()
+        assert ModelConfig.from_hf(written) == other
+        branch = {key for key in written["text_config"] if key.startswith("pvm_")}
+        assert branch == {"pvm_layers", "pvm_hidden_size", *changed}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from pvm_jax.model.layers import rms_normalize
-from pvm_jax.model.memory import CrossAttention
+from pvm_jax.model.memory import CrossAttention, PersistentVisualMemory
 from tests.close import assert_close
 from tests.tiny import CONFIG
 
@@ -42,3 +42,32 @@ def test_biases_of_the_cross_attention():
     want = project("o", recalled.reshape(*recalled.shape[:2], -1))
     got = module(query, module.memorize(compact, ones), ones[:, :3], None)
     assert_close(got, want, 1e-5)
+
+
+def test_a_gate_by_token():
+    """A fresh one is the scalar gate, bit for bit; any other is that times 2 sigmoid(w . stream /
+    rms(stream))."""
+    rng, eps = np.random.default_rng(0), CONFIG.text.rms_norm_eps
+    by_token = replace(CONFIG, text=replace(CONFIG.text, pvm_gate="token"))
+    scalar, token = (PersistentVisualMemory(c, rngs=nnx.Rngs(0)) for c in (CONFIG, by_token))
+    stream, embeds = (
+        jnp.asarray(rng.standard_normal((2, length, CONFIG.text.hidden_size)), jnp.float32)
+        for length in (6, 4)
+    )
+    shown, is_visual = jnp.ones((2, 4), jnp.int32), jnp.zeros((2, 6), bool)
+
+    def update(branch: PersistentVisualMemory) -> np.ndarray:
+        branch.gate_alpha[...] = jnp.full(1, 0.5)
+        memory = branch.memorize(embeds, shown)
+        return np.asarray(branch(stream, memory, jnp.ones((2, 6), jnp.int32), is_visual))
+
+    published = update(scalar)
+    assert np.abs(published).min(-1).all()
+    np.testing.assert_array_equal(update(token), published)
+    weight = rng.standard_normal(CONFIG.text.hidden_size).astype(np.float32)
+    token.gate_token[...] = jnp.asarray(weight)
+    x = np.asarray(stream, np.float64)
+    gate = (x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)) @ weight
+    want = published * (2 / (1 + np.exp(-gate)))[..., None]
+    assert np.abs(want - published).max() > 0.1
+    assert_close(update(token), want, 1e-5)

@@ -31,11 +31,14 @@ from tests import tiny
 from tests.close import assert_close
 from tests.tiny import CONFIG, EXAMPLES, example, randomized
 
+BY_TOKEN = {"pvm_gate": "token"}
+
 
 @pytest.fixture(scope="module")
 def shallow() -> Qwen3VL:
-    """One layer of every kind."""
-    return randomized(tiny.cut(CONFIG, layers=2))
+    """One layer of every kind, its branch with a gate by token: there is more of it that could go
+    wrong."""
+    return randomized(tiny.cut(CONFIG, layers=2, text=BY_TOKEN))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def preceding(shallow) -> Qwen3VL:
 def smallest() -> Qwen3VL:
     """Every parameter and every operation in one layer: what sharding needs to be tested, and no
     more to compile."""
-    return randomized(tiny.cut(CONFIG))
+    return randomized(tiny.cut(CONFIG, text=BY_TOKEN))
 
 
 def four_rows(rows: list[list[Example]]) -> Batch:

@@ -185,7 +185,9 @@ def test_model_is_the_checkpoints_or_a_preset_or_a_config_file(tmp_path):
     plain = fit_config(model=str(ROOT / "demo" / "base" / "config.json"))
     assert read_model_config(plain).text.pvm_layers  # as conversion would give it
     golden = ModelConfig.from_hf(GOLDEN)
-    preceding = replace(golden, text=replace(golden.text, pvm_visibility="preceding"))
+    preceding = replace(
+        golden, text=replace(golden.text, pvm_visibility="preceding", pvm_gate="token")
+    )
     (tmp_path / "config.json").write_text(json.dumps(preceding.to_hf()))
     branched = read_model_config(replace(plain, branch=str(tmp_path))).text
     assert (branched.pvm_layers, branched.pvm_hidden_size) == (
@@ -193,6 +195,7 @@ def test_model_is_the_checkpoints_or_a_preset_or_a_config_file(tmp_path):
         golden.text.pvm_hidden_size,
     )
     assert branched.pvm_visibility == "preceding"  # which decides what kernel attends
+    assert branched.pvm_gate == "token"
     with pytest.raises(
         FileNotFoundError, match="no checkpoint at nowhere: say what it will be, as in --model 8b"
     ):

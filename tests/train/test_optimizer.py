@@ -34,6 +34,7 @@ def test_matrices_alone_decay():
         "pvm": {
             "8": {
                 "gate_alpha": 1.0,
+                "gate_token": 1.0,
                 "input_norm": {"weight": 1.0},
                 "cross_attn": {"q_norm": {"weight": 1.0}},
             }
@@ -51,6 +52,7 @@ def test_matrices_alone_decay():
         "pvm": {
             "8": {
                 "gate_alpha": False,
+                "gate_token": False,
                 "input_norm": {"weight": False},
                 "cross_attn": {"q_norm": {"weight": False}},
             }
