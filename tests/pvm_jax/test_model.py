@@ -278,7 +278,8 @@ def unsharded(smallest):
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
 def test_sharded_equals_unsharded(smallest, unsharded, shape):
-    """Values and gradients. Four heads do not divide over eight devices: there they stay whole."""
+    """Values and gradients. Four heads do not divide over eight devices: there they stay whole, of
+    which the values tell."""
     step, batch, want = unsharded
     params = nnx.state(smallest)
     mesh = make_mesh(*shape)
