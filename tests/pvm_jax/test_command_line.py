@@ -34,6 +34,7 @@ def with_gate(model: Qwen3VL, gate: float) -> None:
         branch.gate_alpha[...] = jnp.full(1, gate)
 
 
+@pytest.mark.slow  # of the shipped model it is shown in test_examples.py, of the command below
 def test_the_command_line_reads_a_real_image(tmp_path, capsys):
     """The shipped model lists a grid of digits that it was not trained on; most of what it says is
     there."""
