@@ -34,6 +34,11 @@ gc.set_threshold(
 )  # programs are many objects that stay: a tenth of the time went into counting them
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays, too."""
+    gc.freeze()
+
+
 @pytest.fixture(params=["shape_8b", "shape_4b"])
 def golden(request) -> Path:
     """One of the reference checkpoints with what the authors' code computed

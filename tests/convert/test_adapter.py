@@ -38,7 +38,10 @@ def trained(request, base, tmp_path_factory) -> Path:
     model = add_lora(load(base), LoRAConfig(rank=3, alpha=7.5, targets=request.param))
     graphdef, adapter, rest = nnx.split(model, is_adapter, ...)
     rng = np.random.default_rng(0)
-    noisy = jax.tree.map(lambda x: x + rng.normal(0, 0.05, x.shape).astype(x.dtype), adapter)
+    noisy = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + rng.normal(0, 0.05, x.shape).astype(x.dtype)),
+        adapter,
+    )
     save_lora(path, nnx.merge(graphdef, noisy, rest))
     return path
 

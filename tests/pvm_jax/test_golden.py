@@ -30,7 +30,8 @@ def forward(golden, golden_model):
 def test_every_layer(golden_model, forward):
     batch, inputs, want = forward
     graphdef, params = nnx.split(golden_model)
-    got = jax.jit(lambda params, batch: nnx.merge(graphdef, params).trace(batch))(params, batch)
+    trace = jax.jit(lambda params, batch: nnx.merge(graphdef, params).trace(batch))
+    got = jax.device_get(trace(params, batch))
     config, ids = golden_model.config, inputs["input_ids"]
     valid = inputs["attention_mask"].astype(bool)
     length = ids.shape[1]

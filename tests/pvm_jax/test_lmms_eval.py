@@ -230,23 +230,27 @@ def test_without_the_branch(adapter, workplace, documents, greedy, tmp_path):
     assert said[0] != said[1] == greedy
 
 
+@pytest.mark.parametrize("computed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_devices_that_share_the_model_answer_as_one(
-    adapter, simple, greedy, workplace, documents, monkeypatch
+    adapter, simple, greedy, workplace, documents, monkeypatch, computed
 ):
+    """With the weights split and the mesh in context; test_model.py computes it by default."""
     shared = adapter.PVM(str(workplace / "checkpoint"), dtype="float32", batch_size=3, tensor="2")
     shared.task_dict["grid"] = {"test": documents}
     assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(shared.model)))
     axes = []
 
-    def watched(compute):
-        def call(*args, **kwargs):
+    def watched(compute, instead):
+        def call(owner, examples, *args, **kwargs):
             axes.append(jax.sharding.get_abstract_mesh().shape.get("tensor"))
-            return compute(*args, **kwargs)
+            return compute(owner, examples, *args, **kwargs) if computed else instead
 
         return call
 
-    monkeypatch.setattr(adapter.Answerer, "answers", watched(adapter.Answerer.answers))
-    monkeypatch.setattr(adapter, "continuation_scores", watched(adapter.continuation_scores))
+    answers = watched(adapter.Answerer.answers, [[answer] for answer in greedy])
+    scores = watched(adapter.continuation_scores, [(-1.0, False)] * 3)
+    monkeypatch.setattr(adapter.Answerer, "answers", answers)
+    monkeypatch.setattr(adapter, "continuation_scores", scores)
     assert shared.generate_until([ask(number) for number in range(3)]) == greedy
     choices = [
         request(QUESTION, choice, visuals, 0, "grid", "test")

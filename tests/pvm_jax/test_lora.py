@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -70,16 +69,15 @@ def with_updates(model: Qwen3VL) -> Qwen3VL:
     def fill(path, leaf):
         if not (is_adapter(path) and path[-1] == "b"):
             return leaf
-        return leaf.replace(
-            jnp.asarray(np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape), leaf.dtype)
-        )
+        noise = np.random.default_rng(leaf.size).normal(0, 0.05, leaf.shape)
+        return leaf.replace(jax.device_put(noise.astype(leaf.dtype)))
 
     return nnx.merge(graphdef, nnx.map_state(fill, params))
 
 
 def changed(leaf: nnx.Param, factor: float, term: float) -> nnx.Param:
     value = factor * np.asarray(leaf[...]) + term
-    return leaf.replace(jnp.asarray(value, leaf.dtype))
+    return leaf.replace(jax.device_put(value.astype(leaf.dtype)))
 
 
 def dense(model: Qwen3VL) -> Qwen3VL:

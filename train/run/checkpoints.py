@@ -129,7 +129,7 @@ class TrainCheckpoints:
             if jax.default_backend() == "cpu":
                 # Orbax reads a CPU's arrays where they are: a step that wants to reuse their memory
                 # would wait for the writing.
-                state = jax.tree.map(jnp.copy, state)
+                state = _copied(state)
             self._steps.save_checkpointables_async(
                 step,
                 {"state": state},
@@ -217,6 +217,11 @@ class TrainCheckpoints:
                 " another run's, or its files are damaged; if so, remove this directory: the same"
                 f" command then {then}"
             ) from error
+
+
+@jax.jit
+def _copied(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)
 
 
 def whole_steps(directory: Path) -> list[int]:

@@ -2,12 +2,12 @@
 scan's body once), and of a training step on a batch, padding excluded."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.extend import core as jex
 
@@ -28,6 +28,9 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
+
+# Two of them divide no size of a model; longer rows are attended to in pieces of other sizes.
+_PRIMES = (101, 103, 107, 109, 113, 127)
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -111,10 +114,10 @@ def count_costs(graphdef: nnx.GraphDef, trained: Any, frozen: Any) -> Work:
 
     They are counted from the traced model, which must neither recompute (remat "none") nor skip
     (attention "xla"): every product is linear in the tokens (a), the visual tokens (b), or a
-    product of two of these, so five shapes of a row tell how much falls on each: a, a^2, b, b^2 and
-    ab. The xla attention computes all pairs of tokens, so half of a^2 are those that count. The
-    head is counted apart, for a single target. All are whole numbers, as floats: int32 is too small
-    for them.
+    product of two of these. With primes for a and b, which divide no other size, its factors tell
+    which: a, a^2, b, b^2 or ab. The xla attention computes all pairs of tokens, so half of a^2 are
+    those that count. The head is counted apart, for a single target. All are whole numbers, as
+    floats: int32 is too small for them.
 
     Args:
         trained, frozen: pure trees of ShapeDtypeStructs, as `train.step.state.split_model` parts
@@ -132,22 +135,24 @@ def count_costs(graphdef: nnx.GraphDef, trained: Any, frozen: Any) -> Work:
 
     config = jax.eval_shape(model, trained, frozen).config
     merge_factor = config.vision.merge_factor
-
-    def count_body(tokens: int, visual_tokens: int) -> int:
-        batch = Batch.empty(config, rows=1, length=tokens, patches=visual_tokens * merge_factor)
-        return count_flops(jax.value_and_grad(body), trained, frozen, batch)
-
-    shapes = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
-    terms = np.array([(a, a**2, b, b**2, a * b) for a, b in shapes])
-    solution = np.linalg.solve(terms, [count_body(*shape) for shape in shapes])
-    tokens, token_pairs, visual_tokens, visual_pairs, recalls = solution.round().tolist()
+    sizes = {size for leaf in jax.tree.leaves((trained, frozen)) for size in leaf.shape}
+    a, b, *_ = (prime for prime in _PRIMES if all(size % prime for size in sizes))
+    batch = Batch.empty(config, rows=1, length=a, patches=b * merge_factor)
+    costs = Counter()
+    for flops, count in _products(jax.value_and_grad(body), trained, frozen, batch).items():
+        i, j = _power(flops, a), _power(flops, b)
+        costs[i, j] += count * flops // (a**i * b**j)
+    causes = (1, 0), (2, 0), (0, 1), (0, 2), (1, 1)
+    tokens, token_pairs, visual_tokens, visual_pairs, recalls = (costs.pop(c, 0) for c in causes)
+    if costs:
+        raise ValueError(f"products of (tokens, visual tokens) to the powers {sorted(costs)}")
     target = jax.ShapeDtypeStruct((1, 1, config.text.hidden_size), config.dtype)
     return Work(
-        tokens=tokens,
-        token_pairs=token_pairs,
-        visual_tokens=visual_tokens,
+        tokens=float(tokens),
+        token_pairs=float(token_pairs),
+        visual_tokens=float(visual_tokens),
         patch_pairs=visual_pairs / merge_factor**2,
-        recalls=recalls,
+        recalls=float(recalls),
         loss_tokens=float(
             count_flops(jax.value_and_grad(head, argnums=(0, 1)), trained, target, frozen)
         ),
@@ -164,32 +169,52 @@ def count_flops(function: Callable, *args: Any) -> int:
     Raises:
         ValueError: for a `while` loop around a product, whose trip count the program does not tell.
     """
-    return _jaxpr_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return _total_flops(_products(function, *args))
 
 
-def _jaxpr_flops(jaxpr: jex.Jaxpr) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+def _products(function: Callable, *args: Any) -> Counter[int]:
+    """{FLOPs of a product, times those of the loops around it: how many such products}."""
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _equation_flops(equation: jex.JaxprEqn) -> int:
+def _total_flops(products: Counter[int]) -> int:
+    return sum(flops * count for flops, count in products.items())
+
+
+def _power(number: int, prime: int) -> int:
+    """How often `prime` divides `number`, which is not 0."""
+    return 0 if number % prime else 1 + _power(number // prime, prime)
+
+
+def _of_jaxpr(jaxpr: jex.Jaxpr) -> Counter[int]:
+    return sum(map(_of_equation, jaxpr.eqns), Counter())
+
+
+def _of_equation(equation: jex.JaxprEqn) -> Counter[int]:
     name, params = equation.primitive.name, equation.params
     operands: list[Any] = [variable.aval for variable in equation.invars]
     results: list[Any] = [variable.aval for variable in equation.outvars]
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
         depth = math.prod(operands[0].shape[axis] for axis in contracting)
-        return 2 * depth * results[0].size
+        return _one(2 * depth * results[0].size)
     if name == "conv_general_dilated":
         outputs = operands[1].shape[params["dimension_numbers"].rhs_spec[0]]
-        return 2 * results[0].size * operands[1].size // outputs
-    inner = [_jaxpr_flops(jaxpr) for jaxpr in jex.jaxprs_in_params(params)]
+        return _one(2 * results[0].size * operands[1].size // outputs)
+    inner = [_of_jaxpr(jaxpr) for jaxpr in jex.jaxprs_in_params(params)]
     if name == "cond":
-        return max(inner)
+        return max(inner, key=_total_flops)
     if name == "while" and any(inner):
         raise ValueError(
             "cannot count the FLOPs of a while loop: its trip count is not in the program"
         )
-    return _times(name, params) * sum(inner)
+    if not (times := _times(name, params)):
+        return Counter()
+    return Counter({flops * times: count for flops, count in sum(inner, Counter()).items()})
+
+
+def _one(flops: int) -> Counter[int]:
+    return Counter([flops] if flops else [])
 
 
 def _times(name: str, params: dict[str, Any]) -> int:

@@ -179,6 +179,8 @@ def draw(panel: Panel | AttentionMap) -> Drawing:
 
     with matplotlib.rc_context(_STYLE):
         figure = _draw_look(panel) if isinstance(panel, AttentionMap) else _draw_panel(panel)
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)  # laid out once, not again for each file
         out = StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
         pdf, png = BytesIO(), BytesIO()

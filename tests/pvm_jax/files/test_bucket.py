@@ -1,9 +1,12 @@
 """Paths in a bucket: what pathlib's methods do there, and what they say when the bucket fails."""
 
+import asyncio
 import json
 import os
 import threading
+from collections.abc import Awaitable
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 
 import fsspec.config
 import pytest
@@ -122,7 +125,11 @@ def test_a_bucket_that_refuses_is_not_an_empty_one(bucket, storage, status, said
         sole_writer(bucket / "out").__enter__()
 
 
-def test_an_answer_that_fails_once_is_asked_for_again(bucket, storage):
+def test_an_answer_that_fails_once_is_asked_for_again(bucket, storage, monkeypatch):
+    def soon(seconds: float) -> Awaitable[None]:
+        return asyncio.sleep(seconds / 100)
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=soon))  # it waits 1 s and more
     failing = [503, CUT]
     storage.fault = lambda method, path: failing.pop() if failing else None
     (bucket / "a").write_bytes(b"x" * 1000)

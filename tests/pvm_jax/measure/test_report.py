@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pvm_jax.measure.decision import FinalAnswer
 from pvm_jax.measure.report import figures
 from pvm_jax.measure.report.command import Request, make_task
 from pvm_jax.measure.report.sections import MEASUREMENTS
+from pvm_jax.measure.report.sections import cost as cost_section
 from pvm_jax.measure.report.sections import looked as looked_section
 from pvm_jax.measure.report.sections.decision import measure_decision
 from tests import tiny
@@ -101,9 +103,12 @@ def check_origin_and_samples(content: Mapping, page: str) -> None:
     assert page.count('src="data:image/png') == 4  # one conversation shows two images
 
 
-def test_one_command_writes_a_page_that_stands_alone(checkpoint, data, tmp_path, capsys):
+def test_one_command_writes_a_page_that_stands_alone(
+    checkpoint, data, tmp_path, monkeypatch, capsys
+):
     """All measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
+    monkeypatch.setattr(cost_section, "cost", partial(cost_section.cost, rounds=2))
     options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
     options += ["--batch-size", "3"]  # all conversations: every batch has the same shape
     main(arguments(checkpoint, data, tmp_path, *options))
