@@ -17,7 +17,7 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint.arrays import in_database, location, new_context
+from pvm_jax.checkpoint.arrays import STATE, in_database, location, new_context
 from pvm_jax.checkpoint.checksums import verify_checksums
 from pvm_jax.checkpoint.identity import checksum_part, identity
 from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
@@ -42,7 +42,7 @@ def create(
     with ts.Transaction(atomic=True) as transaction:
         opened = {
             path: ts.open(
-                location(directory / PARAMS, path, database=True) | _new(array),
+                location(directory / PARAMS / STATE, path, database=True) | _new(array),
                 context=context,
                 transaction=transaction,
             ).result()
@@ -74,9 +74,9 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
     Raises:
         CheckpointError: if they cannot be opened, or are damaged.
     """
-    context, place = new_context(_CACHE_BYTES), directory / PARAMS
+    context, place = new_context(_CACHE_BYTES), directory / PARAMS / STATE
     verify_checksums(directory)
-    paths, database = stored_arrays(directory), in_database(directory / PARAMS)
+    paths, database = stored_arrays(directory), in_database(place)
     with explaining_damage(directory):
         specs = {path: location(place, path, database=database) for path in paths}
         stores = {path: ts.open(spec, context=context, read=True) for path, spec in specs.items()}

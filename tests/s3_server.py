@@ -53,6 +53,7 @@ class S3:
         status = self.fault(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         if status is None:
             return self._moto(environ, start_response)
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         if status == CUT:
             start_response("200 OK", [("Content-Length", "1000")])
             return _half(environ["werkzeug.socket"])

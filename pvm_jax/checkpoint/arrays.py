@@ -28,8 +28,8 @@ STATE = "state"
 """What Orbax calls the tree that is a checkpoint."""
 CHUNK_BYTES = 64 * 2**20
 _READ_BYTES = 2**30
-_ATTEMPTS = 7
-"""Of a request that fails: a minute."""
+_ATTEMPTS = 6
+"""Of a request that fails: they take a minute."""
 _saves = count()
 
 
@@ -45,10 +45,10 @@ def stored_apart(checkpoint: Path) -> bool:
     return on_s3(checkpoint) or (state.exists() and not (state / "_METADATA").exists())
 
 
-def in_database(checkpoint: Path) -> bool:
-    """Whether all arrays are together in a database (OCDBT), as Orbax and the conversion write
-    them."""
-    return (checkpoint / STATE / "manifest.ocdbt").exists()
+def in_database(state: Path) -> bool:
+    """Whether all arrays in Orbax's directory `state` are together in a database (OCDBT), as it and
+    the conversion write them."""
+    return (state / "manifest.ocdbt").exists()
 
 
 @cache
@@ -65,13 +65,13 @@ def new_context(cache_bytes: int = 0) -> ts.Context:
     return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}}, _connection())
 
 
-def location(checkpoint: Path, path: str, *, database: bool) -> dict[str, Any]:
-    """TensorStore's spec of the array `path` of what Orbax keeps at `checkpoint`, `in_database` or
+def location(state: Path, path: str, *, database: bool) -> dict[str, Any]:
+    """TensorStore's spec of the array `path` in Orbax's directory `state`, `in_database` or
     apart."""
     name = f"{path.replace('/', '.')}/"
     if not database:
-        return {"driver": "zarr3", "kvstore": _place(checkpoint / STATE, name)}
-    kvstore = {"driver": "ocdbt", "base": _place(checkpoint / STATE), "path": name}
+        return {"driver": "zarr3", "kvstore": _place(state, name)}
+    kvstore = {"driver": "ocdbt", "base": _place(state), "path": name}
     return {"driver": "zarr3", "kvstore": kvstore}
 
 
@@ -110,7 +110,7 @@ class ArraysApart(ocp.handlers.CheckpointableHandler):
         context = new_context()
         await asyncio.gather(
             *(
-                _write(location(place.parent, path, database=False) | specs[path], parts, context)
+                _write(location(place, path, database=False) | specs[path], parts, context)
                 for path, parts in shards.items()
             )
         )
@@ -126,7 +126,7 @@ class ArraysApart(ocp.handlers.CheckpointableHandler):
         return self._load(place, abstract_checkpointable)
 
     async def _load(self, place: Path, abstract: Any) -> Any:
-        stores = await _opened(place.parent, by_path(abstract))
+        stores = await _opened(place, by_path(abstract))
         arrays = []
         for group in _groups(by_path(abstract)):
             arrays += await asyncio.gather(
@@ -137,7 +137,7 @@ class ArraysApart(ocp.handlers.CheckpointableHandler):
     async def metadata(self, directory: Any) -> dict[str, Any]:
         """Shape and dtype of every array, in a tree of dicts."""
         place = any_path(str(directory))
-        stores = await _opened(place.parent, await _names(place.parent))
+        stores = await _opened(place, await _names(place))
         return traverse_util.unflatten_dict(
             {
                 path: jax.ShapeDtypeStruct(store.shape, store.dtype.numpy_dtype)
@@ -196,24 +196,22 @@ async def _write(spec: dict, parts: list[tuple[Any, np.ndarray]], context: ts.Co
     await asyncio.gather(*(store[index].write(content) for index, content in parts))
 
 
-async def _opened(checkpoint: Path, paths: Iterable[str]) -> dict[str, ts.TensorStore]:
+async def _opened(state: Path, paths: Iterable[str]) -> dict[str, ts.TensorStore]:
     """The arrays `paths`, open for reading."""
-    database, context = in_database(checkpoint), new_context()
+    database, context = in_database(state), new_context()
     kept = {"fill_missing_data_reads": False}  # what is missing is not zeros
-    specs = {path: location(checkpoint, path, database=database) | kept for path in paths}
+    specs = {path: location(state, path, database=database) | kept for path in paths}
     stores = [ts.open(spec, read=True, open=True, context=context) for spec in specs.values()]
     return dict(zip(specs, await asyncio.gather(*stores), strict=True))
 
 
-async def _names(checkpoint: Path) -> list[str]:
-    """The arrays that are stored at `checkpoint`."""
-    place: Any = _place(checkpoint / STATE)
-    if in_database(checkpoint):
+async def _names(state: Path) -> list[str]:
+    """The arrays that are stored in `state`."""
+    place: Any = _place(state)
+    if in_database(state):
         place = {"driver": "ocdbt", "base": place}
-    keys = [
-        key.decode() for key in await (await ts.KvStore.open(place, context=new_context())).list()
-    ]
-    end = "/zarr.json"
+    store, end = await ts.KvStore.open(place, context=new_context()), "/zarr.json"
+    keys = [key.decode() for key in await store.list()]
     return [key.removesuffix(end).replace(".", "/") for key in keys if key.endswith(end)]
 
 

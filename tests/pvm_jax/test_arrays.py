@@ -16,6 +16,7 @@ from pvm_jax.checkpoint.store import load_branch, save_branch
 from tests.bucket_server import CUT
 from tests.pvm_jax.test_in_buckets import put
 from tests.tiny import CONFIG, make_model
+from train.run.checkpoints import TrainCheckpoints
 
 pytestmark = pytest.mark.parametrize("server", ["s3"], indirect=True)
 
@@ -90,6 +91,21 @@ def test_copied_there_and_back(bucket, tmp_path):
     write(bucket / "a", tree(4, 2))
     fetch(bucket, tmp_path / "back")
     check(read(tmp_path / "back" / "a", tree(2, 4)), tree(2, 4))
+
+
+def test_a_run_goes_on_where_it_was_copied_to(bucket, tmp_path):
+    state = tree(4, 2)
+    with TrainCheckpoints(bucket / "steps", CONFIG, "backbone") as checkpoints:
+        checkpoints.save(2, state)
+    fetch(bucket, tmp_path)
+    like = jax.tree.map(abstract, state)
+    with TrainCheckpoints(tmp_path / "steps", CONFIG, "backbone") as checkpoints:
+        check(checkpoints.restore(like), state)
+        checkpoints.save(4, state)
+    put(tmp_path / "steps", bucket / "again")
+    with TrainCheckpoints(bucket / "again", CONFIG, "backbone") as checkpoints:
+        assert checkpoints.steps == [2, 4]
+        check(checkpoints.restore(like), state)
 
 
 def test_an_answer_that_fails_once_is_asked_for_again(bucket, server):
