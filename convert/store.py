@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import jax
@@ -16,10 +17,12 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from pvm_jax.checkpoint.arrays import STATE, in_database, location, new_context
 from pvm_jax.checkpoint.checksums import verify_checksums
 from pvm_jax.checkpoint.identity import checksum_part, identity
 from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
 from pvm_jax.files.paths import on_bucket
+from pvm_jax.files.writing import copy_file
 
 # A block fits the processor's cache, a chunk is one read from a disk, a commit is a file.
 BLOCK_BYTES = 8 * 2**20
@@ -34,24 +37,35 @@ def create(
 ) -> dict[str, ts.TensorStore]:
     """A new checkpoint in `directory`, its arrays open for writing, by path; they are to be written
     in `blocks`."""
+    _describe(directory / PARAMS, arrays)
+    context = new_context()
+    with ts.Transaction(atomic=True) as transaction:
+        opened = {
+            path: ts.open(
+                location(directory / PARAMS / STATE, path, database=True) | _new(array),
+                context=context,
+                transaction=transaction,
+            ).result()
+            for path, array in arrays.items()
+        }
+    return {path: store.with_transaction(None) for path, store in opened.items()}
+
+
+def _describe(target: Path, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Has Orbax write a checkpoint of placeholders at `target`: into a bucket by way of this
+    machine, since it knows not every kind."""
     context = ocp.Context()
     # What these record would be the placeholders'.
     context.array.saving.array_metadata_store = None
     context.array.saving.enable_write_sharding_file = False
     placeholders = {path: np.zeros((), array.dtype) for path, array in arrays.items()}
-    with context:
-        ocp.save(str(directory / PARAMS), traverse_util.unflatten_dict(placeholders, sep="/"))
-    # One context, or every array would open a database of its own, and they would outdate each
-    # other's commits.
-    database = ts.Context()
-    with ts.Transaction(atomic=True) as transaction:
-        opened = {
-            path: ts.open(
-                _location(directory, path) | _new(array), context=database, transaction=transaction
-            ).result()
-            for path, array in arrays.items()
-        }
-    return {path: store.with_transaction(None) for path, store in opened.items()}
+    with TemporaryDirectory() as here:
+        place = Path(here) / PARAMS if on_bucket(target) else target
+        with context:
+            ocp.save(str(place), traverse_util.unflatten_dict(placeholders, sep="/"))
+        for file in place.rglob("*") if on_bucket(target) else ():
+            if file.is_file():
+                copy_file(file, target / file.relative_to(place).as_posix())
 
 
 def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
@@ -60,13 +74,12 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
     Raises:
         CheckpointError: if they cannot be opened, or are damaged.
     """
-    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    context, place = new_context(_CACHE_BYTES), directory / PARAMS / STATE
     verify_checksums(directory)
-    paths = stored_arrays(directory)
+    paths, database = stored_arrays(directory), in_database(place)
     with explaining_damage(directory):
-        stores = {
-            path: ts.open(_location(directory, path), context=context, read=True) for path in paths
-        }
+        specs = {path: location(place, path, database=database) for path in paths}
+        stores = {path: ts.open(spec, context=context, read=True) for path, spec in specs.items()}
         return {path: store.result() for path, store in stores.items()}
 
 
@@ -121,12 +134,6 @@ def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]
     starts = [range(0, size, step) for size, step in zip(shape, steps, strict=True)]
     for corner in product(*starts):
         yield tuple(slice(a, min(a + b, n)) for a, b, n in zip(corner, steps, shape, strict=True))
-
-
-def _location(directory: Path, path: str) -> dict:
-    place = f"{directory.absolute() / PARAMS / 'state'}/"
-    kvstore = {"driver": "ocdbt", "base": place if on_bucket(directory) else f"file://{place}"}
-    return {"driver": "zarr3", "kvstore": kvstore | {"path": f"{path.replace('/', '.')}/"}}
 
 
 def _new(array: jax.ShapeDtypeStruct) -> dict:

@@ -14,10 +14,15 @@ from itertools import count
 from threading import Lock
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 from tests.local_server import answering
 
 CUT = 0
 """In place of a status: the connection ends in the middle of the answer."""
+
+both_buckets = pytest.mark.parametrize("server", ["storage", "s3"], indirect=True)
+"""Of a test: its bucket is one of gs://, then one of s3://, where its server is installed."""
 
 
 @dataclass
@@ -31,6 +36,7 @@ class Storage:
         asked: "METHOD path" of every request.
     """
 
+    scheme = "gs"
     address: str = ""
     buckets: dict[str, dict[str, tuple[int, bytes]]] = field(default_factory=dict)
     fault: Callable[[str, str], int | None] = lambda method, path: None
@@ -52,6 +58,16 @@ class Storage:
             "FSSPEC_GCS_TOKEN": "anon",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
+
+    def make(self, bucket: str) -> None:
+        self.buckets[bucket] = {}
+
+    def remove(self, bucket: str) -> None:
+        del self.buckets[bucket]
+
+    def keys(self, bucket: str) -> list[str]:
+        """Of everything in `bucket`."""
+        return list(self.buckets[bucket])
 
     def files(self, bucket: str, prefix: str = "") -> dict[str, bytes]:
         """Keys below `prefix` and what they hold."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pvm_jax import Qwen3VL
     from pvm_jax.options import Main
     from tests.bucket_server import Storage
+    from tests.s3_server import S3
 
 # Tests send it: a shell starts jobs in the background with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -111,13 +112,34 @@ def storage(tmp_path_factory) -> "Iterator[Storage]":
         yield storage
 
 
+@pytest.fixture(scope="session")
+def s3() -> "Iterator[S3]":
+    """A server to which s3:// leads in this process and in those that it starts."""
+    pytest.importorskip("moto.server", reason="s3:// in the tests leads to moto's server")
+    s3fs = pytest.importorskip("s3fs", reason="s3:// is read by s3fs")
+
+    from tests.s3_server import serving
+
+    with serving() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 @pytest.fixture
-def bucket(storage) -> Iterator[Path]:
+def server(request) -> "Storage | S3":
+    """Of `bucket`: a test of both kinds is marked with tests.both_buckets."""
+    return request.getfixturevalue(getattr(request, "param", "storage"))
+
+
+@pytest.fixture
+def bucket(server, storage) -> Iterator[Path]:
     """A bucket of its own."""
     from pvm_jax.files.paths import any_path
 
     name = f"bucket-{next(storage.generations)}"
-    storage.buckets[name] = {}
-    yield any_path(f"gs://{name}")
-    storage.fault = lambda method, path: None
-    del storage.buckets[name]
+    server.make(name)
+    yield any_path(f"{server.scheme}://{name}")
+    server.fault = lambda method, path: None
+    server.remove(name)

@@ -3,8 +3,8 @@ train/run/checkpoints.py.)
 
 A checkpoint is a directory: `config.json` and the tokenizer's and processor's files as Hugging Face
 names them, `params/`, an Orbax pytree of the model's parameters (paths as in model/qwen3_vl.py),
-and its checksums. It lives on a local or mounted file system, or in a bucket (gs://), into which
-all processes of a run write by TensorStore's own driver.
+and its checksums. It lives on a local or mounted file system, or in a bucket (gs://, s3://), into
+which all processes of a run write by TensorStore's own drivers.
 """
 
 import math
@@ -21,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
+from pvm_jax.checkpoint.arrays import STATE, orbax_context
 from pvm_jax.checkpoint.checksums import verify_checksums, write_checksums
 from pvm_jax.checkpoint.directory import (
     CheckpointError,
@@ -50,7 +51,6 @@ PARAMS = "params"
 _BRANCH_KEY = "pvm_branch"
 _LORA_KEY = "lora_adapter"
 _EMBEDDING = "language_model/embed_tokens/weight"
-_CHUNK_BYTES = 64 * 2**20
 _READ_BYTES = 2**30
 
 
@@ -316,7 +316,8 @@ def stored_arrays(root: Path) -> dict[str, jax.ShapeDtypeStruct]:
         CheckpointError: if what Orbax wrote about it cannot be read.
     """
     with explaining_damage(root):
-        metadata = ocp.metadata(str(root / PARAMS)).metadata
+        with orbax_context(root / PARAMS):
+            metadata: Any = ocp.checkpointables_metadata(str(root / PARAMS)).metadata[STATE]
         if not isinstance(metadata, Mapping):  # Orbax only warns of what it cannot read
             raise ValueError("no metadata of arrays")
         stored = by_path(metadata)
@@ -345,7 +346,7 @@ def _restore(
         )
         for path, leaf in expected.items()
     }
-    context = orbax_context(partial=True)
+    context = orbax_context(root / PARAMS, partial=True)
     # What waits in host memory on its way to the devices. Orbax counts whole chunks, and refuses a
     # limit below one request.
     largest = max(
@@ -353,7 +354,8 @@ def _restore(
     )
     context.memory.read_concurrent_bytes = largest + _READ_BYTES
     with explaining_damage(root), context:
-        return ocp.load(str(root / PARAMS), traverse_util.unflatten_dict(abstract, sep="/"))
+        asked = {STATE: traverse_util.unflatten_dict(abstract, sep="/")}
+        return ocp.load_checkpointables(str(root / PARAMS), asked)[STATE]
 
 
 @contextmanager
@@ -374,7 +376,7 @@ def explaining_damage(root: Path) -> Iterator[None]:
 
 def _write(directory: Path, params: dict[str, Any]) -> None:
     try:
-        with orbax_context():
+        with orbax_context(directory / PARAMS):
             ocp.save(str(directory / PARAMS), params)
         if jax.process_index() == 0:
             write_checksums(directory, PARAMS)
@@ -383,18 +385,3 @@ def _write(directory: Path, params: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{directory} could not be written: {reason_of(error)}. {then} the same command again"
         ) from error
-
-
-def orbax_context(*, partial: bool = False) -> ocp.Context:
-    """How this project stores arrays; `partial` reads a part of what was stored."""
-    context = ocp.Context()
-    context.array.saving.scoped_storage_options_creator = _storage_options
-    context.pytree.loading.partial_load = partial
-    return context
-
-
-def _storage_options(key: Any, value: Any) -> Any:
-    """Chunks that cut a stack of matrices between its layers first, so that one can be read without
-    the others."""
-    options = ocp.options.ArrayOptions.Saving.StorageOptions
-    return options(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if jnp.ndim(value) > 2 else ())

@@ -55,13 +55,12 @@ def local_path(path: str | PurePath) -> Path:
 
 
 def checkpoint_path(path: str | PurePath) -> Path:
-    """`any_path` of a checkpoint. Raises ValueError for a bucket into which Orbax writes nothing:
-    s3://, az://."""
+    """`any_path` of a checkpoint. Raises ValueError for az://, which TensorStore cannot read."""
     found = any_path(path)
-    if on_bucket(found) and not str(found).startswith("gs://"):
+    if str(found).startswith("az://"):
         raise ValueError(
-            f"{found}: Orbax reads and writes checkpoints on file systems and in gs:// alone: mount"
-            " the bucket, or copy the checkpoint"
+            f"{found}: checkpoints and runs are in gs://, s3:// and on file systems, since"
+            " TensorStore, which stores arrays, knows no az://: copy the checkpoint to one of these"
         )
     return found
 

@@ -16,6 +16,7 @@ from pvm_jax import load
 from pvm_jax.__main__ import main
 from pvm_jax.data.processor import Processor
 from pvm_jax.files.bucket import BucketError
+from tests.bucket_server import both_buckets
 from tests.pvm_jax.test_in_buckets import put
 from tests.tiny import CONFIG
 from tests.train import runs
@@ -52,27 +53,30 @@ def ask_and_measure(place):
     return [json.loads(line)["answers"] for line in lines], report["sections"]
 
 
-def test_two_processes_that_are_killed_while_they_write_a_step(bucket, storage, tmp_path):
+@both_buckets
+def test_two_processes_that_are_killed_while_they_write_a_step(bucket, server, tmp_path):
     """SIGKILL comes with the first request to write after the step's first file is there."""
-    steps, written = bucket / "run" / "steps", storage.buckets[bucket.name]
-    processes, address = [], f"127.0.0.1:{runs.free_port()}"
+    steps, processes = bucket / "run" / "steps", []
+    address = f"127.0.0.1:{runs.free_port()}"
+
+    def torn():
+        return [key for key in server.keys(bucket.name) if key.startswith("run/steps/4/")]
 
     def fault(method, path):
-        if method != "POST" or not any(key.startswith("run/steps/4/") for key in [*written]):
+        if method not in ("POST", "PUT") or not torn():
             return None
         for process in processes:
             process.kill()
         return 503
 
-    storage.fault = fault
+    server.fault = fault
     for number in range(2):
         environment, output = runs.environment(devices=1), tmp_path / str(number)
         call = (save_steps, address, number, str(steps))
         processes.append(Fork(*call, environment=environment, output=output))
     assert [process.wait(600) for process in processes] == [-signal.SIGKILL] * 2
-    storage.fault = lambda method, path: None
-    torn = [key for key in written if key.startswith("run/steps/4/")]
-    assert torn
+    server.fault = lambda method, path: None
+    assert torn()
     assert whole_steps(steps) == [2]
     sharding = SingleDeviceSharding(jax.devices()[0])
     abstract = {"w": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=sharding)}
@@ -85,6 +89,7 @@ def test_two_processes_that_are_killed_while_they_write_a_step(bucket, storage, 
 
 
 @pytest.mark.slow
+@both_buckets
 def test_as_on_a_disk(bucket, tmp_path):
     here = tmp_path / "here"
     runs.write_workplace(tmp_path, examples=32)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from pvm_jax.checkpoint.arrays import orbax_context
 from pvm_jax.checkpoint.directory import CheckpointError, reason_of
 from pvm_jax.checkpoint.identity import exact_identity
-from pvm_jax.checkpoint.store import orbax_context
 from pvm_jax.config import ModelConfig
 from pvm_jax.files.paths import any_path, on_bucket
 
@@ -83,7 +83,9 @@ class TrainCheckpoints:
             raise OSError(
                 f"{self.directory} is no directory that can be written: a run's steps go there"
             )
-        context = orbax_context()
+        # A run that was copied from a bucket goes on as it was stored there.
+        newest = max(whole_steps(self.directory), default=0)
+        context = orbax_context(self.directory / str(newest))
         # Otherwise a directory that cannot be made leaves threads that keep the process for five
         # minutes.
         context.asynchronous.create_directories_asynchronously = False
@@ -159,7 +161,7 @@ class TrainCheckpoints:
         if step is None or step not in self.steps:
             raise FileNotFoundError(f"{self.directory}: no step {step}; there are {self.steps}")
         with self._explaining_unreadable(step):
-            saved: Any = self._steps.metadata(step).custom_metadata
+            saved: Any = self._steps.checkpointables_metadata(step).custom_metadata
             if not saved:
                 raise ValueError("it does not say which model it is of")
         for key, mine in self._run.items():

@@ -18,10 +18,11 @@ from pvm_jax.files.cache import local_copies, local_copy
 from pvm_jax.files.lock import sole_writer
 from pvm_jax.files.paths import any_path
 from pvm_jax.files.writing import Growing, check_writable, remove_tree, write_whole
-from tests.bucket_server import CUT
+from tests.bucket_server import CUT, both_buckets
 from tests.local_server import answering
 
 
+@both_buckets
 def test_files_and_directories(bucket):
     file = bucket / "a" / "b.txt"
     assert not file.exists()
@@ -45,6 +46,7 @@ def test_files_and_directories(bucket):
     assert not (bucket / "a").exists()
 
 
+@both_buckets
 def test_what_grows_is_sent_whole(bucket, tmp_path):
     for file in (bucket / "grows", tmp_path / "grows"):
         for word in (b"one ", b"two "):
@@ -229,6 +231,7 @@ class TestCredentials:
         assert not (bucket / "a").exists()
 
 
+@both_buckets
 class TestLock:
     @pytest.fixture(autouse=True)
     def quick(self, monkeypatch):

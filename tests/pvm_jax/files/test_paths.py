@@ -56,11 +56,11 @@ def test_what_a_bucket_cannot_take():
     ):
         local_path("gs://bucket/x")
     with pytest.raises(
-        ValueError, match="s3://b/ck: Orbax reads and writes checkpoints on file sys"
+        ValueError, match="az://b/ck: checkpoints and runs are in gs://, s3:// and on"
     ):
-        checkpoint_path("s3://b/ck")
-    with pytest.raises(ValueError, match="run_dir: s3://b/run: Orbax reads"):
-        SFTConfig("ck", "s3://b/run", DATA)
+        checkpoint_path("az://b/ck")
+    with pytest.raises(ValueError, match="run_dir: az://b/run: checkpoints and runs"):
+        SFTConfig("ck", "az://b/run", DATA)
 
 
 def test_home(monkeypatch, tmp_path):
