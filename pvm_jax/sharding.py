@@ -125,13 +125,14 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 
 def by_row(x: jax.Array, *names: str) -> jax.Array:
-    """`constrain`, and on a TPU the last axis lies side by side in memory, the gradient's too.
+    """`constrain` of x [..., S, D]; on a TPU, D lies side by side in memory, the gradient's too.
 
     Left to itself, the TPU's compiler lays a residual stream out with tokens side by side, and the
-    products of a backward pass that write it so take up to twice as long.
+    products of a backward pass that write it so take up to twice as long. A decoding step (S = 1)
+    is left to itself: its order is the better one there.
     """
     x, mesh = constrain(x, *names), jax.sharding.get_abstract_mesh()
-    if platform() != "tpu":
+    if platform() != "tpu" or x.shape[-2] == 1:
         return x
     pinned = partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
     if mesh.empty:
