@@ -17,7 +17,7 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint.arrays import STATE, in_database, location, new_context
+from pvm_jax.checkpoint.arrays import KEPT, STATE, in_database, location, new_context
 from pvm_jax.checkpoint.checksums import verify_checksums
 from pvm_jax.checkpoint.identity import checksum_part, identity
 from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
@@ -79,7 +79,9 @@ def open_arrays(directory: Path) -> dict[str, ts.TensorStore]:
     paths, database = stored_arrays(directory), in_database(place)
     with explaining_damage(directory):
         specs = {path: location(place, path, database=database) for path in paths}
-        stores = {path: ts.open(spec, context=context, read=True) for path, spec in specs.items()}
+        stores = {
+            path: ts.open(spec | KEPT, context=context, read=True) for path, spec in specs.items()
+        }
         return {path: store.result() for path, store in stores.items()}
 
 

@@ -69,7 +69,7 @@ def _unfolded(source: Source) -> list[Source]:
             if is_yaml(one.path):
                 raise ValueError(f"{one.path} is a mixture file too: give the paths in it")
             path = any_path(one.path)
-            path = path if on_bucket(path) else file.parent / path
+            path = path if on_bucket(path) or path.is_absolute() else file.parent / path
             found.append(Source(str(path), one.weight * source.weight))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from error

@@ -30,6 +30,8 @@ CHUNK_BYTES = 64 * 2**20
 _READ_BYTES = 2**30
 _ATTEMPTS = 6
 """Of a request that fails: they take a minute."""
+KEPT = {"fill_missing_data_reads": False}
+"""Of a spec to read by: what is missing is not zeros."""
 _saves = count()
 
 
@@ -75,17 +77,20 @@ def location(state: Path, path: str, *, database: bool) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": kvstore}
 
 
-def _place(directory: Path, name: str = "") -> dict[str, Any] | str:
-    if not on_s3(directory):
-        place = str(directory) if on_bucket(directory) else f"file://{directory.absolute()}"
-        return f"{place}/{name}"
-    bucket, _, key = str(directory).removeprefix("s3://").partition("/")
+def _place(directory: Path, name: str = "") -> dict[str, Any]:
+    if not on_bucket(directory):
+        return {"driver": "file", "path": f"{directory.absolute()}/{name}"}
+    scheme, _, place = str(directory).partition("://")
+    bucket, _, key = place.partition("/")
+    kvstore = {"driver": "gcs", "bucket": bucket, "path": f"{key}/{name}"}
+    if scheme == "gs":
+        return kvstore
     named = {  # as AWS's own programs are told; TensorStore does not read these
+        "driver": "s3",
         "endpoint": _first("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
         "aws_region": _first("AWS_REGION", "AWS_DEFAULT_REGION"),
     }
-    given = {key: value for key, value in named.items() if value}
-    return {"driver": "s3", "bucket": bucket, "path": f"{key}/{name}"} | given
+    return kvstore | {key: value for key, value in named.items() if value}
 
 
 def _first(*names: str) -> str | None:
@@ -163,7 +168,8 @@ def _shards(array: jax.Array) -> Iterator[tuple[Any, np.ndarray]]:
 
 def _new(array: jax.Array) -> dict[str, Any]:
     """What TensorStore is told of an array that is to be written; no chunk is of two processes."""
-    chunks = _chunk_shape(array.sharding.shard_shape(array.shape), array.dtype.itemsize)
+    shard = array.sharding.shard_shape(array.shape)
+    chunks = _chunk_shape(array.shape, shard, array.dtype.itemsize)
     return {
         "metadata": {
             "shape": array.shape,
@@ -179,13 +185,16 @@ def _new(array: jax.Array) -> dict[str, Any]:
     }
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Equal parts of a shard of `shape`, cut along its first axes, of no more than CHUNK_BYTES."""
-    chunk = [max(size, 1) for size in shape]
+def _chunk_shape(shape: tuple[int, ...], shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Parts of a `shard` of `shape`, cut along its first axes, of about CHUNK_BYTES; equal ones
+    along an axis that is split, so that none is of two shards."""
+    chunk = [max(size, 1) for size in shard]
     for axis, size in enumerate(chunk):
-        fewest = -(-prod(chunk) * itemsize // CHUNK_BYTES)
-        parts = next(parts for parts in range(min(fewest, size), size + 1) if size % parts == 0)
-        chunk[axis] = size // parts
+        parts = min(-(-prod(chunk) * itemsize // CHUNK_BYTES), size)
+        if shard[axis] != shape[axis]:
+            # An axis with no such number of parts stays whole.
+            parts = next((n for n in range(parts, 2 * parts) if size % n == 0), 1)
+        chunk[axis] = -(-size // parts)
     return tuple(chunk)
 
 
@@ -199,15 +208,14 @@ async def _write(spec: dict, parts: list[tuple[Any, np.ndarray]], context: ts.Co
 async def _opened(state: Path, paths: Iterable[str]) -> dict[str, ts.TensorStore]:
     """The arrays `paths`, open for reading."""
     database, context = in_database(state), new_context()
-    kept = {"fill_missing_data_reads": False}  # what is missing is not zeros
-    specs = {path: location(state, path, database=database) | kept for path in paths}
+    specs = {path: location(state, path, database=database) | KEPT for path in paths}
     stores = [ts.open(spec, read=True, open=True, context=context) for spec in specs.values()]
     return dict(zip(specs, await asyncio.gather(*stores), strict=True))
 
 
 async def _names(state: Path) -> list[str]:
     """The arrays that are stored in `state`."""
-    place: Any = _place(state)
+    place = _place(state)
     if in_database(state):
         place = {"driver": "ocdbt", "base": place}
     store, end = await ts.KvStore.open(place, context=new_context()), "/zarr.json"

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from convert.store import open_arrays
 from pvm_jax import save
 from pvm_jax.checkpoint import arrays
 from pvm_jax.checkpoint.arrays import STATE, orbax_context
@@ -99,6 +100,14 @@ def test_a_run_goes_on_where_it_was_copied_to(bucket, tmp_path):
         checkpoints.save(2, state)
     fetch(bucket, tmp_path)
     like = jax.tree.map(abstract, state)
+    torn = tmp_path / "steps" / "3"  # was being written
+    torn.mkdir()
+    with (
+        TrainCheckpoints(tmp_path / "steps", CONFIG, "backbone") as checkpoints,
+        pytest.raises(CheckpointError, match=r"remove this directory: .* continues from step 2"),
+    ):
+        checkpoints.restore(like)
+    torn.rmdir()
     with TrainCheckpoints(tmp_path / "steps", CONFIG, "backbone") as checkpoints:
         check(checkpoints.restore(like), state)
         checkpoints.save(4, state)
@@ -134,5 +143,12 @@ def test_what_is_damaged_closed_or_not_there(bucket, server):
     file.write_bytes(bytes(content))
     with pytest.raises(CheckpointError, match=f"^{bucket}/b/params cannot be read: .*DATA_LOSS"):
         load_branch(bucket / "b", model)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"^{bucket}/b/params cannot be read"):
+        load_branch(bucket / "b", model)
+    name = file.relative_to(bucket / "b" / "params" / "state").as_posix().split("/c/")[0]
+    missing = open_arrays(bucket / "b")[name.replace(".", "/")]
+    with pytest.raises(ValueError, match="NOT_FOUND"):
+        missing.read().result()
     with pytest.raises(OSError, match=r"^s3://none/b cannot be written .*no such bucket"):
         save("s3://none/b", model)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint.arrays import orbax_context
+from pvm_jax.checkpoint.arrays import orbax_context, stored_apart
 from pvm_jax.checkpoint.directory import CheckpointError, reason_of
 from pvm_jax.checkpoint.identity import exact_identity
 from pvm_jax.config import ModelConfig
@@ -229,11 +229,10 @@ def _copied(state: Any) -> Any:
 def whole_steps(directory: Path) -> list[int]:
     """The steps in `directory` that were written to their end, in order."""
     found = directory.iterdir() if directory.is_dir() else ()
-    return sorted(
-        int(step.name)
-        for step in found
-        if step.name.isdigit() and not (on_bucket(step) and not (step / _COMMITTED).exists())
-    )
+    steps = [step for step in found if step.name.isdigit()]
+    # There, and in what was copied from there, a step has its name before it is whole.
+    in_bucket = on_bucket(directory) or any(map(stored_apart, steps))
+    return sorted(int(step.name) for step in steps if not in_bucket or (step / _COMMITTED).exists())
 
 
 def _difference(saved: Any, mine: Any) -> str:
