@@ -17,7 +17,14 @@ import tensorstore as ts
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint.arrays import KEPT, STATE, in_database, location, new_context
+from pvm_jax.checkpoint.arrays import (
+    KEPT,
+    STATE,
+    in_database,
+    location,
+    new_array,
+    new_context,
+)
 from pvm_jax.checkpoint.checksums import verify_checksums
 from pvm_jax.checkpoint.identity import checksum_part, identity
 from pvm_jax.checkpoint.store import PARAMS, explaining_damage, stored_arrays
@@ -139,23 +146,8 @@ def blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]
 
 
 def _new(array: jax.ShapeDtypeStruct) -> dict:
-    chunks = {"chunk_shape": _chunk_shape(array.shape, array.dtype.itemsize)}
-    return {
-        "create": True,
-        "delete_existing": True,
-        # Orbax takes what is not stored for damage, zeros too.
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": array.shape,
-            "data_type": array.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": chunks},
-            # Not compressed: weights hardly get smaller. The checksum tells damage from weights.
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
-        },
-    }
+    chunk = _chunk_shape(array.shape, array.dtype.itemsize)
+    return {"create": True, "delete_existing": True} | new_array(array.shape, array.dtype, chunk)
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -27,7 +27,8 @@ from pvm_jax.model.parameters import by_path
 STATE = "state"
 """What Orbax calls the tree that is a checkpoint."""
 CHUNK_BYTES = 64 * 2**20
-_READ_BYTES = 2**30
+READ_BYTES = 2**30
+"""About as much waits in host memory on its way to the devices."""
 _ATTEMPTS = 6
 """Of a request that fails: they take a minute."""
 KEPT = {"fill_missing_data_reads": False}
@@ -166,23 +167,29 @@ def _shards(array: jax.Array) -> Iterator[tuple[Any, np.ndarray]]:
             yield shard.index, np.asarray(shard.data)
 
 
-def _new(array: jax.Array) -> dict[str, Any]:
-    """What TensorStore is told of an array that is to be written; no chunk is of two processes."""
-    shard = array.sharding.shard_shape(array.shape)
-    chunks = _chunk_shape(array.shape, shard, array.dtype.itemsize)
+def new_array(shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...]) -> dict[str, Any]:
+    """What TensorStore is told, beside its `location`, of an array that is to be written."""
     return {
         "metadata": {
-            "shape": array.shape,
-            "data_type": array.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+            "shape": shape,
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            # Not compressed: weights hardly get smaller. The checksum tells damage from weights.
             "codecs": [
                 {"name": "bytes", "configuration": {"endian": "little"}},
                 {"name": "crc32c"},
             ],
         },
-        # Otherwise zeros are not stored, and what is missing is read as zeros.
+        # What is not stored is taken for damage, zeros too.
         "store_data_equal_to_fill_value": True,
     }
+
+
+def _new(array: jax.Array) -> dict[str, Any]:
+    """`new_array`, no chunk of which is of two processes."""
+    shard = array.sharding.shard_shape(array.shape)
+    chunk = _chunk_shape(array.shape, shard, array.dtype.itemsize)
+    return new_array(array.shape, array.dtype, chunk)
 
 
 def _chunk_shape(shape: tuple[int, ...], shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -224,12 +231,12 @@ async def _names(state: Path) -> list[str]:
 
 
 def _groups(abstract: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """`abstract` in parts that are read at the same time: of about _READ_BYTES."""
+    """`abstract` in parts that are read at the same time: of about READ_BYTES."""
     group, size = {}, 0
     for path, leaf in abstract.items():
         group[path] = leaf
         size += prod(leaf.shape) * leaf.dtype.itemsize
-        if size >= _READ_BYTES:
+        if size >= READ_BYTES:
             yield group
             group, size = {}, 0
     yield group

@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from pvm_jax.checkpoint.arrays import STATE, orbax_context
+from pvm_jax.checkpoint.arrays import READ_BYTES, STATE, orbax_context
 from pvm_jax.checkpoint.checksums import verify_checksums, write_checksums
 from pvm_jax.checkpoint.directory import (
     CheckpointError,
@@ -51,7 +51,6 @@ PARAMS = "params"
 _BRANCH_KEY = "pvm_branch"
 _LORA_KEY = "lora_adapter"
 _EMBEDDING = "language_model/embed_tokens/weight"
-_READ_BYTES = 2**30
 
 
 def load(
@@ -352,7 +351,7 @@ def _restore(
     largest = max(
         math.prod(leaf.shape) * stored[path].dtype.itemsize for path, leaf in expected.items()
     )
-    context.memory.read_concurrent_bytes = largest + _READ_BYTES
+    context.memory.read_concurrent_bytes = largest + READ_BYTES
     with explaining_damage(root), context:
         asked = {STATE: traverse_util.unflatten_dict(abstract, sep="/")}
         return ocp.load_checkpointables(str(root / PARAMS), asked)[STATE]
