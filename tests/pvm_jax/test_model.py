@@ -280,7 +280,14 @@ def unsharded(smallest):
     return loss, step, batch, jax.device_get(jax.jit(step)(nnx.as_pure(params), batch))
 
 
-@pytest.mark.parametrize(("shape", "gradients"), [((2, 2, 2), True), ((1, 1, 8), False)])
+@pytest.mark.parametrize(
+    ("shape", "gradients"),
+    [
+        ((2, 2, 2), True),
+        ((1, 1, 8), False),
+        pytest.param((1, 1, 8), True, marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_equals_unsharded(smallest, unsharded, shape, gradients):
     """Four heads do not divide over eight devices: there they stay whole, of which the values
     tell."""
