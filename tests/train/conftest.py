@@ -82,5 +82,5 @@ def workplace_with_a_run(tmp_path_factory, worker_id) -> Path:
             root.mkdir()
             runs.write_workplace(root, examples=32)
             with runs.programs_kept(root):
-                runs.run(root, "whole", runs.LONG)
+                runs.run(root, "whole", runs.LONG, "--checkpoint_every=100")
     return root

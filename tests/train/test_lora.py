@@ -39,7 +39,7 @@ def adapted(model):
 
     def fill(path, leaf):
         return (
-            leaf.replace(jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype))
+            leaf.replace(jax.device_put(rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)))
             if path[-1] == "b"
             else leaf
         )

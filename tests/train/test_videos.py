@@ -146,5 +146,5 @@ def test_a_run_on_an_mp4_to_its_end(tmp_path, capsys):
     assert np.isfinite(losses).all()
     capsys.readouterr()
     model = [f"--checkpoint={tmp_path / 'base'}", f"--branch={tmp_path / 'run' / 'branch'}"]
-    main(["generate", *model, f"--video={film}", "List ink", "--max_new_tokens=4"])
+    main(["generate", *model, f"--video={film}", "List ink", "--max_new_tokens=1"])
     assert capsys.readouterr().out.strip()

@@ -109,7 +109,7 @@ def test_one_command_writes_a_page_that_stands_alone(
     """All measurements; every figure has numbers and is drawn; nothing is fetched from
     anywhere."""
     monkeypatch.setattr(cost_section, "cost", partial(cost_section.cost, rounds=2))
-    options = ["--fillers", "0", "10", "--max-new-tokens", "4", "--looks", "3"]
+    options = ["--fillers", "0", "10", "--max-new-tokens", "6", "--looks", "3"]
     options += ["--batch-size", "3"]  # all conversations: every batch has the same shape
     main(arguments(checkpoint, data, tmp_path, *options))
     said = capsys.readouterr().out
@@ -205,8 +205,8 @@ def test_only_what_is_asked_for_is_measured_and_compared_with_another_checkpoint
 
 def test_early_decisions_are_of_the_answers_that_have_a_final_one(checkpoint, data):
     """Each model's own; where none has one, words say so, and nothing is drawn."""
-    request, model = Request(checkpoint, data, data, max_new_tokens=6), load(checkpoint)
-    task = replace(make_task(request, Processor.from_pretrained(checkpoint)), stop_tokens=())
+    asked, model = request(checkpoint, data, max_new_tokens=6), load(checkpoint)
+    task = replace(make_task(asked, Processor.from_pretrained(checkpoint)), stop_tokens=())
     none = measure_decision({"it": model}, task)
     assert not none.panels
     assert none.facts == ["0 of the 3 answers of it have a final answer, behind '<answer>'"]
@@ -276,7 +276,7 @@ def request(checkpoint: Path, data: Path, **more) -> Request:
         "fillers": (0,),
         "looks": 0,
     }
-    rest |= {"look_at": (), "max_new_tokens": None, "batch_size": 2, "chunk": 64, "tensor": 1}
+    rest |= {"look_at": (), "max_new_tokens": None, "batch_size": 3, "tensor": 1}
     return Request(checkpoint=checkpoint, data=data, output=checkpoint, **rest | more)
 
 
@@ -312,7 +312,7 @@ def test_looks_are_at_what_the_model_writes_itself(checkpoint, data, monkeypatch
         request(checkpoint, data, look_at=("2:1", "0:5"), max_new_tokens=6), processor
     )
     spread = make_task(request(checkpoint, data, looks=3, max_new_tokens=6), processor)
-    written = write(model, chosen.examples, stop_tokens=(), max_new_tokens=6, rows=2).tokens
+    written = write(model, chosen.examples, stop_tokens=(), max_new_tokens=6, rows=3).tokens
     stop = int(written[0][0])
     until = [*written[2], stop].index(stop)
     for task, stop_tokens, looks in (
