@@ -14,14 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from skimage import data
-from sklearn.datasets import (
-    load_breast_cancer,
-    load_diabetes,
-    load_digits,
-    load_iris,
-    load_sample_image,
-    load_wine,
-)
 
 from demo.checkpoint import write_assets
 from demo.task import Mixture, draw, make_example
@@ -105,6 +97,8 @@ def _crop(rng: np.random.Generator) -> Image.Image:
 
 @cache
 def _images() -> list[Image.Image]:
+    from sklearn.datasets import load_sample_image  # seconds: only for those who draw
+
     arrays = [getattr(data, name)() for name in (*PHOTOGRAPHS, *SCANS)]
     arrays += [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
     return [Image.fromarray(array).convert("RGB") for array in arrays]
@@ -118,7 +112,8 @@ def _text(rng: np.random.Generator, characters: int) -> str:
 
 @cache
 def _words() -> np.ndarray:
-    bunches: list[Any] = [
-        load() for load in (load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine)
-    ]
+    from sklearn import datasets
+
+    names = ("breast_cancer", "diabetes", "digits", "iris", "wine")
+    bunches: list[Any] = [getattr(datasets, f"load_{name}")() for name in names]
     return np.array(" ".join(bunch.DESCR for bunch in bunches).split())

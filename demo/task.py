@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 from rich.progress import track
-from sklearn.datasets import load_digits
 
 from pvm_jax.options import run_as_command
 
@@ -165,6 +164,8 @@ class Mixture:
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """Scikit-learn's digit images [1797, 8, 8] as coverage in [0, 1], and their classes [1797]."""
+    from sklearn.datasets import load_digits  # seconds: only for those who draw
+
     bunch: Any = load_digits()
     return bunch.images.astype(np.float32) / 16, bunch.target
 

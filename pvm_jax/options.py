@@ -126,31 +126,12 @@ def run_as_command(function: Callable[..., Any]) -> None:
     main()
 
 
-def parse(
-    cls: type[Config],
-    argv: Sequence[str],
-    *,
-    prog: str,
-    description: str,
-    examples: str,
-    by_place: Sequence[str] = (),
-    repeated: Collection[str] = (),
-    flags: dict[str, str] = _NO_FLAGS,
-) -> tuple[Config, set[str]]:
-    """An instance of the dataclass `cls` from `argv`, and those of `flags` that were given.
+def parse(cls: type[Config], argv: Sequence[str], **options: Any) -> tuple[Config, set[str]]:
+    """An instance of the dataclass `cls` from `argv`, and those of the flags that were given.
 
-    The arguments are those of `arguments`, and so is what is raised.
+    `options` are those of `arguments`, and so is what is raised.
     """
-    values, given = arguments(
-        cls,
-        argv,
-        prog=prog,
-        description=description,
-        examples=examples,
-        by_place=by_place,
-        repeated=repeated,
-        flags=flags,
-    )
+    values, given = arguments(cls, argv, **options)
     return cls(**values), given
 
 
@@ -185,22 +166,14 @@ def arguments(
             more than 32 bits, and what a dataclass refuses; it names the key.
     """
     name = _STARTED_AS.get() or prog
-    parser = Parser(
-        prog=name,
+    parser = _parser(
+        of,
+        name,
         usage=" ".join([name, *(f"[{key.upper()}]" for key in by_place), "[--key value ...]"]),
         description=description.replace(prog, name),
         epilog=examples.replace(prog, name),
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        flags=tuple((flags | _TRACEBACK_FLAG).items()),
     )
-    parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    for flag, help_text in (flags | _TRACEBACK_FLAG).items():
-        # Suppressed where it is not given: --print_config prints what belongs in a file.
-        parser.add_argument(f"--{flag}", action="store_true", default=SUPPRESS, help=help_text)
-    if inspect.isclass(of):
-        parser.add_class_arguments(of)
-    else:
-        parser.add_function_arguments(of)
     namespace = parser.parse_args(_Words(parser, by_place, repeated).expand(argv))
     _refuse_null(parser, namespace)
     try:
@@ -212,6 +185,24 @@ def arguments(
     for key, value in values.items():
         _refuse_unbounded(key, value)
     return values, given
+
+
+@functools.lru_cache(maxsize=64)
+def _parser(
+    of: Callable[..., Any], name: str, *, flags: Sequence[tuple[str, str]], **texts: str
+) -> "Parser":
+    """A command's parser: to make it takes longer than to parse with it."""
+    style: Any = {"formatter_class": HelpFormatter, **texts}
+    parser = Parser(prog=name, allow_abbrev=False, **style)
+    parser.add_argument("--config", action="config", help="YAML file; later options override it")
+    for flag, help_text in flags:
+        # Suppressed where it is not given: --print_config prints what belongs in a file.
+        parser.add_argument(f"--{flag}", action="store_true", default=SUPPRESS, help=help_text)
+    if inspect.isclass(of):
+        parser.add_class_arguments(of)
+    else:
+        parser.add_function_arguments(of)
+    return parser
 
 
 def given_options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:

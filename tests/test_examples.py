@@ -90,6 +90,7 @@ def test_generate(checkpoint, capsys):
     assert said.count("log-probability") == 4
 
 
+@pytest.mark.slow  # lora.py, by default, does the same with an adapter
 def test_fine_tune(tiny, tmp_path, capsys):
     with runs.one_device():
         fine_tune.main(tiny, tmp_path, steps=2, batch_size=2)

@@ -97,7 +97,7 @@ def load(
     width = dtype_name(stored[_EMBEDDING].dtype if dtype is None else dtype)
     config = replace(config, dtype=width, param_dtype=width, stop_tokens=read_stop_tokens(root))
     graphdef, params = nnx.split(abstract_model(config))
-    model = nnx.merge(graphdef, nnx.State(_restore(root, params, mesh, dtype)))
+    model = nnx.merge(graphdef, nnx.State(_restore(root, params, mesh, dtype, stored)))
     model = model if branch is None else load_branch(branch, model, dtype=dtype)
     return model if lora is None else load_lora(lora, model, dtype=dtype)
 
@@ -324,12 +324,16 @@ def stored_arrays(root: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _restore(
-    root: Path, params: nnx.State, mesh: jax.sharding.Mesh | None, dtype: DTypeLike | None
+    root: Path,
+    params: nnx.State,
+    mesh: jax.sharding.Mesh | None,
+    dtype: DTypeLike | None,
+    stored: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> dict[str, Any]:
-    """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint may hold parts that
-    are not asked for."""
+    """Reads the tree `params` (abstract, in its `nnx.Param`s); the checkpoint, of which `stored`
+    (`stored_arrays`) may be known, may hold parts that are not asked for."""
     verify_checksums(root)
-    expected, stored = by_path(params), stored_arrays(root)
+    expected, stored = by_path(params), stored or stored_arrays(root)
     width = None if dtype is None else dtype_name(dtype)
     shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
     wanted = {part_of(path) for path in expected}

@@ -73,11 +73,17 @@ def product(
 ) -> jax.Array:
     """x [..., in] times matrix [out, in], transposed: [..., out]."""
     if x.size > x.shape[-1] or platform() != "tpu":
-        return jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=preferred_element_type)
+        return _times(x, matrix, preferred_element_type)
     # A single row would not go to a TPU's matrix unit, and take three times as long.
     rows = jnp.pad(x.reshape(1, -1), ((0, ROWS - 1), (0, 0)))
-    y = jnp.einsum("ri,oi->ro", rows, matrix, preferred_element_type=preferred_element_type)
+    y = _times(rows, matrix, preferred_element_type)
     return y[0].reshape(*x.shape[:-1], -1)
+
+
+def _times(x: jax.Array, matrix: jax.Array, preferred_element_type: Any | None) -> jax.Array:
+    """einsum("...i,oi->...o"), in a fraction of its time to trace."""
+    last = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, matrix, last, preferred_element_type=preferred_element_type)
 
 
 def project_to_heads(

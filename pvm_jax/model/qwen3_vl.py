@@ -3,7 +3,7 @@ and a batch."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -208,7 +208,13 @@ def _logits(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> jax.Arra
 def abstract_model(config: ModelConfig) -> Qwen3VL:
     """The model with jax.ShapeDtypeStructs for parameters: shapes, dtypes and logical axes, nothing
     allocated."""
-    return Qwen3VL(config, rngs=None)
+    return nnx.merge(*_blueprint(config))
+
+
+@lru_cache(maxsize=32)
+def _blueprint(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Of `abstract_model`: a command asks for the same one again and again."""
+    return nnx.split(Qwen3VL(config, rngs=None))
 
 
 def without_pvm(model: Qwen3VL) -> Qwen3VL:

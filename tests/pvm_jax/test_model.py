@@ -3,7 +3,7 @@ meshes."""
 
 import dataclasses
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -267,8 +267,8 @@ def test_compilations_are_bounded_by_the_buckets(smallest):
 
 @pytest.fixture(scope="module")
 def unsharded(smallest):
-    """A function, one for its gradients and values, a batch, and what the latter gives on one
-    device."""
+    """A function, one for its gradients and values, a batch, and what a function gives on one
+    device, asked for once."""
     batch = Batch.from_rows([[e] for e in EXAMPLES * 2], CONFIG, length=48, patches=64)
     graphdef, params = nnx.split(smallest)
 
@@ -276,37 +276,37 @@ def unsharded(smallest):
         hidden = nnx.merge(graphdef, params).hidden(batch)
         return jnp.sum(jnp.where((batch.segment_ids > 0)[..., None], jnp.sin(hidden), 0)), hidden
 
-    step = jax.grad(loss, has_aux=True)
-    return loss, step, batch, jax.device_get(jax.jit(step)(nnx.as_pure(params), batch))
+    @cache
+    def on_one(function):
+        return jax.device_get(jax.jit(function)(nnx.as_pure(params), batch))
+
+    return loss, jax.grad(loss, has_aux=True), batch, on_one
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8)])
 @pytest.mark.parametrize(
-    ("shape", "gradients"),
-    [
-        ((2, 2, 2), True),
-        ((1, 1, 8), False),
-        pytest.param((1, 1, 8), True, marks=pytest.mark.slow),
-    ],
+    "gradients",
+    [False, pytest.param(True, marks=pytest.mark.slow)],  # test_step.py's moments show them
 )
 def test_sharded_equals_unsharded(smallest, unsharded, shape, gradients):
     """Four heads do not divide over eight devices: there they stay whole, of which the values
     tell."""
-    loss, step, batch, want = unsharded
-    params = nnx.state(smallest)
+    loss, gradient, batch, on_one = unsharded
+    function, params = gradient if gradients else loss, nnx.state(smallest)
     mesh = make_mesh(*shape)
     shardings = param_shardings(params, mesh)
     with jax.set_mesh(mesh):
         # From NumPy: of an array that is on one device, a program for each shape cuts the parts.
         placed = jax.device_put(jax.device_get(nnx.as_pure(params)), shardings)
         batch = jax.device_put(batch, batch_sharding(mesh))
-        got = (
-            jax.jit(step, out_shardings=(shardings, None))(placed, batch)
-            if gradients
-            else jax.jit(loss)(placed, batch)
-        )
+        kept = (shardings, None) if gradients else None
+        got = jax.jit(function, out_shardings=kept)(placed, batch)
     largest = max(jax.tree.leaves(placed), key=lambda leaf: leaf.size)
     assert not largest.sharding.is_fully_replicated
-    assert_close(*((got, want) if gradients else (got[1], want[1])), 5e-5)
+    hidden, want = got[1], on_one(function)
+    assert_close(hidden, want[1], 5e-5)
+    if gradients:
+        assert_close(got[0], want[0], 5e-5)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,11 @@ def sampled(smallest):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: make_mesh(2, 2, 2), lambda: jax.make_mesh((2, 2, 2), MESH_AXES)]
+    "make",
+    [
+        lambda: make_mesh(2, 2, 2),
+        pytest.param(lambda: jax.make_mesh((2, 2, 2), MESH_AXES), marks=pytest.mark.slow),
+    ],
 )
 def test_sharded_generation_gives_the_same_tokens(smallest, sampled, make):
     """With the mesh in context; and with `jax.make_mesh`, whose axes are Explicit, only placing the

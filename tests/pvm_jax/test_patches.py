@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
-from sklearn.datasets import load_sample_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pvm_jax.data import image_files
@@ -43,6 +42,8 @@ CONFIGS = {
 
 @cache
 def photographs() -> dict[str, Image.Image]:
+    from sklearn.datasets import load_sample_image  # seconds, which one worker alone has to wait
+
     astronaut, wide = (
         Image.fromarray(data.astronaut()),
         Image.fromarray(load_sample_image("china.jpg")),

@@ -158,6 +158,7 @@ def step_checkpoints(run_dir):
     return sorted(path.name for path in (run_dir / "steps").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.slow  # a run of the branch is interrupted by default
 @pytest.mark.usefixtures("one_device")
 def test_an_interrupted_lora_run_ends_with_the_adapters_of_a_whole_one(workplace, sft_run):
     lora = ("--trainable=lora", "--lora.rank=2", "--lora.targets=.*q_proj", "--max_steps=4")
