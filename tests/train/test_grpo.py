@@ -156,6 +156,7 @@ def test_an_interrupted_run_continues_bit_for_bit(workplace, grpo_run, whole, pa
         grpo_run("parts", *UPDATES, "--clip_low=0.1")
 
 
+@pytest.mark.slow  # two processes do it by default
 def test_meshes_and_parts_change_nothing_but_the_last_bits(grpo_run, whole):
     elsewhere = ("--mesh.fsdp=2", "--mesh.tensor=4", "--rollout_mesh={data: 4, fsdp: 1, tensor: 2}")
     metrics, (rollout,) = grpo_run(
@@ -247,7 +248,19 @@ def test_held_out_prompts_are_answered_and_graded(workplace, parts):
 
 
 def test_two_processes_compute_what_one_does(workplace, whole):
-    started = runs.start(workplace, "two", *UPDATES, processes=2, devices=1, module="train.grpo")
+    """On meshes of four devices, another one for the rollouts, and in parts."""
+    meshes = ("--mesh.fsdp=2", "--mesh.tensor=2", "--rollout_mesh={data: 4, fsdp: 1, tensor: 1}")
+    started = runs.start(
+        workplace,
+        "two",
+        *UPDATES,
+        *meshes,
+        "--rollout_parts=2",
+        "--accumulation=2",
+        processes=2,
+        devices=2,
+        module="train.grpo",
+    )
     runs.finish(workplace, "two", started)
     values, alone = (read_values(workplace / run / "log") for run in ("two", "whole"))
     for name in ("completion/length", "reward/mean", "train/tokens"):

@@ -120,8 +120,7 @@ def draw_one_of_a_kind():
 def test_one_command_writes_a_page_that_stands_alone(
     checkpoint, data, tmp_path, monkeypatch, capsys
 ):
-    """All measurements; every figure has numbers and is drawn; nothing is fetched from
-    anywhere."""
+    """All measurements; every figure has numbers; nothing is fetched from anywhere."""
     monkeypatch.setattr("pvm_jax.measure.report.page.draw", draw_one_of_a_kind())
     monkeypatch.setattr(cost_section, "cost", partial(cost_section.cost, rounds=2))
     options = ["--fillers", "0", "10", "--max-new-tokens", "6", "--looks", "3"]
