@@ -102,6 +102,10 @@ class DatasetOptions:
     def __post_init__(self):
         if self.count is not None and self.count < 1:
             raise ValueError(f"--count must be at least 1, got {self.count}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"--max_rejected is a share, 0 to 1, got {self.max_rejected:g}")
         if self.max_tokens is not None and self.checkpoint is None:
             raise ValueError("--max_tokens needs --checkpoint: it is the tokenizer that counts")
 

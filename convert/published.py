@@ -6,16 +6,19 @@ docs/datasets.md has the steps, and what is our choice where nothing was publish
 
 import base64
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from pvm_jax import options
 from pvm_jax.data.conversations import stored_files
+from pvm_jax.data.tables import pyarrow
 from pvm_jax.files.paths import local_path, make_paths
 
 EXAMPLES = """
@@ -61,7 +64,7 @@ class PublishedOptions:
         name: mmk12, thinklite_hard, virl39k, wemath2_pro or openmmreasoner_sft.
         src: its Parquet files, downloaded: a directory, a file or a pattern; relative paths of
             pictures start from there.
-        dst: JSONL file to write.
+        dst: JSONL file to write; not there yet.
         count: records drawn without repetition; all by default.
         held_out: that many more, into DST with `.held_out` before its suffix.
         seed: of the draw.
@@ -81,6 +84,8 @@ class PublishedOptions:
             raise ValueError(f"name must be one of {', '.join([*PROMPTS, *SFT])}, got {self.name}")
         if (self.count is not None and self.count < 1) or self.held_out < 0:
             raise ValueError("--count must be at least 1, and --held_out at least 0")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
 
 
 @options.command
@@ -103,7 +108,13 @@ def write(given: PublishedOptions) -> None:
     Raises:
         FileNotFoundError, ValueError: if the files are missing, have other columns, or fewer
             records than are asked for.
+        FileExistsError: if what is to be written is there.
     """
+    beside = given.dst.with_name(f"{given.dst.stem}.held_out{given.dst.suffix}")
+    targets = [given.dst, beside] if given.held_out else [given.dst]
+    for target in targets:
+        if target.exists():
+            raise FileExistsError(f"{target} exists: choose another place or remove it")
     chosen = [place for place, record in enumerate(_records(given)) if record]
     everything, wanted = len(chosen), (given.count or 0) + given.held_out
     if wanted > everything or not everything:
@@ -115,41 +126,62 @@ def write(given: PublishedOptions) -> None:
     aside = set(drawn[: given.held_out].tolist())
     end = None if given.count is None else wanted
     kept = set(drawn[given.held_out : end].tolist())
-    beside = given.dst.with_suffix(f".held_out{given.dst.suffix}")
     given.dst.parent.mkdir(parents=True, exist_ok=True)
-    with open(given.dst, "w") as out, open(beside, "w") as held_out:
+    with ExitStack() as stack:
+        files = [stack.enter_context(_growing(target)) for target in targets]
         for place, record in enumerate(_records(given)):
             if place in kept or place in aside:
-                file = out if place in kept else held_out
+                file = files[0] if place in kept else files[-1]
                 file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-    if not aside:
-        beside.unlink()
     print(f"{given.dst}: {len(kept):,} of {everything:,} records, {len(aside):,} held out")
+
+
+@contextmanager
+def _growing(target: Path) -> Iterator[TextIO]:
+    """A file beside `target`, which takes its place when the block ends well."""
+    aside = target.with_name(f".{target.name}.partial")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _records(given: PublishedOptions) -> Iterator[dict[str, Any] | None]:
     """Every row as a record; None for one that is left out."""
-    from pyarrow import parquet
-
     files = [file for file in stored_files(given.src) if file.suffix == ".parquet"]
     if not files:
         raise FileNotFoundError(f"{given.src}: no Parquet files (hf download --repo-type dataset)")
     folder = given.src if given.src.is_dir() else given.src.parent
     prompts = PROMPTS.get(given.name)
     for file in files:
+        for place, row in enumerate(_rows(file, given.name)):
+            try:
+                record = _prompt(row, prompts, folder) if prompts else _answered(row, folder)
+            except ValueError as error:
+                raise ValueError(f"{file}:{place}: {error}") from error
+            yield record
+
+
+def _rows(file: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Those of a Parquet file of the set `name`."""
+    parquet, prompts = pyarrow("parquet"), PROMPTS.get(name)
+    needed = (prompts.question, prompts.answer, prompts.images) if prompts else ("messages",)
+    try:
         with parquet.ParquetFile(file) as opened:
             columns = opened.schema_arrow.names
-            needed = (
-                (prompts.question, prompts.answer, prompts.images) if prompts else ("messages",)
-            )
-            if missing := [name for name in needed if name not in columns]:
-                raise ValueError(
-                    f"{file} has no column {missing[0]!r}, but {', '.join(columns)}: it is another"
-                    f" version of {given.name} than is known here"
-                )
-            for batch in opened.iter_batches(256):
-                for row in batch.to_pylist():
-                    yield _prompt(row, prompts, folder) if prompts else _answered(row, folder)
+            if all(one in columns for one in needed):
+                for batch in opened.iter_batches(256):
+                    yield from batch.to_pylist()
+                return
+    except (pyarrow("lib").ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    missing = next(one for one in needed if one not in columns)
+    raise ValueError(
+        f"{file} has no column {missing!r}, but {', '.join(columns)}: it is another version of"
+        f" {name} than is known here"
+    )
 
 
 def _prompt(row: Mapping[str, Any], names: Published, folder: Path) -> dict[str, Any] | None:
@@ -175,6 +207,8 @@ def _answered(row: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     pictures = [_picture(one, folder) for one in (found if isinstance(found, list) else [found])]
     messages = row["messages"]
     messages = json.loads(messages) if isinstance(messages, str) else messages
+    if not isinstance(messages, list) or not all(isinstance(one, Mapping) for one in messages):
+        raise ValueError(f"messages must be a list of turns, got {messages!r:.80}")
     messages, shown = _with_places(messages, folder)
     if not pictures and not shown:
         return None
@@ -188,6 +222,8 @@ def _with_places(messages: Sequence[Mapping[str, Any]], folder: Path) -> tuple[l
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
+            if not all(isinstance(part, Mapping) for part in content):
+                raise ValueError(f"a turn's content must be a list of parts, got {content!r:.80}")
             parts = [{key: one for key, one in part.items() if one is not None} for part in content]
             for part in parts:
                 if str(part.get("type")).startswith("image"):
@@ -196,7 +232,7 @@ def _with_places(messages: Sequence[Mapping[str, Any]], folder: Path) -> tuple[l
                         if key in part:
                             part[key] = _picture(part[key], folder)
                     if isinstance(part.get("image_url"), Mapping):
-                        part["image_url"] = {"url": _picture(part["image_url"]["url"], folder)}
+                        part["image_url"] = {"url": _picture(part["image_url"].get("url"), folder)}
             content = parts
         turns.append(dict(message) | {"content": content})
     return turns, shown

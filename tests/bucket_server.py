@@ -21,8 +21,9 @@ from tests.local_server import answering
 CUT = 0
 """In place of a status: the connection ends in the middle of the answer."""
 
-both_buckets = pytest.mark.parametrize("server", ["storage", "s3"], indirect=True)
-"""Of a test: its bucket is one of gs://, then one of s3://, where its server is installed."""
+_S3 = pytest.param("s3", marks=pytest.mark.slow)  # each request takes moto milliseconds
+both_buckets = pytest.mark.parametrize("server", ["storage", _S3], indirect=True)
+"""Of a test: its bucket is one of gs://, and among the slow tests one of s3:// too."""
 
 
 @dataclass

@@ -60,7 +60,8 @@ class S3:
         said = b"<Error><Code>%s</Code><Message>as told</Message></Error>"
         code = {403: b"AccessDenied", 503: b"SlowDown"}[status]
         start_response(f"{status} as told", [("Content-Type", "application/xml")])
-        return [said % code]
+        # HEAD is answered without a body: one that arrives with its header is an error to aiohttp.
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [said % code]
 
     def __post_init__(self) -> None:
         from moto.server import DomainDispatcherApplication, create_backend_app

@@ -23,6 +23,8 @@ class Source:
     weight: float = 1.0
 
     def __post_init__(self):
+        if not isinstance(self.path, str):
+            raise ValueError(f"sources: a path must be a text, got {self.path!r:.80}")
         if self.path.startswith(("{", "[{")):  # what the parser did not understand
             raise ValueError(f"sources: a source is a path, or path and weight, got {self.path}")
         try:

@@ -36,7 +36,7 @@ class ParquetFiles(Parts):
         if not files:
             raise FileNotFoundError(f"{path}: no such Parquet file")
         self.path, self._every_column = path, every_column
-        parquet = _pyarrow("parquet")
+        parquet = pyarrow("parquet")
         self._open = _checked(files, parquet.ParquetFile)
         for file, opened in zip(files, self._open, strict=True):
             _check_columns(file, opened.schema_arrow.names)
@@ -94,7 +94,8 @@ class SavedDataset(Parts):
         return _row(self._batches[part], place)
 
 
-def _pyarrow(part: str) -> ModuleType:
+def pyarrow(part: str) -> ModuleType:
+    """Its module of this name. Raises ImportError, saying what to install."""
     try:
         return import_module(f"pyarrow.{part}")
     except ImportError as error:
@@ -109,14 +110,14 @@ def _checked(files: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
     for file, copy in zip(files, local_copies(files), strict=True):
         try:
             opened.append(read(copy))
-        except (_pyarrow("lib").ArrowException, OSError, ValueError) as error:
+        except (pyarrow("lib").ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
     return opened
 
 
 def _mapped_batches(file: Path) -> list[Any]:
     """The record batches of an Arrow stream; their contents stay on disk until they are read."""
-    reader = _pyarrow("ipc").open_stream(_pyarrow("lib").memory_map(str(file)))
+    reader = pyarrow("ipc").open_stream(pyarrow("lib").memory_map(str(file)))
     return list(reader)
 
 
@@ -140,7 +141,7 @@ def _decoder(kind: Any, *, filled: bool) -> Callable[[Any], Any] | None:
     Columns of JSON are parsed (`datasets` 5 stores so what differs from row to row), and keep their
     nulls. Structs lose them where they are `filled`: every one has the keys of all others.
     """
-    types = _pyarrow("types")
+    types = pyarrow("types")
     if getattr(kind, "extension_name", None) == "arrow.json":
         return lambda value: value if value is None else json.loads(value)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):

@@ -40,6 +40,8 @@ def any_path(path: str | PurePath) -> Path:
             raise ValueError(f"{url} names no bucket")
         key = posixpath.normpath(f"/{key}")  # a bucket would take .. for a name
         return cast(Path, BucketPath(f"{found[1]}://{bucket}{key}"))
+    if text.endswith(":") and text[:-1] in SCHEMES:  # as Path writes gs://
+        raise ValueError(f"{text}// names no bucket")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(f"{text}: there is no such user here; ./{text} is a file of this name")

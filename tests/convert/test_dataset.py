@@ -323,6 +323,8 @@ def test_the_command_says_what_is_wrong(tmp_path, refused):
     assert "nowhere: no such file or directory" in said
     said = refused(dataset.main, ["a", "b", "--max-tokens", "100"])
     assert "--max_tokens needs --checkpoint" in said
+    assert "--threads must be at least 1" in refused(dataset.main, ["a", "b", "--threads", "0"])
+    assert "is a share, 0 to 1" in refused(dataset.main, ["a", "b", "--max_rejected", "-1"])
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(good, tmp_path, refused):

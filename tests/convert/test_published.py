@@ -68,3 +68,22 @@ def test_other_columns_and_too_few_records_are_named(tmp_path, refused):
     said = refused(main, ["mmk12", str(tmp_path), str(tmp_path / "out.jsonl")])
     assert "a.parquet has no column 'question', but text" in said
     assert "no Parquet files" in refused(main, ["mmk12", str(tmp_path / "b"), str(tmp_path / "o")])
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    said = refused(main, ["mmk12", str(tmp_path / "b.parquet"), str(tmp_path / "out.jsonl")])
+    assert "b.parquet cannot be read: " in said
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"), [("{", "Expecting"), ("3", "a list of turns"), ("[3]", "a list of turns")]
+)
+def test_messages_that_are_none_are_named(messages, said, tmp_path, refused):
+    """And nothing is written, nor anything that was there written over."""
+    rows = [{"messages": "[]"}, {"messages": messages}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    target = tmp_path / "sft.jsonl"
+    argv = ["openmmreasoner_sft", str(tmp_path / "a.parquet"), str(target)]
+    assert f"a.parquet:1: {said}" in refused(main, argv).replace("messages must be ", "")
+    assert not target.exists()
+    target.write_text("mine")
+    assert f"{target} exists" in refused(main, argv)
+    assert target.read_text() == "mine"

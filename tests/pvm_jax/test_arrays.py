@@ -19,7 +19,7 @@ from tests.pvm_jax.test_in_buckets import put
 from tests.tiny import CONFIG, make_model
 from train.run.checkpoints import TrainCheckpoints
 
-pytestmark = pytest.mark.parametrize("server", ["s3"], indirect=True)
+pytestmark = [pytest.mark.parametrize("server", ["s3"], indirect=True), pytest.mark.slow]
 
 
 def tree(*mesh):

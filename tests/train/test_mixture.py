@@ -24,6 +24,7 @@ def test_a_mixture_file_is_the_sources_that_it_names(tmp_path):
         ("data: [a]", "a mixture file has one key"),
         ("sources: [{path: a, wieght: 2}]", "a source is a path"),
         ("sources: [[a]]", "a source is a path"),
+        ("sources: [{path: 3}]", "a path must be a text, got 3"),
         ("sources: [{path: a, weight: two}]", "the weight of a must be .* above 0, got 'two'"),
         ("sources: [{path: a, weight: .inf}]", "the weight of a must be a finite number"),
         ("sources: [mixture.yml]", r"mixture\.yml is a mixture file too"),

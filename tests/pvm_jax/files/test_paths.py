@@ -48,7 +48,7 @@ def test_a_path_of_a_bucket(written):
 
 
 def test_what_a_bucket_cannot_take():
-    for url in ("gs://", "s3:///"):
+    for url in ("gs://", "s3:///", Path("gs://")):
         with pytest.raises(ValueError, match="names no bucket"):
             any_path(url)
     with pytest.raises(
