@@ -1,4 +1,4 @@
-"""The numbers in README.md, docs/compare.md and docs/measure.md are those of demo/results."""
+"""The numbers of the demo in README.md and docs/ are those of demo/results."""
 
 import json
 import re
@@ -245,7 +245,8 @@ def search(method: str) -> dict[float, float]:
 
 
 def test_what_is_said_on_equal_terms(measured):
-    """README's last paragraph of results, and the summary of docs/compare.md."""
+    """README's last paragraph of results, the summary of docs/compare.md, and what looking first
+    costs."""
     near, far = (
         {
             method: {n: digits(values(ones, BETWEEN, n).mean()) for n in ("400", "800", "1600")}
@@ -261,7 +262,7 @@ def test_what_is_said_on_equal_terms(measured):
     by_800 = f"({both['800']}; {lora['800']}, {full['800']})"
     by_1600 = f"({both['1600']}; {lora['1600']}, {full['1600']})"
     told = [
-        f"up to 400 ({both['400']}; full fine-tuning {full['400']}), wins at 800 {by_800[:-1]})",
+        f"up to 400 ({both['400']}; full fine-tuning {full['400']}), wins at 800 {by_800}",
         f"1,600 {by_1600}",
         f"at 1,600 words ({alone['1600']}; LoRA {lora['1600']}, full fine-tuning {full['1600']})",
         f"at 800 ({full['800']}; {alone['800']})",
@@ -277,6 +278,14 @@ def test_what_is_said_on_equal_terms(measured):
         f"is between them {between}",
     ]
     assert not missing("docs/compare.md", summary)
+    plain, looks = (of_table(measured, "near")[name] for name in ("PVM", "PVM looks first"))
+    exact = [values(ones, BETWEEN, "200").mean() for ones in (looks, plain)]
+    cost = [
+        f"200 words ({exact[0]:.3f} against {exact[1]:.3f})",
+        f"({alone['400']} against {near['PVM']['400']} at 400,"
+        f" {alone['800']} against {near['PVM']['800']} at 800 words)",
+    ]
+    assert not missing("docs/train.md", cost)
 
 
 def test_the_demo_is_told_as_its_report_has_it(report):
