@@ -43,9 +43,10 @@ demo-grpo: $(READY)  ## refine what demo trained by GRPO, over three seeds; plot
 	$(BIN)/python -m demo.grpo
 
 FIGURES := out/demo/compared/figures
-figures: demo-lora  ## the README's figures, out of the report with LoRA
+figures: demo-lora  ## the README's figures and numbers, out of the report with LoRA
 	cp $(FIGURES)/filler.svg $(FIGURES)/ahead.svg $(FIGURES)/dependency.svg docs/
 	cp $(FIGURES)/looked_3.svg docs/looked.svg
+	cp $(FIGURES)/../report.json demo/results/
 
 compare: $(READY)  ## base, LoRA, full fine-tuning, the branch on equal terms, three seeds (hours)
 	$(BIN)/python -m demo.compare

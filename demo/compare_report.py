@@ -169,8 +169,8 @@ def _mean_and_spread(found: np.ndarray) -> str:
 
 
 def plot(methods: Methods, path: Path) -> None:
-    """Accuracy by words between and by words ahead, and the branch's controls: `path`.png and
-    .svg."""
+    """Accuracy by words between and by words ahead, and the branch's controls: `path`.png,
+    .svg and .pdf."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), sharey=True)
     for axis, curve in zip(axes, (BETWEEN, AHEAD), strict=False):
         for name, ones in methods.items():
@@ -191,7 +191,7 @@ def plot(methods: Methods, path: Path) -> None:
         axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("values read correctly (teacher-forced)")
     figure.tight_layout()
-    for kind in ("png", "svg"):
+    for kind in ("png", "svg", "pdf"):
         figure.savefig(path.with_suffix(f".{kind}"), dpi=130)
     plt.close(figure)
 

@@ -26,7 +26,7 @@ from pvm_jax.model.qwen3_vl import Qwen3VL, without_pvm
 from pvm_jax.options import run_as_command
 
 TOKENS_PER_LINE = 3
-LORA = "LoRA alone"
+LORA_ALONE = "LoRA alone"
 TITLE = "What the demo's model sees over a long answer"
 MEASURED = ("dilution", "accuracy", "samples", "ablations", "looked", "lens", "cost", "dependency")
 """What fits the demo's minutes. Its answers have no final answer, its pictures no boxes."""
@@ -223,7 +223,7 @@ def main(
     ]
     models = compared(load(checkpoint, branch=branch), {})
     if lora:
-        models[LORA] = without_pvm(load(checkpoint, lora=lora))
+        models[LORA_ALONE] = without_pvm(load(checkpoint, lora=lora))
     report_on(
         models,
         make_task(checkpoint, processor, settings),

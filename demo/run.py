@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.compare_report import curve_rows, of_table, read_measured
-from demo.curves import BETWEEN
+from demo.curves import AHEAD, BETWEEN
 from pvm_jax.options import run_as_command
 
 BASE = "demo/base"
@@ -139,12 +139,14 @@ def show_one_answer(checkpoint: Path, branch: Path, folder: Path) -> None:
 def show_comparison(results: Path) -> None:
     """What the shipped comparison found: this branch beside other ways to fine-tune."""
     methods = of_table(read_measured(results), "near")
-    header, rows = curve_rows(methods, BETWEEN)
     seeds = min(len(ones) for ones in methods.values() if ones[0].rate)
-    table = Table(*header, title=f"Values read correctly, {seeds} seeds a method (make compare)")
-    for row in rows:
-        table.add_row(*row)
-    Console().print("", table)
+    title = f"Values read correctly, {seeds} seeds a method (make compare)"
+    for curve in (BETWEEN, AHEAD):
+        header, rows = curve_rows(methods, curve)
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console().print("", table)
 
 
 def _typed(arguments: Sequence[object]) -> str:

@@ -152,11 +152,11 @@ def with_filler(
     *,
     ahead: bool = False,
 ) -> Messages:
-    """The conversation with about `tokens` tokens of `text`, repeated, between its first turn's
-    images and what follows them, or, with `ahead`, before these images: as much text, and no
-    distance.
+    """The conversation with `tokens` tokens of `text`, repeated, between its first turn's images
+    and what follows them, or, with `ahead`, before these images: as much text, and no distance.
 
-    Whole words are put in until their tokens are as many; a line break ends them.
+    Whole words and the line break that ends them; if no word of `text` is a single token, they can
+    be a little more.
 
     Raises:
         ValueError: if no user turn shows an image.
@@ -182,15 +182,20 @@ def with_filler(
 
 def _words(tokens: int, processor: Processor, text: str) -> str:
     words = text.split()
-    taken = [words[i % len(words)] for i in range(tokens)]  # a word is at least one token
+
+    def write(words: Sequence[str]) -> str:
+        return " ".join(words) + "\n"
 
     def count(words: Sequence[str]) -> int:
-        return len(
-            processor.tokenizer(" ".join(words) + "\n", add_special_tokens=False)["input_ids"]
-        )
+        return len(processor.tokenizer(write(words), add_special_tokens=False)["input_ids"])
 
-    low, high = 1, len(taken)
+    taken = [words[i % len(words)] for i in range(tokens)]  # a word is at least one token
+    low, high = 0, len(taken)
     while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if count(taken[:middle]) < tokens else (low, middle)
-    return " ".join(taken[:low]) + "\n"
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if count(taken[:middle]) <= tokens else (low, middle - 1)
+    taken = taken[:low]
+    short = min(words, key=lambda word: count([words[0], word]))
+    while count(taken) < tokens:  # where the next word is too long
+        taken.append(short)
+    return write(taken)

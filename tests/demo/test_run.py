@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from demo.run import run_steps
+from demo.run import run_steps, show_comparison
 
 
 def test_steps_run_in_order_and_are_skipped_once_done(tmp_path, capfd):
@@ -21,3 +23,11 @@ def test_a_failing_step_ends_the_run(tmp_path):
     steps = [(tmp_path / "never", ["json.tool", tmp_path / "nothing"])]
     with pytest.raises(RuntimeError, match="that command failed"):
         run_steps(steps)
+
+
+def test_the_comparison_shows_words_ahead_beside_words_between(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    show_comparison(Path("demo/results"))
+    said = capsys.readouterr().out
+    assert said.count("Values read correctly, 3 seeds a method") == 2
+    assert said.index("words between") < said.index("words ahead")

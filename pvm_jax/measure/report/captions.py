@@ -57,8 +57,9 @@ _CAPTIONS = {
     "look": "Token {token} of what it wrote in conversation {number}, both counted from 0.",
     "filler": """
         The same questions and answers with more and more empty text between image and question:
-        nothing new to know, only distance. What is lost to the right is lost to distance alone; the
-        dashed line is what guessing gives (another image).""",
+        nothing new to know, but a longer text and a farther image. What is lost to the right, and
+        not where the same text stands ahead of the image, is lost to distance; the dashed line is
+        what guessing gives (another image).""",
     "ahead": """
         The same text, but before the image: the conversation is as long, and image and question
         stand side by side. What is lost here is lost to the length of the text, and is no matter of

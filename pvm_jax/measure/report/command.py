@@ -188,7 +188,7 @@ def report_on(
         output,
         title=title,
         about=about,
-        origin=provenance(models, task.examples),
+        origin=provenance(models, task.examples, [*task.fillers.values(), *task.ahead.values()]),
         settings=settings,
     )
     for section in sections:

@@ -18,8 +18,16 @@ from pvm_jax.data.example import Example
 from pvm_jax.model.qwen3_vl import Qwen3VL
 
 
-def provenance(models: Mapping[str, Qwen3VL], examples: Sequence[Example]) -> list[tuple[str, str]]:
-    """What was run, when, where and on what: names and values, in the page's order."""
+def provenance(
+    models: Mapping[str, Qwen3VL],
+    examples: Sequence[Example],
+    with_filler: Sequence[Sequence[Example]] = (),
+) -> list[tuple[str, str]]:
+    """What was run, when, where and on what: names and values, in the page's order.
+
+    Args:
+        with_filler: the conversations at each number of words ahead or between.
+    """
     devices = jax.devices()
     facts = [
         ("date", datetime.now(UTC).isoformat(timespec="seconds")),
@@ -28,6 +36,9 @@ def provenance(models: Mapping[str, Qwen3VL], examples: Sequence[Example]) -> li
         ("device", f"{len(devices)} x {devices[0].device_kind} ({platform.machine()})"),
         ("conversations", f"{len(examples):,}, identity {data_identity(examples)}"),
     ]
+    if with_filler:
+        count, every = len(with_filler[0]), [one for those in with_filler for one in those]
+        facts.append(("with filler text", f"{count:,}, identity {data_identity(every)}"))
     for name, model in models.items():
         params = nnx.state(model)
         dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)})

@@ -226,10 +226,10 @@ def test_filler_stands_between_image_and_question(tmp_path: Path):
         {"role": "assistant", "content": "A1 ink red\n"},
     ]
     plain = processor.encode(messages)
-    for wanted in (1, 40):
+    for wanted in (1, 2, 39, 40):
         longer = processor.encode(with_filler(messages, wanted, processor))
         added = len(longer.input_ids) - len(plain.input_ids)
-        assert wanted <= added < wanted + 12  # whole words
+        assert added == wanted
         end = (
             int(
                 np.flatnonzero(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pvm_jax.measure.intervals import Estimate
 from pvm_jax.measure.report import page as page_module
 from pvm_jax.measure.report.figures import AttentionMap, Drawing, Panel, Series
 from pvm_jax.measure.report.page import write_report
+from pvm_jax.measure.report.provenance import provenance
 from pvm_jax.measure.report.section import AnswerSample, Section
 
 
@@ -90,3 +92,18 @@ def test_samples_stand_beside_their_pictures(tmp_path):
     assert content["sections"]["s"]["samples"] == [
         {"prompt": "What?", "answers": {"true": "a < b", "it": "b"}}
     ]
+
+
+def test_the_head_has_the_conversations_with_filler_text_too():
+    one, other = (
+        SimpleNamespace(input_ids=np.array([n]), pixel_values=None, pixel_values_videos=None)
+        for n in (1, 2)
+    )
+    found, again, changed = (
+        dict(provenance({}, [one], filler))
+        for filler in ([[one] * 2, [other] * 2], [[one] * 2, [one] * 2], [])
+    )
+    assert re.fullmatch("2, identity [0-9a-f]{16}", found["with filler text"])
+    assert found["with filler text"] != again["with filler text"]
+    assert found["conversations"] == again["conversations"] == changed["conversations"]
+    assert "with filler text" not in changed

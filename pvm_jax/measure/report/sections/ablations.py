@@ -41,16 +41,13 @@ def measure_ablations(models: Models, task: Task) -> Section:
         f"{ablation}: {estimate(values)} of {task.counted} right"
         for ablation, values in correct.items()
     ]
-    words = []
-    if task.fillers:
-        by_words, gains = _by_words("filler", models, task, task.fillers)
-        words.append(by_words)
-        facts = [*gains, *facts]
-    if task.ahead:
-        by_words, gains = _by_words("ahead", models, task, task.ahead)
-        words.append(by_words)
-        facts += gains
-    return Section("ablations", "Ablations", [*words, *panels], facts)
+    words, gains = [], []
+    for key, examples in (("filler", task.fillers), ("ahead", task.ahead)):
+        if examples:
+            by_words, of_words = _by_words(key, models, task, examples)
+            words.append(by_words)
+            gains += of_words
+    return Section("ablations", "Ablations", [*words, *panels], [*gains, *facts])
 
 
 _WORDS = {
