@@ -1,4 +1,5 @@
-"""Where a Linear's weight lies while it multiplies: on eight simulated devices."""
+"""Where a Linear's weight lies while it multiplies, on eight simulated devices; how a stream lies
+in a TPU's memory."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +8,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from pvm_jax.data.batch import Batch
 from pvm_jax.model.layers import Linear, product
-from pvm_jax.sharding import batch_sharding, gathered, make_mesh, param_shardings
+from pvm_jax.sharding import batch_sharding, by_row, gathered, make_mesh, param_shardings
+from tests import tiny
 
 
 def test_a_gathered_parameter_is_whole_along_the_model_dimension_and_its_gradient_is_not():
@@ -49,3 +52,23 @@ def test_a_single_row_on_a_tpu_is_one_of_a_register_of_rows(monkeypatch):
     assert "8,48" in str(jax.make_jaxpr(product)(x, matrix))
     np.testing.assert_allclose(product(x, matrix), plain, rtol=1e-5, atol=1e-5)
     assert (padded.shape, padded.dtype) == (plain.shape, jnp.float32)
+
+
+def test_a_residual_stream_on_a_tpu_lies_by_row_and_so_does_its_gradient(monkeypatch):
+    """All but a decoding step's. Where JAX calls its constraint otherwise, so must this test."""
+    monkeypatch.setattr("pvm_jax.sharding.platform", lambda: "tpu")
+    graphdef, params = nnx.split(tiny.make_model(tiny.cut(tiny.CONFIG)))
+    batch = Batch.from_rows([[one] for one in tiny.EXAMPLES], tiny.CONFIG, length=32, patches=32)
+
+    def constraints(function, *args):
+        return str(jax.make_jaxpr(function)(*args)).count("layout_constraint")
+
+    def loss(params):
+        return nnx.merge(graphdef, params).hidden(batch).sum()
+
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        assert constraints(loss, nnx.as_pure(params)) == 2  # in the loop: behind each half
+        assert constraints(jax.grad(loss), nnx.as_pure(params)) > 2 * 2
+        for columns in (1, 2):
+            stream = jnp.ones((4, columns, 8)), "batch", "length", "hidden"
+            assert constraints(lambda: by_row(*stream)) == (columns > 1)  # noqa: B023
