@@ -61,9 +61,10 @@ def open_conversations(
         return _directory(path, every_column)
     if path.exists():
         raise ValueError(f"{path} is no regular file, nor a directory: copy it into one")
-    raise FileNotFoundError(
-        f"{path}: no such file or directory of conversations{convert_first(path, 'dataset')}"
-    )
+    then = convert_first(path, "dataset")
+    if path.name == str(path) and not path.suffix:
+        then = "; published data sets are made first: python -m convert.published --help"
+    raise FileNotFoundError(f"{path}: no such file or directory of conversations{then}")
 
 
 def _several(path: Path, members: Sequence[Path], every_column: bool) -> Conversations:

@@ -285,6 +285,8 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
 def test_what_is_no_format_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or directory"):
         open_conversations(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"mmk12: .*: python -m convert\.published --help"):
+        open_conversations("mmk12")
     with pytest.raises(FileNotFoundError, match="no such file of conversations"):
         open_conversations(tmp_path / "train-*.parquet")
     with pytest.raises(
