@@ -10,8 +10,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has them from the process that started it
     os.environ["XLA_FLAGS"] = xla_flags()
 os.environ["HF_HUB_OFFLINE"] = "1"
-# No lines of source in programs, which no test reads: a fiftieth of the time.
-os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

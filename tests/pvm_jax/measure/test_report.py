@@ -103,25 +103,11 @@ def check_origin_and_samples(content: Mapping, page: str) -> None:
     assert page.count('src="data:image/png') == 4  # one conversation shows two images
 
 
-def draw_one_of_a_kind():
-    """As figures.draw, but of alike panels only the first is drawn: each takes half a second."""
-    kinds = {}
-
-    def draw(panel):
-        of_numbers = isinstance(panel, figures.Panel)
-        kind = (panel.log, len(panel.names) > 0, panel.ordered) if of_numbers else ()
-        if kind not in kinds:
-            kinds[kind] = figures.draw(panel)
-        return kinds[kind]
-
-    return draw
-
-
 def test_one_command_writes_a_page_that_stands_alone(
     checkpoint, data, tmp_path, monkeypatch, capsys
 ):
-    """All measurements; every figure has numbers; nothing is fetched from anywhere."""
-    monkeypatch.setattr("pvm_jax.measure.report.page.draw", draw_one_of_a_kind())
+    """All measurements; every figure has numbers and is drawn; nothing is fetched from
+    anywhere."""
     monkeypatch.setattr(cost_section, "cost", partial(cost_section.cost, rounds=2))
     options = ["--fillers", "0", "10", "--max-new-tokens", "6", "--looks", "3"]
     options += ["--batch-size", "3"]  # all conversations: every batch has the same shape
