@@ -3,8 +3,8 @@
 #   make PYTHON=python3.13 PACKAGES=newest test    what pip resolves today, not what was tested
 PYTHON ?= python3
 PACKAGES ?= tested
-# tested: constraints/3.11.txt and so on; lowest: the least that pyproject.toml allows; newest: no
-# constraints
+# tested: constraints/tested.txt, on every Python, so that one gets another's figures; lowest: the
+# least that pyproject.toml allows; newest: no constraints
 
 # A Python that pyenv keeps answers to its name only where PYENV_VERSION says so.
 ask = $(shell $(1) -c $(2) 2>/dev/null || PYENV_VERSION=$(1:python%=%) $(1) -c $(2) 2>/dev/null)
@@ -12,7 +12,7 @@ EXECUTABLE := $(call ask,$(PYTHON),'import sys; print(sys.executable)')
 VERSION := $(call ask,$(PYTHON),'import sys; print("%d.%d" % sys.version_info[:2])')
 NAMES := python3.11 python3.12 python3.13 python3.14
 PYTHONS = $(foreach name,$(NAMES),$(if $(call ask,$(name),'print(1)'),$(name)))
-CONSTRAINTS := $(wildcard constraints/$(if $(filter tested,$(PACKAGES)),$(VERSION),$(PACKAGES)).txt)
+CONSTRAINTS := $(wildcard constraints/$(PACKAGES).txt)
 VENV := .venv/$(VERSION)$(if $(filter-out tested,$(PACKAGES)),-$(PACKAGES))
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -68,7 +68,7 @@ newest:  ## what a change of packages breaks first, with the newest of today on 
 isa: $(READY)  ## the numeric tests with SSE4.2, AVX2 and AVX-512, errors beside their bars
 	$(BIN)/python -m tests.isa
 
-matrix: $(READY)  ## the tests on every Python that is here, as a table
+matrix: $(READY)  ## the tests on every Python that is here, and on the ends of the packages, as a table
 	$(BIN)/python -m tests.matrix $(PYTHONS)
 
 faults: $(READY)  ## the slow tests: thirty kills, a wheel installed, what others show once
@@ -96,8 +96,8 @@ format: $(READY)  ## let ruff rewrite the files
 environment:  ## where the environment of PYTHON and PACKAGES is
 	@echo $(VENV)
 
-constraints: $(READY)  ## renew what a fresh machine gets: pip's choice of today, for every Python
-	$(BIN)/python -m tests.constraints $(PYTHONS)
+constraints: $(READY)  ## renew what a fresh machine gets: pip's choice of today on the oldest Python
+	$(BIN)/python -m tests.constraints $(firstword $(PYTHONS))
 
 clean:  ## remove the virtual environment and what runs wrote
 	rm -rf .venv out

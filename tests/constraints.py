@@ -5,39 +5,35 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
 
 from tests.environments import ROOT, environment
 
 FOLDER = ROOT / "constraints"
 
 
-def main(pythons: Sequence[str]) -> None:
-    """Writes one file for each of `pythons` (names that `make PYTHON=` takes), and the least that
-    pyproject.toml allows."""
+def main(python: str) -> None:
+    """Writes what pip chooses for `python` (a name that `make PYTHON=` takes; the oldest, whose
+    versions the others have too), and the least that pyproject.toml allows."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "lowest.txt").write_text("".join(f"{line}\n" for line in lowest()))
-    for python in pythons:
-        version, words = python.removeprefix("python"), [f"PYTHON={python}", "PACKAGES=newest"]
-        folder = environment(*words)
-        everything = folder.relative_to(ROOT) / "docs"  # what `make docs` needs, beside the rest
-        subprocess.run(["make", "--always-make", *words, str(everything)], cwd=ROOT, check=True)
-        freeze = [
-            folder / "bin" / "python",
-            "-m",
-            "pip",
-            "freeze",
-            "--all",  # setuptools too, which the tests build the wheel with
-            "--exclude=pip",
-            "--exclude-editable",
-        ]
-        found = subprocess.run(
-            freeze, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout.splitlines()
-        (FOLDER / f"{version}.txt").write_text(
-            "".join(f"{line}\n" for line in found if re.fullmatch(r"[\w.-]+==\S+", line))
-        )
-        print(f"constraints/{version}.txt: {len(found)} packages")
+    words = [f"PYTHON={python}", "PACKAGES=newest"]
+    folder = environment(*words)
+    everything = folder.relative_to(ROOT) / "docs"  # what `make docs` needs, beside the rest
+    subprocess.run(["make", "--always-make", *words, str(everything)], cwd=ROOT, check=True)
+    freeze = [
+        folder / "bin" / "python",
+        "-m",
+        "pip",
+        "freeze",
+        "--all",  # setuptools too, which the tests build the wheel with
+        "--exclude=pip",
+        "--exclude-editable",
+    ]
+    found = subprocess.check_output(freeze, text=True).splitlines()
+    (FOLDER / "tested.txt").write_text(
+        "".join(f"{line}\n" for line in found if re.fullmatch(r"[\w.-]+==\S+", line))
+    )
+    print(f"constraints/tested.txt: {len(found)} packages")
 
 
 def lowest() -> list[str]:
@@ -50,4 +46,4 @@ def lowest() -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -174,7 +174,7 @@ def test_a_head_that_is_not_trained_meets_each_chunk_twice(inputs, loss):
         return (loss(hidden, head, tokens, weights != 0, chunk=8)[0] * readers).sum()
 
     frozen, trained = jax.grad(total), jax.grad(total, argnums=(0, 1))
-    assert_close(jax.jit(frozen)(hidden, head), jax.jit(trained)(hidden, head)[0], 1e-6)
+    assert_close(jax.jit(frozen)(hidden, head), jax.jit(trained)(hidden, head)[0], 2e-6)
     once = count_flops(total, hidden, head)
     assert count_flops(frozen, hidden, head) == 2 * once
     assert count_flops(trained, hidden, head) == 4 * once

@@ -183,7 +183,7 @@ def test_attention_the_branch_and_the_lens_are_those_of_whole_matrices(model, ex
         chosen = np.take_along_axis(own, np.broadcast_to(token, own.shape[:-1])[..., None], -1)
         assert_close(inner.probability[row, :, :count], np.exp(chosen[..., 0]), 5 * BAR)
         np.testing.assert_array_equal(inner.rank[row, :, :count], (own > chosen).sum(-1))
-        assert_close(inner.kl[row, :, :count], (np.exp(final) * (final - own)).sum(-1), 2 * BAR)
+        assert_close(inner.kl[row, :, :count], (np.exp(final) * (final - own)).sum(-1), 3 * BAR)
         true = example.input_ids[before + 1]
         assert_close(forced.loss[row, :count], -final[np.arange(count), true], BAR)
         np.testing.assert_array_equal(forced.correct[row, :count], token == true)
@@ -223,7 +223,7 @@ def test_dependency_is_the_divergence_of_whole_distributions(model, examples, re
         other = np.asarray(jax.nn.log_softmax(logits), np.float64)
         whole = (np.exp(seen) * (seen - other)).sum(-1)
         wanted = np.take_along_axis(whole, answers.columns - 1, 1)
-        assert_close(found[name], answers.where_real(wanted), BAR)
+        assert_close(found[name], answers.where_real(wanted), 2 * BAR)
         assert np.nanmean(found[name]) > 100 * BAR  # something hangs on it
 
 
@@ -268,7 +268,8 @@ def test_midway_is_what_whole_rows_go_on_to_write(model, examples):
     ):
         np.testing.assert_array_equal(got, [at_once, midway_])
     losses = [read_densely(model, those, late.tolist()) for those in (prompts, others)]
-    assert_close(found.evidence[1], losses[0] - losses[1] + cut, BAR)
+    size = np.nanmax(losses)
+    assert_close(found.evidence[1], losses[0] - losses[1] + cut, BAR, scale=size)
     with pytest.raises(ValueError, match=r"fractions begin with 0 and are below 1, got \[0, 1\]"):
         midway(model, pair, fractions=(0, 1), **settings)
 
