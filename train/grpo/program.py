@@ -14,6 +14,7 @@ from pvm_jax.model.qwen3_vl import Qwen3VL
 from train.config import Bucket
 from train.grpo.config import GRPOConfig
 from train.grpo.objective import policy_loss
+from train.step.compiler import compiler_options
 from train.step.loss import chunked_logprobs
 from train.step.program import Program
 from train.step.state import Metrics, TrainState, apply_gradients, count, with_padding
@@ -65,7 +66,10 @@ class GRPOProgram(Program):
         """Jitted, donates its totals: (totals, params, Fixed, PolicyRows) -> totals. Parts may
         differ in shape."""
         return jax.jit(
-            partial(_accumulate, self), donate_argnums=0, out_shardings=self.total_shardings
+            partial(_accumulate, self),
+            donate_argnums=0,
+            out_shardings=self.total_shardings,
+            compiler_options=compiler_options(self.batch_sharding.mesh),
         )
 
     @cached_property

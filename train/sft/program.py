@@ -6,6 +6,7 @@ from functools import cached_property
 import jax
 
 from train.sft.config import SFTConfig
+from train.step.compiler import compiler_options
 from train.step.program import Program
 from train.step.state import Step, make_loss, make_step
 
@@ -24,4 +25,9 @@ class SFTProgram(Program):
         step = make_step(
             loss, self.optimizer, self.schedule, accumulation=config.accumulation, costs=self.costs
         )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None))
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, None),
+            compiler_options=compiler_options(self.batch_sharding.mesh),
+        )
