@@ -68,7 +68,7 @@ newest:  ## what a change of packages breaks first, with the newest of today on 
 isa: $(READY)  ## the numeric tests with SSE4.2, AVX2 and AVX-512, errors beside their bars
 	$(BIN)/python -m tests.isa
 
-matrix: $(READY)  ## the tests on every Python that is here, and on the ends of the packages, as a table
+matrix: $(READY)  ## the tests on every Python here, and with the lowest and newest packages
 	$(BIN)/python -m tests.matrix $(PYTHONS)
 
 faults: $(READY)  ## the slow tests: thirty kills, a wheel installed, what others show once
@@ -96,7 +96,7 @@ format: $(READY)  ## let ruff rewrite the files
 environment:  ## where the environment of PYTHON and PACKAGES is
 	@echo $(VENV)
 
-constraints: $(READY)  ## renew what a fresh machine gets: pip's choice of today on the oldest Python
+constraints: $(READY)  ## renew what a fresh machine gets: pip's choice today on the oldest Python
 	$(BIN)/python -m tests.constraints $(firstword $(PYTHONS))
 
 clean:  ## remove the virtual environment and what runs wrote

@@ -1,9 +1,11 @@
-"""How much of what the TPU's attention kernel computes is needed: blocks of queries and keys, on
-packed rows of conversations about real and synthetic images.
+"""How much of what attention's kernels compute is needed: blocks of queries and keys, on packed
+rows of conversations about real and synthetic images.
 
 "without segments": the blocks that a kernel computes which knows nothing of segments. A block is
 needed where one of its queries sees one of its keys. "pairs" is the share of all pairs of a query
-and a key in the computed blocks that see each other: the rest is lost at the blocks' edges.
+and a key in the computed blocks that see each other: the rest is lost at the blocks' edges. "GPU /
+needed" is what cuDNN computes in pieces of a row's queries, in blocks' worth; the others are the
+TPU's.
 
     python -m benchmarks.attention_blocks
     python -m benchmarks.attention_blocks --tokens 16384 --patches 20480
@@ -24,7 +26,8 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
-from pvm_jax.model.splash import block_length, meeting_blocks
+from pvm_jax.model.blocks import block_length, meeting_blocks, pad_to_multiple
+from pvm_jax.model.cudnn import key_sizes, piece_length, seen_keys
 from pvm_jax.options import run_as_command
 from train.config import Bucket
 from train.data.packing import make_plan
@@ -34,7 +37,7 @@ TOGETHER = 8
 STEP = 512
 """Of which the lengths of those rows are multiples."""
 COLUMNS = ("rows", "attention", "without segments", "computed", "needed")
-COLUMNS += ("computed / needed", "pairs")
+COLUMNS += ("computed / needed", "pairs", "GPU / needed")
 
 
 def main(tokens: int = 8192, patches: int = 10240, count: int = 200) -> None:
@@ -58,13 +61,14 @@ def main(tokens: int = 8192, patches: int = 10240, count: int = 200) -> None:
     }
     for name, rows in chosen.items():
         for attention, counts in _counts(rows).items():
-            alone, computed, needed, pairs = counts.tolist()
+            alone, computed, needed, pairs, pieces = counts.tolist()
             table.add_row(
                 name,
                 attention,
                 *(f"{number:,.0f}" for number in (alone, computed, needed)),
                 f"{computed / needed:.2f}",
                 f"{pairs / computed:.0%}",
+                f"{pieces / needed:.2f}",
             )
         table.add_section()
     Console(width=120).print(table)
@@ -97,9 +101,9 @@ def _size(example: Example) -> tuple[int, int]:
 
 
 def _counts(rows: Iterator[Batch]) -> dict[str, np.ndarray]:
-    """Of each attention: blocks without segments, blocks computed, blocks needed, and pairs in
-    blocks' worth."""
-    counts = {name: np.zeros(4) for name in ("tower", "decoder", "branch")}
+    """Of each attention: blocks without segments, blocks computed, blocks needed, and in blocks'
+    worth pairs and what cuDNN computes."""
+    counts = {name: np.zeros(5) for name in ("tower", "decoder", "branch")}
     for batch in rows:
         text, seen, frames = (
             np.asarray(ids)
@@ -127,7 +131,13 @@ def _of(q_ids: np.ndarray, kv_ids: np.ndarray, *, causal: bool) -> np.ndarray:
             latest = columns[columns // sides[0] == i].max()
             needed[i, j] |= not causal or keys[keys // sides[1] == j].min() <= latest
         pairs += sum(range(len(keys) + 1)) if causal else len(columns) * len(keys)
-    return np.array([alone.sum(), computed.sum(), needed.sum(), pairs / np.prod(sides)])
+    piece = piece_length(q_ids.shape[1])
+    ends = None if last is None else pad_to_multiple(last, 1, piece)
+    _, sizes = seen_keys(pad_to_multiple(q, 1, piece), kv, ends)
+    taken = np.array(key_sizes(kv_ids.shape[1]))[sizes]
+    in_pieces = piece * taken.sum()
+    worth = np.array([pairs, in_pieces]) / np.prod(sides)
+    return np.array([alone.sum(), computed.sum(), needed.sum(), *worth])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
-from pvm_jax.model.splash import LANES, splash_attention
+from pvm_jax.model.blocks import LANES
+from pvm_jax.model.cudnn import cudnn_attention
+from pvm_jax.model.splash import splash_attention
 from pvm_jax.sharding import platform
 
 KERNELS = ("xla", "splash", "cudnn")
@@ -38,9 +40,9 @@ def attention(
         causal: a query at column s sees keys at columns <= s only.
         limits: [B, S]: a query sees keys at columns below its limit only.
         scale: None: 1 / sqrt(H).
-        kernel: "splash" (TPU; its work follows the segments), "cudnn" (GPU, H <= 128), "xla"
+        kernel: "splash" (TPU) or "cudnn" (GPU, H <= 128), whose work follows the segments, "xla"
             (everywhere: the reference) or None: by platform.
-        interpret: runs the TPU kernel in its interpreter, for tests.
+        interpret: runs the TPU's kernel in its interpreter, XLA for cuDNN; for tests.
 
     Returns:
         [B, S, N, H]. For padding, and for a query that sees no key at all, the result is finite and
@@ -56,16 +58,11 @@ def attention(
         return _xla(
             q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits, scale=factor
         )
+    arrays = q_segment_ids, kv_segment_ids, _last_column(q, causal, limits)
     if kernel == "cudnn":
-        mask = attention_mask(q_segment_ids, kv_segment_ids, causal=causal, limits=limits)[:, None]
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=factor, implementation="cudnn"
-        )
+        return cudnn_attention(q, k, v, *arrays, scale=factor, interpret=interpret)
     if kernel == "splash":
-        last = _last_column(q, causal, limits)
-        return splash_attention(
-            q * factor, k, v, q_segment_ids, kv_segment_ids, last, interpret=interpret
-        )
+        return splash_attention(q * factor, k, v, *arrays, interpret=interpret)
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")
 
 

@@ -2,25 +2,19 @@
 
 `make_splash_mha`, the kernel's usual door, writes its lists of blocks while a program is traced;
 which segments a row has is known when it runs. So the kernel is made here, with lists of arrays.
-JAX promises nothing of `SplashAttentionKernel` and `MaskInfo`: should tests/pvm_jax/test_splash.py
-fail with a later JAX, `make_splash_mha` with a CausalMask or a FullMask, vmapped over rows, gives
-the same numbers without limits, and skips nothing.
+JAX promises nothing of `SplashAttentionKernel` and `MaskInfo`: should
+tests/pvm_jax/test_segments.py fail with a later JAX, `make_splash_mha` with a CausalMask or a
+FullMask, vmapped over rows, gives the same numbers without limits, and skips nothing.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-from jax.sharding import PartitionSpec
 
-from pvm_jax.sharding import partition_spec
-
-LANES = 128  # of a TPU's register: the kernel wants heads and sequences in multiples of them
-
-_BLOCK = 512
+from pvm_jax.model.blocks import block_length, meeting_blocks, on_each_device, pad_to_multiple
 
 
 def splash_attention(
@@ -40,48 +34,16 @@ def splash_attention(
         last: [B, S], the last column whose key a query sees; None: it sees all of its segment.
     """
     length, head_dim = q.shape[1], q.shape[-1]
-    q, q_segment_ids = _pad(q), _pad_to_lanes(q_segment_ids, 1)
-    k, v, kv_segment_ids = _pad(k), _pad(v), _pad_to_lanes(kv_segment_ids, 1)
+    q, q_segment_ids = _pad(q), pad_to_multiple(q_segment_ids, 1)
+    k, v, kv_segment_ids = _pad(k), _pad(v), pad_to_multiple(kv_segment_ids, 1)
     arrays = [q, k, v, q_segment_ids, kv_segment_ids]
     if last is not None:
-        arrays.append(_pad_to_lanes(last, 1))
+        arrays.append(pad_to_multiple(last, 1))
 
     def local(q, k, v, q_segment_ids, kv_segment_ids, last=None):
         return _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        q_spec = partition_spec(("batch", "length", "heads", "head_dim"), q.shape, mesh)
-        kv_spec = partition_spec(("batch", "length", "kv_heads", "head_dim"), k.shape, mesh)
-        if (
-            kv_spec[2] is None
-        ):  # the table could not split the key heads: whole on every device, and so are the queries
-            q_spec = PartitionSpec(q_spec[0])
-        rows = [PartitionSpec(q_spec[0])] * (len(arrays) - 3)
-        specs = (q_spec, kv_spec, kv_spec, *rows)
-        local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)
-    return local(*arrays)[:, :length, :, :head_dim]
-
-
-def block_length(length: int) -> int:
-    """Of the kernel's blocks of a padded sequence."""
-    return math.gcd(length, _BLOCK)
-
-
-def meeting_blocks(
-    q_segment_ids: jax.Array, kv_segment_ids: jax.Array, last: jax.Array | None
-) -> jax.Array:
-    """[B, S / block, T / block], True where a query may see a key: all blocks in which one does,
-    and none beside them where the ids of each row rise. Arguments as of `splash_attention`, padded.
-    """
-    q_ids, kv_ids = _in_blocks(q_segment_ids), _in_blocks(kv_segment_ids)
-    (q_low, q_high), (kv_low, kv_high) = _range(q_ids), _range(kv_ids)
-    meet = (q_low[:, :, None] <= kv_high[:, None]) & (kv_low[:, None] <= q_high[:, :, None])
-    if last is not None:
-        ends = jnp.where(q_ids > 0, _in_blocks(last), -1).max(-1)
-        starts = jnp.arange(kv_ids.shape[1]) * kv_ids.shape[2]
-        meet &= starts <= ends[:, :, None]
-    return meet
+    return on_each_device(local, *arrays)[:, :length, :, :head_dim]
 
 
 def fetched_blocks(meet: jax.Array, axis: int) -> jax.Array:
@@ -164,26 +126,8 @@ def _not_after(last: jax.Array, column: jax.Array) -> jax.Array:
     return column <= last
 
 
-def _in_blocks(x: jax.Array) -> jax.Array:
-    """[B, S] -> [B, S / block, block]."""
-    return x.reshape(x.shape[0], -1, block_length(x.shape[1]))
-
-
-def _range(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The least and the greatest id of each block, [B, S / block]; of padding alone, a range that
-    meets none."""
-    return jnp.where(ids > 0, ids, jnp.iinfo(jnp.int32).max).min(-1), ids.max(-1)
-
-
 def _pad(x: jax.Array) -> jax.Array:
-    return _pad_to_lanes(_pad_to_lanes(x, 1), 3)
-
-
-def _pad_to_lanes(x: jax.Array, axis: int) -> jax.Array:
-    """Zeros to the next multiple of 128: zero head dimensions change no product, segment 0 is
-    padding."""
-    missing = -x.shape[axis] % LANES
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
+    return pad_to_multiple(pad_to_multiple(x, 1), 3)
 
 
 def _block_sizes(q: int, kv: int) -> splash.BlockSizes:

@@ -79,20 +79,22 @@ CAUSAL, CROSS = (True, 200, 4, 64), (False, 72, 1, 72)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "causal", "kv_length", "kv_heads", "head_dim"),
+    ("kernel", "mesh", "causal", "kv_length", "kv_heads", "head_dim"),
     [
-        (MESHES[0], *CAUSAL),
-        (MESHES[1], *CROSS),
-        # Without a mesh test_splash.py shows it.
-        pytest.param(None, *CAUSAL, marks=pytest.mark.slow),
-        pytest.param(None, *CROSS, marks=pytest.mark.slow),
-        pytest.param(MESHES[0], *CROSS, marks=pytest.mark.slow),
-        pytest.param(MESHES[1], *CAUSAL, marks=pytest.mark.slow),
+        ("splash", MESHES[0], *CAUSAL),
+        ("splash", MESHES[1], *CROSS),
+        ("cudnn", MESHES[0], *CAUSAL),
+        ("cudnn", MESHES[1], *CROSS),
+        # Without a mesh test_segments.py shows it.
+        pytest.param("splash", None, *CAUSAL, marks=pytest.mark.slow),
+        pytest.param("splash", None, *CROSS, marks=pytest.mark.slow),
+        pytest.param("splash", MESHES[0], *CROSS, marks=pytest.mark.slow),
+        pytest.param("splash", MESHES[1], *CAUSAL, marks=pytest.mark.slow),
     ],
 )
-def test_splash_equals_xla(mesh, causal, kv_length, kv_heads, head_dim):
+def test_a_kernel_equals_xla_on_a_mesh(kernel, mesh, causal, kv_length, kv_heads, head_dim):
     """Values and gradients, grouped queries, lengths and heads that are no multiple of 128; the
-    kernel in its interpreter."""
+    TPU's kernel in its interpreter, the GPU's pieces with XLA for cuDNN."""
     q, k, v = _inputs(
         np.random.default_rng(1),
         length=200,
@@ -115,7 +117,7 @@ def test_splash_equals_xla(mesh, causal, kv_length, kv_heads, head_dim):
                 kv_segment_ids=kv_segments,
                 causal=causal,
                 kernel=kernel,
-                interpret=kernel == "splash",
+                interpret=True,
             )
             out = jnp.where(valid, out, 0)
             return jnp.sum(jnp.sin(out)), out
@@ -124,10 +126,10 @@ def test_splash_equals_xla(mesh, causal, kv_length, kv_heads, head_dim):
 
     want = run("xla")
     if mesh is None:
-        got = run("splash")
+        got = run(kernel)
     else:
         with jax.set_mesh(make_mesh(**mesh)):
-            got = run("splash")
+            got = run(kernel)
     assert_close(got, want, 1e-5)
 
 

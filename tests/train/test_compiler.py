@@ -18,7 +18,7 @@ def limited(monkeypatch):
     """A mesh whose chips have a limit, of which their compiler knows nothing."""
     compiler_options.cache_clear()
     mesh = make_mesh()
-    monkeypatch.setattr(compiler, "_KIB", {mesh.devices.flat[0].device_kind: 1})
+    monkeypatch.setattr(compiler, "LIMITS", {mesh.devices.flat[0].device_kind: 1})
     yield mesh
     compiler_options.cache_clear()
 

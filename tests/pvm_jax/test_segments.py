@@ -1,13 +1,16 @@
-"""The TPU's kernel, in its interpreter: equal to the reference on any segments, without the blocks
-in which no one sees anything. If this fails with a new JAX, read the head of model/splash.py."""
+"""The TPU's kernel, in its interpreter, and the GPU's pieces, with XLA for cuDNN: equal to the
+reference on any segments, without the blocks in which no one sees anything. If splash fails with a
+new JAX, read the head of model/splash.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pvm_jax.model import cudnn
 from pvm_jax.model.attention_kernels import attention, attention_mask
-from pvm_jax.model.splash import fetched_blocks, meeting_blocks
+from pvm_jax.model.blocks import meeting_blocks
+from pvm_jax.model.splash import fetched_blocks
 from tests.close import assert_close
 
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 1, 16
@@ -47,12 +50,17 @@ def _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
 
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 @pytest.mark.parametrize(
     ("causal", "limited", "length", "kv_length"),
-    [(True, False, 384, 384), (False, False, 384, 384), (False, True, 384, 640)],
+    [(True, False, 640, 640), (False, False, 384, 384), (False, True, 640, 384)],
 )
-def test_splash_equals_xla_on_random_segments(causal, limited, length, kv_length):
-    """Of the packed text, of the tower and of a piece of a prompt or "preceding"."""
+def test_a_kernel_equals_xla_on_random_segments(
+    causal, limited, length, kv_length, kernel, monkeypatch
+):
+    """Of the packed text, of the tower and of a piece of a prompt or "preceding"; cuDNN's last
+    piece is not full."""
+    monkeypatch.setattr(cudnn, "PIECE", 4 * BLOCK)
     rng = np.random.default_rng(length + causal)
     q_ids = _segments(rng, 3, length)
     kv_ids = q_ids if kv_length == length else _segments(rng, 3, kv_length)
@@ -62,19 +70,21 @@ def test_splash_equals_xla_on_random_segments(causal, limited, length, kv_length
     assert 0.3 < counts[1:].mean() < 1
     arrays = _inputs(rng, 3, length, kv_length)
     want = _run("xla", arrays, q_ids, kv_ids, causal, limits, counts)
-    got = _run("splash", arrays, q_ids, kv_ids, causal, limits, counts)
+    got = _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts)
     assert bool(got[1][1])  # of padding and of those who see nothing, too
     assert_close((got[0], got[1][0]), (want[0], want[1][0]), 1e-5)
 
 
-def test_what_no_one_sees_is_not_computed():
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_what_no_one_sees_is_not_computed(kernel, monkeypatch):
     """NaN in the other segment's block would reach whatever is multiplied with it, if by 0."""
+    monkeypatch.setattr(cudnn, "PIECE", BLOCK)
     ids = np.repeat([[1, 2, 0]], BLOCK, axis=1).astype(np.int32)
     q, k, v = _inputs(np.random.default_rng(0), 1, 3 * BLOCK, 3 * BLOCK)
     for unseen in (slice(BLOCK, 2 * BLOCK), slice(2 * BLOCK, None)):
         spoilt = [x.at[:, unseen].set(jnp.nan) for x in (q, k, v)]
         counts = (ids > 0) & ~np.isnan(spoilt[0][:, :, 0, 0])
-        gradients, (kept, _) = _run("splash", spoilt, ids, ids, False, None, counts)
+        gradients, (kept, _) = _run(kernel, spoilt, ids, ids, False, None, counts)
         for array in (kept, *gradients):
             assert np.isfinite(np.asarray(array)[counts]).all()
 
