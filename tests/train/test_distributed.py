@@ -86,6 +86,7 @@ def rows_and_signals(address: str, process: int) -> None:
         if process == 1:
             raise ValueError("process 1 alone fails")
         print("process 0 goes on", flush=True)
+        time.sleep(120)  # its end would break off what process 1 still receives of it
 
 
 def test_rows_need_not_be_neighbours_and_all_hear_of_a_signal_at_the_same_step(tmp_path):
@@ -101,11 +102,14 @@ def test_rows_need_not_be_neighbours_and_all_hear_of_a_signal_at_the_same_step(t
         assert status == 2, said
         assert "error: process 1 alone fails\n" in said
         assert "Traceback" not in said
+        until = time.monotonic() + 60
+        while "process 0 goes on" not in (said := files[0].read_text()):
+            assert time.monotonic() < until, said
+            time.sleep(0.05)
     finally:
         for process in started:
             process.kill()
             process.wait()
-    assert "process 0 goes on" in files[0].read_text()
 
 
 @pytest.fixture

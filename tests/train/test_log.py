@@ -5,7 +5,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from train.run.events import EventWriter, read_values
+from train.run.events import EventWriter, read_starts, read_values
 from train.run.log import RunLog
 
 
@@ -49,6 +49,14 @@ def test_every_step_is_written_once_it_is_read(open_log, tmp_path):
     assert "what it says" in values["sample/0/text_summary"][0][1]
     assert values["sample/0"][0][1].startswith(b"\x89PNG")
     assert "train/mfu" not in values
+
+
+def test_runs_that_begin_in_one_second_keep_what_each_wrote(tmp_path):
+    for start in (0, 2, 2, 5):
+        with closing(EventWriter(tmp_path, start=start)) as writer:
+            writer.scalars(start, {"loss": start})
+    assert read_starts(tmp_path) == [0, 2, 2, 5]
+    assert read_values(tmp_path)["loss"] == [(step, step) for step in (0, 2, 2, 5)]
 
 
 def test_mfu_is_the_work_over_the_peak_and_the_live_line_shows_it(

@@ -70,14 +70,16 @@ class EventWriter:
         """A new file; of a bucket, to which nothing can be appended, it is written here first."""
         self._spool = TemporaryDirectory() if on_bucket(self._directory) else None
         where = self._directory if self._spool is None else Path(self._spool.name)
-        self._events = EventsWriter(str(where / "events"))
+        # tensorboardX names files by the second: a run soon after another would write over its.
+        with self._explaining():
+            number = len(list(self._directory.glob("events.*")))
+        self._events = EventsWriter(str(where / "events"), f".{number:06d}")
 
     def _send(self, spool: Path) -> None:
         (file,) = spool.iterdir()
         (self._directory / file.name).write_bytes(file.read_bytes())
         if file.stat().st_size > _MOST_SENT:
             self._events.close()
-            time.sleep(1)  # files are named by the second
             self._begin()
 
     def _add(self, content: Any, step: int) -> None:
