@@ -25,8 +25,9 @@ from pvm_jax.options import run_as_command
 BASE = "demo/base"
 BRANCH = ("--pvm_layers", "1", "2", "--pvm_hidden_size", "128")
 
-DEMO_OVER_PROBE = 310.0
-"""How many times longer than `probe` the whole demo takes, on two quiet cores."""
+DEMO_OVER_PROBE = 285.0
+"""How many times longer than `probe` the whole demo takes, on two quiet cores: 250 with AVX-512, 330
+with AVX2."""
 
 # What a command makes (the command is skipped where that exists), and the command itself: arguments
 # of `python -m`.
@@ -40,10 +41,8 @@ def main(out: Path = Path("out/demo")) -> None:
     Args:
         out: folder for everything that is written.
     """
-    print(
-        f"All of it takes about {DEMO_OVER_PROBE * probe() / 60:.0f} minutes on this machine, if it"
-        " does nothing else."
-    )
+    minutes = round(DEMO_OVER_PROBE * probe() / 30) / 2
+    print(f"All of it takes about {minutes} minutes on this machine, if it does nothing else.")
     checkpoint, run, report = out / "checkpoint", out / "run", out / "report"
     run_steps(branch_steps(out))
     show_one_answer(checkpoint, run / "branch", out / "example")
