@@ -26,8 +26,8 @@ BASE = "demo/base"
 BRANCH = ("--pvm_layers", "1", "2", "--pvm_hidden_size", "128")
 
 DEMO_OVER_PROBE = 285.0
-"""How many times longer than `probe` the whole demo takes, on two quiet cores: 250 with AVX-512, 330
-with AVX2."""
+"""How many times longer than `probe` the whole demo takes, on two quiet cores: 250 with AVX-512,
+330 with AVX2."""
 
 # What a command makes (the command is skipped where that exists), and the command itself: arguments
 # of `python -m`.
