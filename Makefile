@@ -97,7 +97,7 @@ environment:  ## where the environment of PYTHON and PACKAGES is
 	@echo $(VENV)
 
 constraints: $(READY)  ## renew what a fresh machine gets: pip's choice today on the oldest Python
-	$(BIN)/python -m tests.constraints $(firstword $(PYTHONS))
+	$(BIN)/python -m tests.constraints
 
 clean:  ## remove the virtual environment and what runs wrote
 	rm -rf .venv out

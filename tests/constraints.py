@@ -3,20 +3,21 @@ was tested here."""
 
 import re
 import subprocess
-import sys
 import tomllib
+from typing import Any
 
 from tests.environments import ROOT, environment
 
 FOLDER = ROOT / "constraints"
 
 
-def main(python: str) -> None:
-    """Writes what pip chooses for `python` (a name that `make PYTHON=` takes; the oldest, whose
-    versions the others have too), and the least that pyproject.toml allows."""
+def main() -> None:
+    """Writes what pip chooses for the oldest Python that pyproject.toml allows, whose versions the
+    others have too, and the least that it allows of the packages."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "lowest.txt").write_text("".join(f"{line}\n" for line in lowest()))
-    words = [f"PYTHON={python}", "PACKAGES=newest"]
+    oldest = project()["requires-python"].removeprefix(">=")
+    words = [f"PYTHON=python{oldest}", "PACKAGES=newest"]
     folder = environment(*words)
     everything = folder.relative_to(ROOT) / "docs"  # what `make docs` needs, beside the rest
     subprocess.run(["make", "--always-make", *words, str(everything)], cwd=ROOT, check=True)
@@ -38,12 +39,16 @@ def main(python: str) -> None:
 
 def lowest() -> list[str]:
     """name==version for every lower bound of the dependencies."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = (
-        re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\w.]+)", line) for line in project["dependencies"]
+        re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\w.]+)", line) for line in project()["dependencies"]
     )
     return [f"{bound[1]}=={bound[2]}" for bound in bounds if bound]
 
 
+def project() -> dict[str, Any]:
+    """Of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -16,6 +16,8 @@ _VERSIONS = "import importlib.metadata as m; print(m.version('jax'), m.version('
 def main(pythons: Sequence[str]) -> None:
     """Tests with each of `pythons` (names that `make PYTHON=` takes, the oldest first); exits with
     1 if any of them has a failure."""
+    if not pythons:
+        sys.exit("no python3.11, python3.12 or python3.13 is here by that name")
     OUT.mkdir(parents=True, exist_ok=True)
     ends = [(pythons[0], "lowest"), (pythons[-1], "newest")]
     rows = [row_of(*where) for where in [*((python, "tested") for python in pythons), *ends]]

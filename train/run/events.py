@@ -38,7 +38,8 @@ class EventWriter:
         """
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._begin()
+        with self._explaining():
+            self._begin()
         self._write(session_log={"status": _protos.SessionLog.START}, step=start)
         self.flush()
 
@@ -71,8 +72,7 @@ class EventWriter:
         self._spool = TemporaryDirectory() if on_bucket(self._directory) else None
         where = self._directory if self._spool is None else Path(self._spool.name)
         # tensorboardX names files by the second: a run soon after another would write over its.
-        with self._explaining():
-            number = len(list(self._directory.glob("events.*")))
+        number = len(list(self._directory.glob("events.*")))
         self._events = EventsWriter(str(where / "events"), f".{number:06d}")
 
     def _send(self, spool: Path) -> None:
