@@ -26,8 +26,8 @@ BASE = "demo/base"
 BRANCH = ("--pvm_layers", "1", "2", "--pvm_hidden_size", "128")
 
 DEMO_OVER_PROBE = 285.0
-"""How many times longer than `probe` the whole demo takes, on two quiet cores: 250 with AVX-512,
-330 with AVX2."""
+"""How many times longer than `probe` the whole demo takes, on two quiet cores: about 250
+with AVX-512, 330 with AVX2."""
 
 # What a command makes (the command is skipped where that exists), and the command itself: arguments
 # of `python -m`.
@@ -42,7 +42,7 @@ def main(out: Path = Path("out/demo")) -> None:
         out: folder for everything that is written.
     """
     minutes = round(DEMO_OVER_PROBE * probe() / 30) / 2
-    print(f"All of it takes about {minutes} minutes on this machine, if it does nothing else.")
+    print(f"All of it takes about {minutes:g} minutes on this machine, if it does nothing else.")
     checkpoint, run, report = out / "checkpoint", out / "run", out / "report"
     run_steps(branch_steps(out))
     show_one_answer(checkpoint, run / "branch", out / "example")

@@ -52,15 +52,19 @@ def _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts):
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 @pytest.mark.parametrize(
-    ("causal", "limited", "length", "kv_length"),
-    [(True, False, 640, 640), (False, False, 384, 384), (False, True, 640, 384)],
+    ("causal", "limited", "length", "kv_length", "piece"),
+    [
+        (True, False, 384, 384, BLOCK),
+        (False, False, 384, 384, BLOCK),
+        (False, True, 384, 640, BLOCK),
+        (True, False, 640, 640, 4 * BLOCK),  # the last piece is not full
+    ],
 )
 def test_a_kernel_equals_xla_on_random_segments(
-    causal, limited, length, kv_length, kernel, monkeypatch
+    causal, limited, length, kv_length, piece, kernel, monkeypatch
 ):
-    """Of the packed text, of the tower and of a piece of a prompt or "preceding"; cuDNN's last
-    piece is not full."""
-    monkeypatch.setattr(cudnn, "PIECE", 4 * BLOCK)
+    """Of the packed text, of the tower and of a piece of a prompt or "preceding"."""
+    monkeypatch.setattr(cudnn, "PIECE", piece)
     rng = np.random.default_rng(length + causal)
     q_ids = _segments(rng, 3, length)
     kv_ids = q_ids if kv_length == length else _segments(rng, 3, kv_length)

@@ -34,8 +34,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
         if "No such compile option" not in str(error):
             raise
         warnings.warn(
-            f"this libtpu has no option {FAST_MEMORY}: steps may take an eighth longer than"
-            " docs/performance.md says",
+            f"this libtpu has no option {FAST_MEMORY}: steps may take an eighth to a fifth"
+            " longer than docs/performance.md says",
             stacklevel=2,
         )
         return None
