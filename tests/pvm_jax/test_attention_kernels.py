@@ -9,6 +9,7 @@ import pytest
 from pvm_jax.model.attention_kernels import attention, shared_attention
 from pvm_jax.sharding import make_mesh
 from tests.close import assert_close
+from tests.pvm_jax.attended import values_and_gradients
 
 
 def _inputs(rng, *, length, kv_length, heads, kv_heads, head_dim=64, rows=2):
@@ -105,24 +106,10 @@ def test_a_kernel_equals_xla_on_a_mesh(kernel, mesh, causal, kv_length, kv_heads
     )
     q_segments = _segments(2, 200, 90, 100)
     kv_segments = q_segments if causal else _segments(2, kv_length, 30, 40)
-    valid = (q_segments > 0)[..., None, None]
+    masks = {"q_segment_ids": q_segments, "kv_segment_ids": kv_segments, "causal": causal}
 
     def run(kernel):
-        def loss(q, k, v):
-            out = attention(
-                q,
-                k,
-                v,
-                q_segment_ids=q_segments,
-                kv_segment_ids=kv_segments,
-                causal=causal,
-                kernel=kernel,
-                interpret=True,
-            )
-            out = jnp.where(valid, out, 0)
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return values_and_gradients((q, k, v), q_segments > 0, **masks, kernel=kernel)[:2]
 
     want = run("xla")
     if mesh is None:

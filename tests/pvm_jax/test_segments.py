@@ -2,16 +2,16 @@
 reference on any segments, without the blocks in which no one sees anything. If splash fails with a
 new JAX, read the head of model/splash.py."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pvm_jax.model import cudnn
-from pvm_jax.model.attention_kernels import attention, attention_mask
+from pvm_jax.model.attention_kernels import attention_mask
 from pvm_jax.model.blocks import meeting_blocks
 from pvm_jax.model.splash import fetched_blocks
 from tests.close import assert_close
+from tests.pvm_jax.attended import values_and_gradients
 
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 1, 16
 
@@ -32,22 +32,8 @@ def _inputs(rng, rows, length, kv_length):
 
 
 def _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts):
-    """Values where `counts`, and gradients."""
-
-    def loss(*arrays):
-        out = attention(
-            *arrays,
-            q_segment_ids=q_ids,
-            kv_segment_ids=kv_ids,
-            causal=causal,
-            limits=limits,
-            kernel=kernel,
-            interpret=True,
-        )
-        kept = jnp.where(counts[..., None, None], out, 0)
-        return jnp.sin(kept).sum(), (kept, jnp.isfinite(out).all())
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    masks = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids, "causal": causal, "limits": limits}
+    return values_and_gradients(arrays, counts, **masks, kernel=kernel)
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
@@ -75,8 +61,8 @@ def test_a_kernel_equals_xla_on_random_segments(
     arrays = _inputs(rng, 3, length, kv_length)
     want = _run("xla", arrays, q_ids, kv_ids, causal, limits, counts)
     got = _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts)
-    assert bool(got[1][1])  # of padding and of those who see nothing, too
-    assert_close((got[0], got[1][0]), (want[0], want[1][0]), 1e-5)
+    assert bool(got[2])  # of padding and of those who see nothing, too
+    assert_close(got[:2], want[:2], 1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
@@ -88,7 +74,7 @@ def test_what_no_one_sees_is_not_computed(kernel, monkeypatch):
     for unseen in (slice(BLOCK, 2 * BLOCK), slice(2 * BLOCK, None)):
         spoilt = [x.at[:, unseen].set(jnp.nan) for x in (q, k, v)]
         counts = (ids > 0) & ~np.isnan(spoilt[0][:, :, 0, 0])
-        gradients, (kept, _) = _run(kernel, spoilt, ids, ids, False, None, counts)
+        kept, gradients, _ = _run(kernel, spoilt, ids, ids, False, None, counts)
         for array in (kept, *gradients):
             assert np.isfinite(np.asarray(array)[counts]).all()
 
