@@ -27,7 +27,7 @@ from pvm_jax.data.batch import Batch
 from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.model.blocks import block_length, meeting_blocks, pad_to_multiple
-from pvm_jax.model.cudnn import key_sizes, piece_length, seen_keys
+from pvm_jax.model.cudnn_pieces import key_sizes, piece_length, seen_keys
 from pvm_jax.options import run_as_command
 from train.config import Bucket
 from train.data.packing import make_plan

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 SMALLEST = {
     "against_torch": "--rows 1 --text 16 --side 4 --new_tokens 4 --repeats 1",
+    "attention": "--size small --tokens 256 --patches 256",
     "attention_blocks": "--count 24 --tokens 2048 --patches 2560",
     "checkpoints": "--sizes [1] --saves 1 --step_seconds 0.05",
     "checksums": "--repeats 1",

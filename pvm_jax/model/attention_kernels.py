@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pvm_jax.model.blocks import LANES
-from pvm_jax.model.cudnn import cudnn_attention
+from pvm_jax.model.cudnn_pieces import pieces_attention
+from pvm_jax.model.cudnn_segments import segments_attention, takes_segments
 from pvm_jax.model.splash import splash_attention
 from pvm_jax.sharding import platform
 
@@ -36,7 +37,7 @@ def attention(
         q: [B, S, N, H].
         k, v: [B, T, K, H] with N a multiple of K (grouped queries).
         q_segment_ids, kv_segment_ids: [B, S] and [B, T]; a query sees the keys that carry its own
-            id. 0 is padding.
+            id, from 1 on and side by side. 0 is padding.
         causal: a query at column s sees keys at columns <= s only.
         limits: [B, S]: a query sees keys at columns below its limit only.
         scale: None: 1 / sqrt(H).
@@ -58,9 +59,13 @@ def attention(
         return _xla(
             q, k, v, q_segment_ids, kv_segment_ids, causal=causal, limits=limits, scale=factor
         )
-    arrays = q_segment_ids, kv_segment_ids, _last_column(q, causal, limits)
+    ids = q_segment_ids, kv_segment_ids
+    whole = limits is None and (not causal or q_segment_ids is kv_segment_ids)
+    if kernel == "cudnn" and whole and (interpret or takes_segments()):
+        return segments_attention(q, k, v, *ids, causal=causal, scale=factor, interpret=interpret)
+    arrays = *ids, _last_column(q, causal, limits)
     if kernel == "cudnn":
-        return cudnn_attention(q, k, v, *arrays, scale=factor, interpret=interpret)
+        return pieces_attention(q, k, v, *arrays, scale=factor, interpret=interpret)
     if kernel == "splash":
         return splash_attention(q * factor, k, v, *arrays, interpret=interpret)
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")

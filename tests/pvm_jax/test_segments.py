@@ -1,19 +1,24 @@
-"""The TPU's kernel, in its interpreter, and the GPU's pieces, with XLA for cuDNN: equal to the
+"""The TPU's kernel, in its interpreter, and the GPU's two, with XLA for cuDNN: equal to the
 reference on any segments, without the blocks in which no one sees anything. If splash fails with a
 new JAX, read the head of model/splash.py."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from pvm_jax.model import cudnn
-from pvm_jax.model.attention_kernels import attention_mask
+from pvm_jax.model import attention_kernels, cudnn_pieces, cudnn_segments
+from pvm_jax.model.attention_kernels import attention, attention_mask
 from pvm_jax.model.blocks import meeting_blocks
 from pvm_jax.model.splash import fetched_blocks
 from tests.close import assert_close
 from tests.pvm_jax.attended import values_and_gradients
 
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 128, 2, 1, 16
+KERNELS = ["splash", "cudnn", "pieces"]
 
 
 def _segments(rng, rows, length):
@@ -32,16 +37,21 @@ def _inputs(rng, rows, length, kv_length):
 
 
 def _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts):
+    """`kernel` "pieces" is cuDNN's where it does not take segments."""
+    if kernel == "pieces":
+        kernel = "cudnn"
+        limits = np.full(q_ids.shape, kv_ids.shape[1]) if limits is None else limits
     masks = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids, "causal": causal, "limits": limits}
     return values_and_gradients(arrays, counts, **masks, kernel=kernel)
 
 
-@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("causal", "limited", "length", "kv_length", "piece"),
     [
         (True, False, 384, 384, BLOCK),
         (False, False, 384, 384, BLOCK),
+        (False, False, 384, 640, BLOCK),
         (False, True, 384, 640, BLOCK),
         (True, False, 640, 640, 4 * BLOCK),  # the last piece is not full
     ],
@@ -49,8 +59,9 @@ def _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts):
 def test_a_kernel_equals_xla_on_random_segments(
     causal, limited, length, kv_length, piece, kernel, monkeypatch
 ):
-    """Of the packed text, of the tower and of a piece of a prompt or "preceding"."""
-    monkeypatch.setattr(cudnn, "PIECE", piece)
+    """Of packed text, of the tower, of the branch, and of a piece of a prompt or "preceding"."""
+    monkeypatch.setattr(cudnn_pieces, "PIECE", piece)
+    monkeypatch.setattr(cudnn_segments, "AT_ONCE", 2)  # not all of a row
     rng = np.random.default_rng(length + causal)
     q_ids = _segments(rng, 3, length)
     kv_ids = q_ids if kv_length == length else _segments(rng, 3, kv_length)
@@ -65,10 +76,10 @@ def test_a_kernel_equals_xla_on_random_segments(
     assert_close(got[:2], want[:2], 1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_what_no_one_sees_is_not_computed(kernel, monkeypatch):
     """NaN in the other segment's block would reach whatever is multiplied with it, if by 0."""
-    monkeypatch.setattr(cudnn, "PIECE", BLOCK)
+    monkeypatch.setattr(cudnn_pieces, "PIECE", BLOCK)
     ids = np.repeat([[1, 2, 0]], BLOCK, axis=1).astype(np.int32)
     q, k, v = _inputs(np.random.default_rng(0), 1, 3 * BLOCK, 3 * BLOCK)
     for unseen in (slice(BLOCK, 2 * BLOCK), slice(2 * BLOCK, None)):
@@ -77,6 +88,29 @@ def test_what_no_one_sees_is_not_computed(kernel, monkeypatch):
         kept, gradients, _ = _run(kernel, spoilt, ids, ids, False, None, counts)
         for array in (kept, *gradients):
             assert np.isfinite(np.asarray(array)[counts]).all()
+
+
+def test_cudnn_is_handed_segments(monkeypatch):
+    """By a function that JAX does not call public: a JAX that moves or renames it fails here, on a
+    machine without a GPU."""
+    monkeypatch.setattr(attention_kernels, "takes_segments", lambda: True)
+    for name in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_: 100_000)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", bool)
+    ids = np.repeat([[1, 2, 0]], BLOCK, axis=1).astype(np.int32)
+    q, k, v = _inputs(np.random.default_rng(0), 1, 3 * BLOCK, 3 * BLOCK)
+    arrays = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+
+    def loss(*arrays):
+        masks = {"q_segment_ids": ids, "kv_segment_ids": ids, "causal": True}
+        return attention(*arrays, **masks, kernel="cudnn").sum()
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"@__cudnn\$fmhaSoftmax(\w*)", text)
+    assert sorted(calls) == ["", "Backward"], text
+    assert text.count("PADDING_CAUSAL") == 2
+    assert f"tensor<1x{cudnn_segments.AT_ONCE + 1}xi32>" in text
 
 
 @pytest.mark.parametrize("causal", [True, False])

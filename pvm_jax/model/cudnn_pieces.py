@@ -40,7 +40,7 @@ class _Piece(NamedTuple):
     size: jax.Array
 
 
-def cudnn_attention(
+def pieces_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -83,7 +83,7 @@ def seen_keys(
     q_segment_ids: jax.Array, kv_segment_ids: jax.Array, last: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Of each piece, [B, S / piece]: the first column with a key that one of its queries may see,
-    and which of `key_sizes` reaches from there to the last. Arguments as of `cudnn_attention`,
+    and which of `key_sizes` reaches from there to the last. Arguments as of `pieces_attention`,
     padded."""
     (rows, length), keys = q_segment_ids.shape, kv_segment_ids.shape[1]
     meet = meeting_blocks(q_segment_ids, kv_segment_ids, last)

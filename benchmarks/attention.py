@@ -1,0 +1,162 @@
+"""Attention's kernels against each other on the accelerator at hand, in bfloat16: a row of one
+segment, and one of several.
+
+"needed" is what the pairs of a query and a key that see each other take, forward: of TFLOP/s, what
+a kernel reaches of it. "error" is the distance to XLA's in float32, over its norm: of the values,
+and the largest of the three gradients.
+
+    python -m benchmarks.attention
+    python -m benchmarks.attention --size 4b --tokens 4096 --patches 8192
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.sizes import config_of
+from pvm_jax.model.attention_kernels import attention
+from pvm_jax.options import run_as_command
+
+COLUMNS = ("forward: ms", "TFLOP/s needed", "with gradients: ms", "temporary")
+COLUMNS += ("error", "gradients'")
+PADDING = 100
+"""Columns of a row that are."""
+
+
+class Case(NamedTuple):
+    """`heads`: of the queries, of the keys, and how wide they are; `length` of a row."""
+
+    name: str
+    heads: tuple[int, int, int]
+    length: int
+    causal: bool
+
+
+def main(
+    size: str = "8b", tokens: int = 8192, patches: int = 16384, rows: int = 1, segments: int = 8
+) -> None:
+    """Prints a table.
+
+    Args:
+        size: whose heads: 2b, 4b, 8b, 32b, or "small".
+        tokens: of the decoder's rows.
+        patches: of the tower's rows.
+        rows: of a batch.
+        segments: of a packed row.
+    """
+    config = config_of(size)
+    text, vision = config.text, config.vision
+    decoder = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+    tower = vision.num_heads, vision.num_heads, vision.head_dim
+    cases = [
+        Case("decoder", decoder, tokens, causal=True),
+        Case("tower", tower, patches, causal=False),
+    ]
+    table = Table(title=f"{size}, {rows} x {tokens} and {patches}, {jax.devices()[0].device_kind}")
+    for column in ("attention", "segments", "kernel"):
+        table.add_column(column)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for case in cases:
+        for count in (1, segments):
+            for kernel, cells in compare(case, rows, count):
+                table.add_row(case.name, str(count), kernel, *cells)
+            table.add_section()
+    Console(width=130).print(table)
+
+
+def kernels() -> dict[str, dict[str, Any]]:
+    """Those of this platform: what `attention` is told."""
+    own = {
+        "tpu": {"splash": {"kernel": "splash"}},
+        "gpu": {
+            "cuDNN": {"kernel": "cudnn"},
+            "cuDNN, in pieces": {"kernel": "cudnn", "limits": True},
+        },
+    }
+    return own.get(jax.default_backend(), {}) | {"XLA": {"kernel": "xla"}}
+
+
+def compare(case: Case, rows: int, count: int):
+    """Yields each kernel's name and its cells."""
+    rng = np.random.default_rng(0)
+    ids = ids_of(rows, case.length, count)
+    real = (ids > 0)[..., None, None]
+    heads, kv_heads, head_dim = case.heads
+    arrays = [
+        jnp.asarray(rng.standard_normal((rows, case.length, n, head_dim)), jnp.bfloat16)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
+    arrays[3] *= real  # the gradient of what is attended to
+    pairs = sum(n**2 for n in np.bincount(ids[0])[1:].tolist()) * rows
+    flops = 4 * pairs * heads * head_dim / (2 if case.causal else 1)
+    with jax.default_matmul_precision("highest"):
+        wide = [x.astype(jnp.float32) for x in arrays]
+        want = jax.jit(partial(both, case, ids, {"kernel": "xla"}))(*wide)
+    for name, how in kernels().items():
+        if "limits" in how:
+            how = how | {"limits": jnp.full(ids.shape, case.length)}
+        forward, _, _ = timed(partial(values, case, ids, how), *arrays[:3])
+        whole, temporary, got = timed(partial(both, case, ids, how), *arrays)
+        off = [float(distance(*pair)) for pair in zip(got, want, strict=True)]
+        yield (
+            name,
+            (
+                f"{forward * 1e3:.2f}",
+                f"{flops / forward / 1e12:.0f}",
+                f"{whole * 1e3:.2f}",
+                f"{temporary / 2**30:.2f} GiB",
+                f"{off[0]:.1e}",
+                f"{max(off[1:]):.1e}",
+            ),
+        )
+
+
+def ids_of(rows: int, length: int, count: int) -> np.ndarray:
+    """[rows, length] of `count` segments of one length, and padding."""
+    each = -(-(length - PADDING) // count)
+    ids = np.arange(length) // each + 1
+    return np.tile(np.where(np.arange(length) < length - PADDING, ids, 0), (rows, 1))
+
+
+def values(case: Case, ids: np.ndarray, how: dict[str, Any], *qkv: jax.Array) -> jax.Array:
+    same = jnp.asarray(ids)
+    out = attention(*qkv, q_segment_ids=same, kv_segment_ids=same, causal=case.causal, **how)
+    return jnp.where((same > 0)[..., None, None], out, 0)
+
+
+def both(case: Case, ids: np.ndarray, how: dict[str, Any], *arrays: jax.Array) -> Any:
+    """Values, and the gradients of q, k and v by the last of `arrays`."""
+    *qkv, gradient = arrays
+    out, pull = jax.vjp(partial(values, case, ids, how), *qkv)
+    return out, *pull(gradient)
+
+
+def timed(compute: Callable[..., Any], *arrays: jax.Array) -> tuple[float, int, Any]:
+    """Seconds of the fastest of three times five runs, bytes of temporaries, and what came out."""
+    compiled = jax.jit(compute).lower(*arrays).compile()
+    out = jax.block_until_ready(compiled(*arrays))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(5):
+            out = compiled(*arrays)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / 5)
+    memory = compiled.memory_analysis()
+    return min(times), memory.temp_size_in_bytes if memory else 0, out
+
+
+def distance(got: jax.Array, want: jax.Array) -> jax.Array:
+    return jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want)
+
+
+if __name__ == "__main__":
+    run_as_command(main)
