@@ -153,6 +153,13 @@ def gathered(weight: jax.Array, *names: str) -> jax.Array:
     return constrain(constrain(weight, *names), *whole)
 
 
+def is_whole(name: str, size: int) -> bool:
+    """Whether a product finds an axis that the table calls `name` whole on every device: a
+    parameter's model dimension is by then, see `gathered`."""
+    mesh, whole = jax.sharding.get_abstract_mesh(), PartitionSpec(None)
+    return mesh.empty or name == "embed" or partition_spec((name,), (size,), mesh) == whole
+
+
 def divides(name: str, size: int) -> bool:
     """Whether the mesh in context, if any, can split an axis of this size as the table says of
     `name`."""

@@ -65,7 +65,7 @@ class Heads(NamedTuple):
 
 def project(x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
     """x W^T in x's dtype: x [..., in], W [out, in] -> [..., out]."""
-    return product(x, _matrix(x, weight))
+    return product(x, matrix_for(x, weight))
 
 
 def product(
@@ -92,21 +92,21 @@ def project_to_heads(
     """The same to those heads that `part` names, [..., N, width]: a TPU writes a product's result
     in any order, and would copy it into this one."""
     if _keeps_whole(x, weight, heads):
-        matrix = _matrix(x, weight, heads, 0)[part].reshape(-1, x.shape[-1])
+        matrix = matrix_for(x, weight, heads, 0)[part].reshape(-1, x.shape[-1])
         # Else the compiler has the product give heads by itself.
         y = jax.lax.optimization_barrier(product(x, matrix))
         return y.reshape(*x.shape[:-1], -1, heads.dim)
-    return jnp.einsum("...i,nwi->...nw", x, _matrix(x, weight, heads, 0)[part])
+    return jnp.einsum("...i,nwi->...nw", x, matrix_for(x, weight, heads, 0)[part])
 
 
 def project_from_heads(x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads) -> jax.Array:
     """The same of x [..., N, width]."""
     if _keeps_whole(x, weight, heads):
         return project(x.reshape(*x.shape[:-2], -1), weight)
-    return jnp.einsum("...nw,onw->...o", x, _matrix(x, weight, heads, 1))
+    return jnp.einsum("...nw,onw->...o", x, matrix_for(x, weight, heads, 1))
 
 
-def _matrix(
+def matrix_for(
     x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads | None = None, axis: int = 0
 ) -> jax.Array:
     """W [out, in] for a product with x, `axis` in heads where they are given."""
@@ -114,16 +114,16 @@ def _matrix(
     if heads is not None:
         matrix = heads.split(matrix, axis)
         axes = (*axes[: axis + 1], "head_dim", *axes[axis + 1 :])
-    return gathered(matrix, *axes) if _travels(x, weight) else matrix
+    return gathered(matrix, *axes) if travels(x, weight) else matrix
 
 
 def _keeps_whole(x: jax.Array, weight: nnx.Param[jax.Array], heads: Heads) -> bool:
     """Whether a product is not by head: in a decoding step on a TPU that would copy all layers'
     weights, here into another layout, there beside what multiplies them."""
-    return heads.width == heads.dim and not _travels(x, weight)
+    return heads.width == heads.dim and not travels(x, weight)
 
 
-def _travels(x: jax.Array, weight: nnx.Param[jax.Array]) -> bool:
+def travels(x: jax.Array, weight: nnx.Param[jax.Array]) -> bool:
     """Whether W goes to where x is. What is smaller travels: a decoding step's few rows do, and its
     weights stay."""
     out_features, in_features = weight.shape
@@ -150,6 +150,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
+        if self.lora is not None and self.lora.joins(x, self.weight):
+            return self._with_bias(self.lora.joined(x, self.weight))
         y = self._with_bias(project(x, self.weight))
         return y if self.lora is None else y + self.lora(x)
 

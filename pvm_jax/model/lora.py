@@ -4,22 +4,29 @@ included."""
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import LoRAConfig
+from pvm_jax.model.blocks import pad_to_multiple
 from pvm_jax.model.layers import (
     Heads,
     Linear,
     Rngs,
+    matrix_for,
     parameter,
+    product,
     project,
     project_from_heads,
     project_to_heads,
+    travels,
     zeros,
 )
+from pvm_jax.sharding import is_whole, platform
 
 ADAPTER = "lora"
 _NAMES_SHOWN = 8
@@ -47,11 +54,56 @@ class LowRank(nnx.Module):
         """As `Linear`'s, and so the other two."""
         return self.scale * project(project(x, self.a), self.b)
 
+    def joins(self, x: jax.Array, weight: nnx.Param[jax.Array]) -> bool:
+        """Whether x is better multiplied by the Linear's weight W and B at once (`joined`): a TPU
+        would write the update of a wide product, and read it again to add it."""
+        axes = zip(weight.get_metadata("axes"), weight.shape, strict=True)
+        whole = all(is_whole(name, size) for name, size in axes)
+        return platform() == "tpu" and travels(x, weight) and whole
+
+    def joined(self, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
+        """x W^T and the update, [..., out]."""
+        return _joined(self.scale, x, *(matrix_for(x, p) for p in (weight, self.a, self.b)))
+
     def to_heads(self, x: jax.Array, heads: Heads, part: slice) -> jax.Array:
         return self.scale * project_to_heads(project(x, self.a), self.b, heads, part)
 
     def from_heads(self, x: jax.Array, heads: Heads) -> jax.Array:
         return self.scale * project(project_from_heads(x, self.a, heads), self.b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _joined(scale: float, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x W^T + scale (x A^T) B^T as one product of what lies side by side, [x, h] and [W, B]."""
+    return _with_hidden(scale, x, w, a, b)[0]
+
+
+def _with_hidden(scale: float, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+    """The same, and h = scale x A^T, its rank filled up with zeros."""
+    hidden = scale * product(x, pad_to_multiple(a, 0))
+    return product(_beside(x, hidden), _beside(w, pad_to_multiple(b, 1))), hidden
+
+
+def _joined_forward(scale: float, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, Any]:
+    y, hidden = _with_hidden(scale, x.value, w.value, a.value, b.value)
+    return y, (x.value, w.value, a.value, b.value, hidden, w.perturbed)
+
+
+def _joined_backward(scale: float, kept: Any, gradient: Any) -> tuple[Any, ...]:
+    x, w, a, b, hidden, trained = kept
+    rank, outer = len(a), "...o,...i->oi"
+    of_hidden = scale * product(gradient, pad_to_multiple(b, 1).T)
+    of_x = product(_beside(gradient, of_hidden), _beside(w.T, pad_to_multiple(a, 0).T))
+    of_a = jnp.einsum(outer, of_hidden, x)[:rank]
+    of_b = jnp.einsum(outer, gradient, hidden)[:, :rank]
+    return of_x, jnp.einsum(outer, gradient, x) if trained else None, of_a, of_b
+
+
+_joined.defvjp(_joined_forward, _joined_backward, symbolic_zeros=True)
+
+
+def _beside(x: jax.Array, more: jax.Array) -> jax.Array:
+    return jnp.concatenate([x, more], -1)
 
 
 def _uniform(bound: float) -> Any:

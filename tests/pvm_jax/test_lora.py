@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -25,11 +26,13 @@ from pvm_jax.checkpoint.directory import CheckpointError
 from pvm_jax.checkpoint.store import save_branch
 from pvm_jax.data.batch import Batch
 from pvm_jax.measure.report.provenance import provenance
-from pvm_jax.model.lora import is_adapter
+from pvm_jax.model.layers import Linear
+from pvm_jax.model.lora import LowRank, is_adapter
 from pvm_jax.model.parameters import by_path, part_of
 from pvm_jax.sharding import make_mesh, param_shardings
 from tests import tiny
 from tests.close import assert_close
+from train.step.state import split_model
 
 EVERYWHERE = LoRAConfig(rank=3, alpha=6, targets=".*")
 
@@ -96,6 +99,11 @@ def dense(model: Qwen3VL) -> Qwen3VL:
         )
 
     return nnx.merge(graphdef, nnx.map_state(weight, state))
+
+
+def has(name: str):
+    """An NNX filter: parameters of that name."""
+    return lambda path, _: name in path
 
 
 def parameters(model: Qwen3VL) -> dict[str, jax.Array]:
@@ -187,6 +195,65 @@ class TestAdapters:
     def test_refusals(self, model, values, message):
         with pytest.raises(ValueError, match=message):
             add_lora(model, LoRAConfig(**values))
+
+
+class TestJoined:
+    """On a TPU W and B are multiplied with at once, where neither is split over tensor."""
+
+    @pytest.fixture
+    def joins(self, monkeypatch) -> list[LowRank]:
+        """Those that were, from now on."""
+        found, joined = [], LowRank.joined
+        monkeypatch.setattr("pvm_jax.model.lora.platform", lambda: "tpu")
+        monkeypatch.setattr(LowRank, "joined", lambda *a: found.append(a[0]) or joined(*a))
+        return found
+
+    def test_changes_nothing_that_a_model_computes(self, trained, request):
+        """In a scan, mapped over, of the adapters' gradients."""
+        graphdef, chosen, rest = split_model(trained, "lora")
+        inputs, mesh = batch(trained.config), make_mesh(2, 4, 1)
+        placed = [
+            jax.device_put(nnx.as_pure(params), param_shardings(params, mesh))
+            for params in (chosen, rest)
+        ]
+
+        def run():
+            def values(chosen, rest):
+                hidden = nnx.merge(graphdef, chosen, rest).hidden(inputs)
+                return jnp.sin(hidden[inputs.segment_ids > 0]).sum(), hidden
+
+            with jax.set_mesh(mesh):
+                return jax.jit(jax.grad(values, has_aux=True))(*placed)
+
+        apart = run()
+        joins = request.getfixturevalue("joins")
+        assert_close(run(), apart, 1e-5)
+        assert len(joins) > 3
+
+    @pytest.mark.parametrize("trained", ["weight", ""])
+    @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)])
+    def test_changes_no_gradient(self, trained, sizes, request):
+        """Of what is read, and of W where that is trained."""
+        rngs, mesh = nnx.Rngs(0), make_mesh(*sizes)
+        linear = Linear(16, 24, ("mlp", "embed"), bias=True, dtype="float32", rngs=rngs)
+        linear.lora = nnx.data(LowRank(linear, LoRAConfig(rank=3, alpha=5), rngs=rngs))
+        linear.lora.b[...] = jax.random.normal(jax.random.key(0), (24, 3))
+        graphdef, chosen, rest = nnx.split(linear, nnx.Any(is_adapter, has(trained)), ...)
+        x = jax.random.normal(jax.random.key(1), (8, 5, 16))
+
+        def run():
+            def values(x, chosen):
+                y = nnx.merge(graphdef, chosen, nnx.as_pure(rest))(x)
+                return jnp.sin(y).sum(), y
+
+            with jax.set_mesh(mesh):
+                grad = jax.jit(jax.grad(values, argnums=(0, 1), has_aux=True))
+                return grad(np.asarray(x), jax.device_get(nnx.as_pure(chosen)))
+
+        apart = run()
+        joins = request.getfixturevalue("joins")
+        assert_close(run(), apart, 1e-5)
+        assert bool(joins) == (sizes[2] == 1)
 
 
 class TestStored:
