@@ -1,5 +1,5 @@
-"""Attention's kernels against each other on the accelerator at hand, in bfloat16: a row of one
-segment, and one of several.
+"""Attention's kernels against each other on the accelerator at hand, in bfloat16: rows of one
+segment and of several, with padding before and behind them.
 
 "needed" is what the pairs of a query and a key that see each other take, forward: of TFLOP/s, what
 a kernel reaches of it. "error" is the distance to XLA's in float32, over its norm: of the values,
@@ -10,7 +10,7 @@ and the largest of the three gradients.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,38 +26,44 @@ from pvm_jax.options import run_as_command
 
 COLUMNS = ("forward: ms", "TFLOP/s needed", "with gradients: ms", "temporary")
 COLUMNS += ("error", "gradients'")
-PADDING = 100
-"""Columns of a row that are."""
+PADDING = 50
+"""Columns before a row's segments, and behind them."""
 
 
 class Case(NamedTuple):
-    """`heads`: of the queries, of the keys, and how wide they are; `length` of a row."""
+    """`heads`: of the queries, of the keys, and how wide they are; `lengths` of a row: likewise."""
 
     name: str
     heads: tuple[int, int, int]
-    length: int
+    lengths: tuple[int, int]
     causal: bool
 
 
 def main(
-    size: str = "8b", tokens: int = 8192, patches: int = 16384, rows: int = 1, segments: int = 8
+    size: str = "8b",
+    tokens: int = 8192,
+    patches: int = 16384,
+    rows: int = 1,
+    segments: Sequence[int] = (1, 8, 20),
 ) -> None:
     """Prints a table.
 
     Args:
         size: whose heads: 2b, 4b, 8b, 32b, or "small".
-        tokens: of the decoder's rows.
-        patches: of the tower's rows.
+        tokens: of the decoder's and the branch's rows.
+        patches: of the tower's rows; a quarter as many are the branch's keys.
         rows: of a batch.
-        segments: of a packed row.
+        segments: of a row.
     """
     config = config_of(size)
     text, vision = config.text, config.vision
     decoder = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     tower = vision.num_heads, vision.num_heads, vision.head_dim
+    branch = text.pvm_num_heads, text.pvm_num_key_value_heads, text.head_dim
     cases = [
-        Case("decoder", decoder, tokens, causal=True),
-        Case("tower", tower, patches, causal=False),
+        Case("decoder", decoder, (tokens, tokens), causal=True),
+        Case("tower", tower, (patches, patches), causal=False),
+        Case("branch", branch, (tokens, patches // 4), causal=False),
     ]
     table = Table(title=f"{size}, {rows} x {tokens} and {patches}, {jax.devices()[0].device_kind}")
     for column in ("attention", "segments", "kernel"):
@@ -65,7 +71,7 @@ def main(
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for case in cases:
-        for count in (1, segments):
+        for count in segments:
             for kernel, cells in compare(case, rows, count):
                 table.add_row(case.name, str(count), kernel, *cells)
             table.add_section()
@@ -84,25 +90,25 @@ def kernels() -> dict[str, dict[str, Any]]:
     return own.get(jax.default_backend(), {}) | {"XLA": {"kernel": "xla"}}
 
 
-def compare(case: Case, rows: int, count: int):
+def compare(case: Case, rows: int, count: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yields each kernel's name and its cells."""
     rng = np.random.default_rng(0)
-    ids = ids_of(rows, case.length, count)
-    real = (ids > 0)[..., None, None]
+    ids = [ids_of(rows, length, count) for length in case.lengths]
     heads, kv_heads, head_dim = case.heads
+    queries, keys = ((length, n) for length, n in zip(case.lengths, (heads, kv_heads), strict=True))
     arrays = [
-        jnp.asarray(rng.standard_normal((rows, case.length, n, head_dim)), jnp.bfloat16)
-        for n in (heads, kv_heads, kv_heads, heads)
+        jnp.asarray(rng.standard_normal((rows, *shape, head_dim)), jnp.bfloat16)
+        for shape in (queries, keys, keys, queries)  # the last: the gradient of what is attended to
     ]
-    arrays[3] *= real  # the gradient of what is attended to
-    pairs = sum(n**2 for n in np.bincount(ids[0])[1:].tolist()) * rows
+    sizes = (np.bincount(each[0])[1:].tolist() for each in ids)
+    pairs = sum(q * k for q, k in zip(*sizes, strict=True)) * rows
     flops = 4 * pairs * heads * head_dim / (2 if case.causal else 1)
     with jax.default_matmul_precision("highest"):
         wide = [x.astype(jnp.float32) for x in arrays]
         want = jax.jit(partial(both, case, ids, {"kernel": "xla"}))(*wide)
     for name, how in kernels().items():
         if "limits" in how:
-            how = how | {"limits": jnp.full(ids.shape, case.length)}
+            how = how | {"limits": jnp.full(ids[0].shape, case.lengths[1])}
         forward, _, _ = timed(partial(values, case, ids, how), *arrays[:3])
         whole, temporary, got = timed(partial(both, case, ids, how), *arrays)
         off = [float(distance(*pair)) for pair in zip(got, want, strict=True)]
@@ -120,19 +126,19 @@ def compare(case: Case, rows: int, count: int):
 
 
 def ids_of(rows: int, length: int, count: int) -> np.ndarray:
-    """[rows, length] of `count` segments of one length, and padding."""
-    each = -(-(length - PADDING) // count)
-    ids = np.arange(length) // each + 1
-    return np.tile(np.where(np.arange(length) < length - PADDING, ids, 0), (rows, 1))
+    """[rows, length] of `count` segments of about one length, and padding."""
+    numbers = np.arange(length - 2 * PADDING) * count // (length - 2 * PADDING) + 1
+    return np.tile(np.pad(numbers, PADDING), (rows, 1)).astype(np.int32)
 
 
-def values(case: Case, ids: np.ndarray, how: dict[str, Any], *qkv: jax.Array) -> jax.Array:
-    same = jnp.asarray(ids)
-    out = attention(*qkv, q_segment_ids=same, kv_segment_ids=same, causal=case.causal, **how)
-    return jnp.where((same > 0)[..., None, None], out, 0)
+def values(case: Case, ids: list[np.ndarray], how: dict[str, Any], *qkv: jax.Array) -> jax.Array:
+    q_ids, kv_ids = map(jnp.asarray, ids)
+    kv_ids = q_ids if case.causal else kv_ids
+    out = attention(*qkv, q_segment_ids=q_ids, kv_segment_ids=kv_ids, causal=case.causal, **how)
+    return jnp.where((q_ids > 0)[..., None, None], out, 0)
 
 
-def both(case: Case, ids: np.ndarray, how: dict[str, Any], *arrays: jax.Array) -> Any:
+def both(case: Case, ids: list[np.ndarray], how: dict[str, Any], *arrays: jax.Array) -> Any:
     """Values, and the gradients of q, k and v by the last of `arrays`."""
     *qkv, gradient = arrays
     out, pull = jax.vjp(partial(values, case, ids, how), *qkv)

@@ -311,6 +311,10 @@ def split_rows(
         tokens = ids[row, where]
         if not len(tokens):
             raise ValueError(f"row {row}: every token is masked")
+        if len(where) <= where[-1] - where[0]:
+            raise ValueError(
+                f"row {row}: attention_mask is 0 between tokens; padding stands before or behind"
+            )
         loss_mask = None
         if labels is not None:
             loss_mask = labels[row, where] != -100

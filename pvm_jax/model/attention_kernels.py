@@ -37,7 +37,7 @@ def attention(
         q: [B, S, N, H].
         k, v: [B, T, K, H] with N a multiple of K (grouped queries).
         q_segment_ids, kv_segment_ids: [B, S] and [B, T]; a query sees the keys that carry its own
-            id, from 1 on and side by side. 0 is padding.
+            id. 0 is padding. Without `limits`, columns of one id stand side by side.
         causal: a query at column s sees keys at columns <= s only.
         limits: [B, S]: a query sees keys at columns below its limit only.
         scale: None: 1 / sqrt(H).
@@ -61,6 +61,7 @@ def attention(
         )
     ids = q_segment_ids, kv_segment_ids
     whole = limits is None and (not causal or q_segment_ids is kv_segment_ids)
+    whole &= q.shape[1] >= LANES  # not a decoding step, whose caches have gaps
     if kernel == "cudnn" and whole and (interpret or takes_segments()):
         return segments_attention(q, k, v, *ids, causal=causal, scale=factor, interpret=interpret)
     arrays = *ids, _last_column(q, causal, limits)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from pvm_jax.model.blocks import on_each_device, pad_to_multiple
 
 AT_ONCE = 8
-"""Segments in one call. For each of them the gradient has a workspace of two float32 arrays as
-large as all queries of the row."""
+"""Segments in one call. For each of them the gradient has a workspace of one float32 array as large
+as all queries of the row; of two, where heads share their keys."""
 
 
 class Segments(NamedTuple):
@@ -65,8 +65,9 @@ def segments_attention(
 
 
 def takes_segments() -> bool:
-    """Whether the GPUs here do."""
-    return float(jax.local_devices()[0].compute_capability) >= 9
+    """Whether the devices here are GPUs that do."""
+    generation, *_ = getattr(jax.local_devices()[0], "compute_capability", "").split(".")
+    return generation.isdigit() and int(generation) >= 9  # AMD's is none: gfx90a
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -29,6 +29,8 @@ from pvm_jax.model.layers import (
 from pvm_jax.sharding import is_whole, platform
 
 ADAPTER = "lora"
+WIDE = 1024
+"""Features from which on a product is joined with its update: of fewer that saves little."""
 _NAMES_SHOWN = 8
 
 
@@ -57,9 +59,10 @@ class LowRank(nnx.Module):
     def joins(self, x: jax.Array, weight: nnx.Param[jax.Array]) -> bool:
         """Whether x is better multiplied by the Linear's weight W and B at once (`joined`): a TPU
         would write the update of a wide product, and read it again to add it."""
+        if platform() != "tpu" or min(weight.shape) < WIDE or not travels(x, weight):
+            return False
         axes = zip(weight.get_metadata("axes"), weight.shape, strict=True)
-        whole = all(is_whole(name, size) for name, size in axes)
-        return platform() == "tpu" and travels(x, weight) and whole
+        return all(is_whole(name, size) for name, size in axes)
 
     def joined(self, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
         """x W^T and the update, [..., out]."""

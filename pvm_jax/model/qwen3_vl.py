@@ -23,7 +23,7 @@ from pvm_jax.sharding import constrain, param_shardings
 
 class Columns(NamedTuple):
     """The columns of a batch that the decoder reads; see Batch. `limits`: [B, S], where each
-    token's memory ends."""
+    token's memory ends; None: it is a row's images, one packed example behind the other."""
 
     tokens: jax.Array
     positions: jax.Array
@@ -38,6 +38,8 @@ class Columns(NamedTuple):
         if visibility == "preceding":  # a row's visual tokens stand in the order of their columns
             index = jnp.asarray(batch.visual_index)
             limits = past + 1 + jax.lax.cummax(jnp.where(index < -1, -2 - index, index), axis=1)
+        elif past:  # then padding stands between a conversation's images, too
+            limits = jnp.full(batch.tokens.shape, past + batch.visual_segment_ids.shape[1])
         return cls(batch.tokens, batch.positions, batch.segment_ids, batch.visual_index, limits)
 
 

@@ -192,6 +192,12 @@ BAD = {
         lambda a: a | {"attention_mask": a["attention_mask"] * [[1], [0]]},
         "row 1: every token is masked",
     ),
+    "gap": (
+        lambda a: (
+            a | {"attention_mask": a["attention_mask"] * (np.arange(a["input_ids"].shape[1]) != 2)}
+        ),
+        "row 0: attention_mask is 0 between tokens",
+    ),
 }
 
 

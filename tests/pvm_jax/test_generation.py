@@ -22,7 +22,8 @@ from pvm_jax import (
     without_pvm,
 )
 from pvm_jax.generation import PREFILL_CHUNK, Sampling, decode_loop, prefill
-from pvm_jax.model import pieces
+from pvm_jax.model import memory, pieces
+from pvm_jax.model.attention_kernels import attention
 from pvm_jax.model.vision import VisionTower
 from tests import tiny
 from tests.close import assert_close
@@ -208,6 +209,25 @@ def test_a_later_turns_images_join_those_in_memory(model, monkeypatch):
                 Batch.from_rows([[EXAMPLES[1]]] * 2, CONFIG, length=16, patches=0), max_new_tokens=1
             )
         )
+
+
+def test_a_gpus_kernel_sees_all_images_of_a_later_turn(model, monkeypatch):
+    """The memory has padding in its middle then, which cuDNN must not take for an image."""
+    turns = [Batch.from_rows([[EXAMPLES[i]]], CONFIG, length=128, patches=64) for i in (0, 2)]
+
+    def read():
+        _, past = pieces.prefill(model, turns[0])
+        return pieces.prefill(model, turns[1], past=past)[0]
+
+    want, asked = read(), []
+
+    def on_a_gpu(*arrays, **how):
+        asked.append(how["limits"])
+        return attention(*arrays, **how | {"kernel": "cudnn", "interpret": True})
+
+    monkeypatch.setattr(memory, "attention", on_a_gpu)
+    assert_close(read(), want, 1e-5)
+    assert [limits is None for limits in asked] == [True, False]
 
 
 def joined(a: Example, b: Example) -> Example:

@@ -205,6 +205,7 @@ class TestJoined:
         """Those that were, from now on."""
         found, joined = [], LowRank.joined
         monkeypatch.setattr("pvm_jax.model.lora.platform", lambda: "tpu")
+        monkeypatch.setattr("pvm_jax.model.lora.WIDE", 1)
         monkeypatch.setattr(LowRank, "joined", lambda *a: found.append(a[0]) or joined(*a))
         return found
 
