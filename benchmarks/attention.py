@@ -26,8 +26,8 @@ from pvm_jax.options import run_as_command
 
 COLUMNS = ("forward: ms", "TFLOP/s needed", "with gradients: ms", "temporary")
 COLUMNS += ("error", "gradients'")
-PADDING = 50
-"""Columns before a row's segments, and behind them."""
+PADDING = 64
+"""One of so many columns is before a row's segments, and one behind them."""
 
 
 class Case(NamedTuple):
@@ -126,9 +126,17 @@ def compare(case: Case, rows: int, count: int) -> Iterator[tuple[str, tuple[str,
 
 
 def ids_of(rows: int, length: int, count: int) -> np.ndarray:
-    """[rows, length] of `count` segments of about one length, and padding."""
-    numbers = np.arange(length - 2 * PADDING) * count // (length - 2 * PADDING) + 1
-    return np.tile(np.pad(numbers, PADDING), (rows, 1)).astype(np.int32)
+    """[rows, length] of `count` segments of about one length, and padding.
+
+    Raises:
+        ValueError: if there are fewer columns than segments.
+    """
+    padding = length // PADDING
+    columns = length - 2 * padding
+    if columns < count:
+        raise ValueError(f"a row of {length} columns has no room for {count} segments")
+    numbers = np.arange(columns) * count // columns + 1
+    return np.tile(np.pad(numbers, padding), (rows, 1)).astype(np.int32)
 
 
 def values(case: Case, ids: list[np.ndarray], how: dict[str, Any], *qkv: jax.Array) -> jax.Array:
