@@ -5,7 +5,7 @@ not compiled.
 
 pip install torch==2.13.0   # in an environment of its own: torch is no dependency of the package
 python -m benchmarks.against_torch
-python -m benchmarks.against_torch --size 2b --rows 2 --text 3072 --side 64
+python -m benchmarks.against_torch --size 2b --rows 1 --text 3072 --side 64
 """
 
 import os
@@ -79,7 +79,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = CONFIG if size == "small" else replace(config_of(size).with_pvm(()), remat="none")
-    place = "cpu" if size == "small" else "cuda"
+    place = _place(size)
     with torch.device(place):
         reference = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config.to_hf())).float()
     stored = {name: tensor.cpu().numpy() for name, tensor in reference.state_dict().items()}
@@ -115,6 +115,14 @@ def main(
         seconds.append(best(ours(), repeats))
         table.add_row(name, *(f"{s:.3f} s" for s in seconds), f"{seconds[0] / seconds[1]:.2f}")
     Console(width=120).print(table)
+
+
+def _place(size: str) -> str:
+    if size == "small":
+        return "cpu"
+    if not torch.cuda.is_available():
+        sys.exit(f"error: size {size!r} needs an NVIDIA GPU, and PyTorch sees none")
+    return "cuda"
 
 
 def _inputs(

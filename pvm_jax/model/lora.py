@@ -65,8 +65,9 @@ class LowRank(nnx.Module):
         return all(is_whole(name, size) for name, size in axes)
 
     def joined(self, x: jax.Array, weight: nnx.Param[jax.Array]) -> jax.Array:
-        """x W^T and the update, [..., out]."""
-        return _joined(self.scale, x, *(matrix_for(x, p) for p in (weight, self.a, self.b)))
+        """x W^T and the update, [..., out]. The rank is filled up with zeros."""
+        w, a, b = (matrix_for(x, p) for p in (weight, self.a, self.b))
+        return _joined(self.scale, x, w, pad_to_multiple(a, 0), pad_to_multiple(b, 1))
 
     def to_heads(self, x: jax.Array, heads: Heads, part: slice) -> jax.Array:
         return self.scale * project_to_heads(project(x, self.a), self.b, heads, part)
@@ -82,9 +83,9 @@ def _joined(scale: float, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
 
 
 def _with_hidden(scale: float, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
-    """The same, and h = scale x A^T, its rank filled up with zeros."""
-    hidden = scale * product(x, pad_to_multiple(a, 0))
-    return product(_beside(x, hidden), _beside(w, pad_to_multiple(b, 1))), hidden
+    """The same, and h = scale x A^T."""
+    hidden = scale * product(x, a)
+    return product(_beside(x, hidden), _beside(w, b)), hidden
 
 
 def _joined_forward(scale: float, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, Any]:
@@ -94,12 +95,11 @@ def _joined_forward(scale: float, x: Any, w: Any, a: Any, b: Any) -> tuple[jax.A
 
 def _joined_backward(scale: float, kept: Any, gradient: Any) -> tuple[Any, ...]:
     x, w, a, b, hidden, trained = kept
-    rank, outer = len(a), "...o,...i->oi"
-    of_hidden = scale * product(gradient, pad_to_multiple(b, 1).T)
-    of_x = product(_beside(gradient, of_hidden), _beside(w.T, pad_to_multiple(a, 0).T))
-    of_a = jnp.einsum(outer, of_hidden, x)[:rank]
-    of_b = jnp.einsum(outer, gradient, hidden)[:, :rank]
-    return of_x, jnp.einsum(outer, gradient, x) if trained else None, of_a, of_b
+    of_hidden = scale * product(gradient, b.T)
+    of_x = product(_beside(gradient, of_hidden), _beside(w.T, a.T))
+    outer = partial(jnp.einsum, "...o,...i->oi")
+    of_w = outer(gradient, x) if trained else None
+    return of_x, of_w, outer(of_hidden, x), outer(gradient, hidden)
 
 
 _joined.defvjp(_joined_forward, _joined_backward, symbolic_zeros=True)

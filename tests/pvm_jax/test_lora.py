@@ -231,15 +231,15 @@ class TestJoined:
         assert_close(run(), apart, 1e-5)
         assert len(joins) > 3
 
-    @pytest.mark.parametrize("trained", ["weight", ""])
+    @pytest.mark.parametrize("named", ["weight", ""])
     @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)])
-    def test_changes_no_gradient(self, trained, sizes, request):
+    def test_changes_no_gradient(self, named, sizes, request):
         """Of what is read, and of W where that is trained."""
         rngs, mesh = nnx.Rngs(0), make_mesh(*sizes)
         linear = Linear(16, 24, ("mlp", "embed"), bias=True, dtype="float32", rngs=rngs)
         linear.lora = nnx.data(LowRank(linear, LoRAConfig(rank=3, alpha=5), rngs=rngs))
         linear.lora.b[...] = jax.random.normal(jax.random.key(0), (24, 3))
-        graphdef, chosen, rest = nnx.split(linear, nnx.Any(is_adapter, has(trained)), ...)
+        graphdef, chosen, rest = nnx.split(linear, nnx.Any(is_adapter, has(named)), ...)
         x = jax.random.normal(jax.random.key(1), (8, 5, 16))
 
         def run():
