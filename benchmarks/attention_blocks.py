@@ -28,6 +28,7 @@ from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.model.blocks import block_length, meeting_blocks, pad_to_multiple
 from pvm_jax.model.cudnn_pieces import key_sizes, piece_length, seen_keys
+from pvm_jax.model.splash import BLOCK
 from pvm_jax.options import run_as_command
 from train.config import Bucket
 from train.data.packing import make_plan
@@ -48,18 +49,10 @@ def main(tokens: int = 8192, patches: int = 10240, count: int = 200) -> None:
         patches: of a packed row, a multiple of 512.
         count: conversations.
     """
-    with TemporaryDirectory() as scratch:
-        processor, config = make_processor(Path(scratch) / "model")
-        conversations = open_conversations(str(write_mix(Path(scratch) / "data", count)))
-        examples = [processor.encode(conversations[i]) for i in range(len(conversations))]
     table = Table()
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
-    chosen = {
-        f"packed, {tokens} + {patches}": _packed(examples, config, Bucket(tokens, patches)),
-        f"{TOGETHER} examples, {TOGETHER} images": _together(examples, config),
-    }
-    for name, rows in chosen.items():
+    for name, rows in mixed_rows(count, tokens, patches).items():
         for attention, counts in _counts(rows).items():
             alone, computed, needed, pairs, pieces = counts.tolist()
             table.add_row(
@@ -72,6 +65,19 @@ def main(tokens: int = 8192, patches: int = 10240, count: int = 200) -> None:
             )
         table.add_section()
     Console(width=120).print(table)
+
+
+def mixed_rows(count: int, tokens: int, patches: int) -> dict[str, Iterator[Batch]]:
+    """Of `count` conversations about real and synthetic images: as a run packs them into rows of
+    that size, and so many together."""
+    with TemporaryDirectory() as scratch:
+        processor, config = make_processor(Path(scratch) / "model")
+        conversations = open_conversations(str(write_mix(Path(scratch) / "data", count)))
+        examples = [processor.encode(conversations[i]) for i in range(len(conversations))]
+    return {
+        f"packed, {tokens} + {patches}": _packed(examples, config, Bucket(tokens, patches)),
+        f"{TOGETHER} examples, {TOGETHER} images": _together(examples, config),
+    }
 
 
 def _packed(examples: list[Example], config: ModelConfig, bucket: Bucket) -> Iterator[Batch]:
@@ -119,9 +125,9 @@ def _of(q_ids: np.ndarray, kv_ids: np.ndarray, *, causal: bool) -> np.ndarray:
     """Of one row, [1, S] and [1, T]."""
     last = jnp.arange(q_ids.shape[1])[None] if causal else None
     q, kv = jnp.asarray(q_ids), jnp.asarray(kv_ids)
-    computed = np.asarray(meeting_blocks(q, kv, last))[0]
-    alone = np.asarray(meeting_blocks(jnp.ones_like(q), jnp.ones_like(kv), last))
-    sides = block_length(q_ids.shape[1]), block_length(kv_ids.shape[1])
+    computed = np.asarray(meeting_blocks(q, kv, last, BLOCK))[0]
+    alone = np.asarray(meeting_blocks(jnp.ones_like(q), jnp.ones_like(kv), last, BLOCK))
+    sides = tuple(block_length(ids.shape[1], BLOCK) for ids in (q_ids, kv_ids))
     needed, pairs = np.zeros_like(computed), 0
     for segment in set(q_ids[q_ids > 0].tolist()):
         columns, keys = (np.flatnonzero(ids[0] == segment) for ids in (q_ids, kv_ids))

@@ -31,6 +31,7 @@ SMALLEST = {
     "input_pipeline": "--count 24 --threads 2",
     "packing": "--count 24 --batch_size 1",
     "step_cost": "--sizes [2b] --tokens 64 --patches 64",
+    "tpu_attention": "--blocks [512] --tokens 2048 --patches 2560 --count 24",
     "tpu_decoding": "--sizes [small] --slices '{v6e:2x2: 1}' --batches [1] --slots 128",
 }
 """Arguments with which each benchmark takes least; tests/test_docs.py sees that none is missing.
@@ -38,7 +39,7 @@ SMALLEST = {
 What they share, benchmarks/sizes.py, is no command.
 """
 
-NEEDS = {"against_torch": "torch", "tpu_decoding": "libtpu"}
+NEEDS = {"against_torch": "torch", "tpu_attention": "libtpu", "tpu_decoding": "libtpu"}
 """Packages without which a benchmark is not run."""
 
 _FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)

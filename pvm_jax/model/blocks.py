@@ -12,25 +12,23 @@ from pvm_jax.sharding import partition_spec
 
 LANES = 128  # of a TPU's register: kernels want sequences, splash heads too, in multiples of them
 
-_BLOCK = 512
 
-
-def block_length(length: int) -> int:
-    """Of the kernel's blocks of a padded sequence."""
-    return math.gcd(length, _BLOCK)
+def block_length(length: int, most: int) -> int:
+    """Of the blocks of a padded sequence, `most` where that divides it."""
+    return math.gcd(length, most)
 
 
 def meeting_blocks(
-    q_segment_ids: jax.Array, kv_segment_ids: jax.Array, last: jax.Array | None
+    q_segment_ids: jax.Array, kv_segment_ids: jax.Array, last: jax.Array | None, most: int
 ) -> jax.Array:
     """[B, S / block, T / block], True where a query may see a key: all blocks in which one does,
-    and none beside them where the ids of each row rise. Arguments as of `splash_attention`, padded.
-    """
-    q_ids, kv_ids = _in_blocks(q_segment_ids), _in_blocks(kv_segment_ids)
+    and none beside them where the ids of each row rise. `most`: as of `block_length`, the others
+    as of `splash_attention`, padded."""
+    q_ids, kv_ids = _in_blocks(q_segment_ids, most), _in_blocks(kv_segment_ids, most)
     (q_low, q_high), (kv_low, kv_high) = _range(q_ids), _range(kv_ids)
     meet = (q_low[:, :, None] <= kv_high[:, None]) & (kv_low[:, None] <= q_high[:, :, None])
     if last is not None:
-        ends = jnp.where(q_ids > 0, _in_blocks(last), -1).max(-1)
+        ends = jnp.where(q_ids > 0, _in_blocks(last, most), -1).max(-1)
         starts = jnp.arange(kv_ids.shape[1]) * kv_ids.shape[2]
         meet &= starts <= ends[:, :, None]
     return meet
@@ -65,9 +63,9 @@ def on_each_device(
     return attend(q, k, v, *rows)
 
 
-def _in_blocks(x: jax.Array) -> jax.Array:
+def _in_blocks(x: jax.Array, most: int) -> jax.Array:
     """[B, S] -> [B, S / block, block]."""
-    return x.reshape(x.shape[0], -1, block_length(x.shape[1]))
+    return x.reshape(x.shape[0], -1, block_length(x.shape[1], most))
 
 
 def _range(ids: jax.Array) -> tuple[jax.Array, jax.Array]:

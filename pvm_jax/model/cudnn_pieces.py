@@ -17,7 +17,9 @@ from pvm_jax.model.blocks import LANES, meeting_blocks, on_each_device, pad_to_m
 Implementation = Literal["xla", "cudnn"]
 
 PIECE = 1024
-"""Queries that are computed together, at most; a multiple of the largest block."""
+"""Queries that are computed together, at most."""
+BLOCK = 512
+"""Columns by which what a piece may see is rounded up, at most; divides a piece."""
 
 
 class _Piece(NamedTuple):
@@ -86,7 +88,7 @@ def seen_keys(
     and which of `key_sizes` reaches from there to the last. Arguments as of `pieces_attention`,
     padded."""
     (rows, length), keys = q_segment_ids.shape, kv_segment_ids.shape[1]
-    meet = meeting_blocks(q_segment_ids, kv_segment_ids, last)
+    meet = meeting_blocks(q_segment_ids, kv_segment_ids, last, BLOCK)
     blocks = meet.shape[2]
     meet = meet.reshape(rows, length // piece_length(length), -1, blocks).any(2)
     first, behind = jnp.argmax(meet, -1), jnp.argmax(meet[..., ::-1], -1)

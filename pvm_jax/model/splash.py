@@ -7,6 +7,7 @@ tests/pvm_jax/test_segments.py fail with a later JAX, `make_splash_mha` with a C
 FullMask, vmapped over rows, gives the same numbers without limits, and skips nothing.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,19 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from pvm_jax.model.blocks import block_length, meeting_blocks, on_each_device, pad_to_multiple
+from pvm_jax.model.blocks import (
+    LANES,
+    block_length,
+    meeting_blocks,
+    on_each_device,
+    pad_to_multiple,
+)
+
+BLOCK, KEYS_AT_ONCE = 1024, 512
+"""Queries, and keys, of a block at most, and how many of its keys the kernel takes at once. By
+libtpu's schedules of the kernels these cost least of what was tried (docs/performance.md)."""
+LEAST = 512
+"""Of a block, where a sequence is as long: shorter ones cost more than padding does."""
 
 
 def splash_attention(
@@ -34,11 +47,10 @@ def splash_attention(
         last: [B, S], the last column whose key a query sees; None: it sees all of its segment.
     """
     length, head_dim = q.shape[1], q.shape[-1]
-    q, q_segment_ids = _pad(q), pad_to_multiple(q_segment_ids, 1)
-    k, v, kv_segment_ids = _pad(k), _pad(v), pad_to_multiple(kv_segment_ids, 1)
-    arrays = [q, k, v, q_segment_ids, kv_segment_ids]
+    q, k, v = (pad_to_multiple(_pad(x), 3) for x in (q, k, v))
+    arrays = [q, k, v, _pad(q_segment_ids), _pad(kv_segment_ids)]
     if last is not None:
-        arrays.append(pad_to_multiple(last, 1))
+        arrays.append(_pad(last))
 
     def local(q, k, v, q_segment_ids, kv_segment_ids, last=None):
         return _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret)
@@ -60,7 +72,7 @@ def fetched_blocks(meet: jax.Array, axis: int) -> jax.Array:
 def _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret: bool) -> jax.Array:
     """The kernel knows no batch, and vmap would make a loop of it: the rows stand one after another
     in one sequence, and its lists name the blocks of a row alone."""
-    meet = _with_one(meeting_blocks(q_segment_ids, kv_segment_ids, last))
+    meet = _with_one(meeting_blocks(q_segment_ids, kv_segment_ids, last, BLOCK))
     ends = None
     if last is not None:
         ends = (last + jnp.arange(k.shape[0])[:, None] * k.shape[1]).reshape(-1)
@@ -69,7 +81,7 @@ def _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret: bool
         of_queries,
         of_queries,
         of_keys,
-        block_sizes=_block_sizes(block_length(q.shape[1]), block_length(k.shape[1])),
+        block_sizes=_block_sizes(*(block_length(x.shape[1], BLOCK) for x in (q, k))),
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
@@ -127,17 +139,20 @@ def _not_after(last: jax.Array, column: jax.Array) -> jax.Array:
 
 
 def _pad(x: jax.Array) -> jax.Array:
-    return pad_to_multiple(pad_to_multiple(x, 1), 3)
+    """[B, S, ...], to blocks of a power of two."""
+    up_to = 1 << (x.shape[1] - 1).bit_length()
+    return pad_to_multiple(x, 1, min(max(LANES, up_to), LEAST))
 
 
 def _block_sizes(q: int, kv: int) -> splash.BlockSizes:
+    part = math.gcd(kv, KEYS_AT_ONCE)
     return splash.BlockSizes(
         block_q=q,
         block_kv=kv,
-        block_kv_compute=kv,
+        block_kv_compute=part,
         block_q_dkv=q,
         block_kv_dkv=kv,
-        block_kv_dkv_compute=kv,
+        block_kv_dkv_compute=part,
         block_q_dq=q,
         block_kv_dq=kv,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from pvm_jax.model import attention_kernels, cudnn_pieces, cudnn_segments
+from pvm_jax.model import attention_kernels, cudnn_pieces, cudnn_segments, splash
 from pvm_jax.model.attention_kernels import attention, attention_mask
 from pvm_jax.model.blocks import meeting_blocks
 from pvm_jax.model.splash import fetched_blocks
@@ -45,6 +45,12 @@ def _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts):
     return values_and_gradients(arrays, counts, **masks, kernel=kernel)
 
 
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(splash, "BLOCK", BLOCK)
+    monkeypatch.setattr(splash, "LEAST", BLOCK)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("causal", "limited", "length", "kv_length", "piece"),
@@ -73,6 +79,24 @@ def test_a_kernel_equals_xla_on_random_segments(
     want = _run("xla", arrays, q_ids, kv_ids, causal, limits, counts)
     got = _run(kernel, arrays, q_ids, kv_ids, causal, limits, counts)
     assert bool(got[2])  # of padding and of those who see nothing, too
+    assert_close(got[:2], want[:2], 1e-5)
+
+
+@pytest.mark.parametrize(("length", "kv_length"), [(300, 300), (200, 600)])
+def test_splash_by_parts_of_padded_blocks(length, kv_length, monkeypatch):
+    """One block of queries and one of keys, by parts."""
+    monkeypatch.setattr(splash, "BLOCK", 8 * BLOCK)
+    monkeypatch.setattr(splash, "LEAST", 8 * BLOCK)
+    monkeypatch.setattr(splash, "KEYS_AT_ONCE", BLOCK)
+    rng = np.random.default_rng(length)
+    q_ids = _segments(rng, 2, length)
+    kv_ids = q_ids if kv_length == length else _segments(rng, 2, kv_length)
+    arrays = _inputs(rng, 2, length, kv_length)
+    causal = length == kv_length
+    counts = (q_ids > 0) & np.asarray(attention_mask(q_ids, kv_ids, causal=causal).any(-1))
+    want, got = (
+        _run(kernel, arrays, q_ids, kv_ids, causal, None, counts) for kernel in ("xla", "splash")
+    )
     assert_close(got[:2], want[:2], 1e-5)
 
 
@@ -119,7 +143,7 @@ def test_all_blocks_meet_in_which_one_is_seen_and_no_others(causal):
     for _ in range(20):
         ids = _segments(rng, 3, 5 * BLOCK)
         last = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if causal else None
-        meet = np.asarray(meeting_blocks(ids, ids, last))
+        meet = np.asarray(meeting_blocks(ids, ids, last, BLOCK))
         seen = np.asarray(attention_mask(ids, ids, causal=causal)) & (ids > 0)[:, :, None]
         np.testing.assert_array_equal(meet, seen.reshape(3, 5, BLOCK, 5, BLOCK).any((2, 4)))
 

@@ -82,7 +82,7 @@ _FREE = {
 }
 _TOLD = ("gather", "scatter", "sort")
 # Matrix products of a block of queries and keys in each of the splash kernels.
-_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
 @dataclass
@@ -304,7 +304,7 @@ def kernel_flops(kernel: Instruction) -> int:
     Raises:
         ValueError: for a kernel that is not known.
     """
-    products = next((n for name, n in _PRODUCTS.items() if kernel.name.startswith(name)), None)
+    products = next((n for name, n in PRODUCTS.items() if kernel.name.startswith(name)), None)
     given = kernel.attribute(r"operand_layout_constraints=\{(.*?\})\}")
     # "block_q" and "block_kv", or "block_q_dq" and so on: one size in all kernels.
     sides = [kernel.attribute(rf'block_{of}\w*\\*": (\d+)') for of in ("q", "kv")]
