@@ -99,6 +99,12 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+    """As JAX names these devices' kind: "TPU v6 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def computing_on(mesh: jax.sharding.Mesh | None) -> AbstractContextManager[Any]:
     """What computes inside is split over `mesh`; None: over nothing."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -22,12 +22,17 @@ from pvm_jax.model.blocks import (
     on_each_device,
     pad_to_multiple,
 )
+from pvm_jax.sharding import device_kind
 
 BLOCK, KEYS_AT_ONCE = 1024, 512
 """Queries, and keys, of a block at most, and how many of its keys the kernel takes at once. By
 libtpu's schedules of the kernels these cost least of what was tried (docs/performance.md)."""
 LEAST = 512
 """Of a block, where a sequence is as long: shorter ones cost more than padding does."""
+BY_COLUMN = ("TPU v6 lite",)
+"""Chips on which a head of q, k and v lies [H, length] in memory. There the compiler writes it so
+as fast as it multiplies, norm over H included; the other way takes passes of its own. The kernel
+turns q round block by block, in a fraction of their time."""
 
 
 def splash_attention(
@@ -146,6 +151,8 @@ def _pad(x: jax.Array) -> jax.Array:
 
 def _block_sizes(q: int, kv: int) -> splash.BlockSizes:
     part = math.gcd(kv, KEYS_AT_ONCE)
+    by_column = device_kind() in BY_COLUMN
+    layout = splash.QKVLayout.SEQ_MINOR if by_column else splash.QKVLayout.HEAD_DIM_MINOR
     return splash.BlockSizes(
         block_q=q,
         block_kv=kv,
@@ -155,4 +162,7 @@ def _block_sizes(q: int, kv: int) -> splash.BlockSizes:
         block_kv_dkv_compute=part,
         block_q_dq=q,
         block_kv_dq=kv,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
     )

@@ -82,12 +82,14 @@ def test_a_kernel_equals_xla_on_random_segments(
     assert_close(got[:2], want[:2], 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
 @pytest.mark.parametrize(("length", "kv_length"), [(300, 300), (200, 600)])
-def test_splash_by_parts_of_padded_blocks(length, kv_length, monkeypatch):
-    """One block of queries and one of keys, by parts."""
+def test_splash_by_parts_of_padded_blocks(length, kv_length, kind, monkeypatch):
+    """One block of queries and one of keys, two parts at a time, in either layout."""
     monkeypatch.setattr(splash, "BLOCK", 8 * BLOCK)
     monkeypatch.setattr(splash, "LEAST", 8 * BLOCK)
     monkeypatch.setattr(splash, "KEYS_AT_ONCE", BLOCK)
+    monkeypatch.setattr(splash, "device_kind", lambda: kind)
     rng = np.random.default_rng(length)
     q_ids = _segments(rng, 2, length)
     kv_ids = q_ids if kv_length == length else _segments(rng, 2, kv_length)

@@ -101,17 +101,18 @@ def test_a_product_with_a_batch_counts_no_empty_places_of_its_window():
     assert flops(product, [8, 32], [32, 16]) == 2 * 8 * 16 * 32
 
 
-def kernel(name: str, listed: str, *more: str) -> Instruction:
+def kernel(name: str, listed: str, *more: str, layout: int = 1) -> Instruction:
     """Of two rows of 8,192 columns."""
+    sizes = "16384,128" if layout == 1 else "128,16384"
     arrays = [
         *(kind + listed for kind in ("s16", "s8")),
-        "bf16[32,16384,128]{2,1,0}",
-        *["bf16[8,16384,128]{2,1,0}"] * 2,
+        *(f"bf16[{heads},{sizes}]{{2,1,0}}" for heads in (32, 8, 8)),
         "s32[16384,128]{1,0}",
         "s32[8,16384]{1,0}",
         *more,
     ]
-    sides = '{\\"block_q_dq\\": 512, \\"block_kv_dq\\": 256}'
+    layouts = ", ".join(f'\\"{of}_layout\\": {layout}' for of in "qkv")
+    sides = f'{{\\"block_q_dq\\": 512, \\"block_kv_dq\\": 256, {layouts}}}'
     return instruction(
         f'%{name} = bf16[32,16384,128] custom-call(%q), custom_call_target="tpu_custom_call",'
         f" operand_layout_constraints={{{', '.join(arrays)}}},"
@@ -128,6 +129,8 @@ def test_kernels_compute_blocks():
         "splash_mha_dkv_segmented.2", of_keys, "f32[32,8,16384]{2,1,0}", "s32[8,16384]{1,0}"
     )
     assert kernel_flops(causal) == 4 * product * 17 / 32  # 272 of 512 blocks
+    by_column = kernel("splash_mha_fwd_segmented.2", of_queries, layout=2)
+    assert kernel_flops(by_column) == 2 * product
     with pytest.raises(ValueError, match=r"kernel other\.1 is not known"):
         kernel_flops(kernel("other.1", of_queries))
 

@@ -83,6 +83,7 @@ _FREE = {
 _TOLD = ("gather", "scatter", "sort")
 # Matrix products of a block of queries and keys in each of the splash kernels.
 PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_BY_COLUMN = "2"  # how they name the layout [heads, H, length]
 
 
 @dataclass
@@ -315,7 +316,12 @@ def kernel_flops(kernel: Instruction) -> int:
     for dtype, sizes in re.findall(r"(\w+)(\[[\d,]*\])", given):
         kind = "float" if dtype in ("bf16", "f32") else dtype
         operands[kind].append(dimensions(dtype + sizes))
-    (heads, queries, size), (_, keys, _) = operands["float"][:2]
+    (heads, *of_q), (_, *of_k) = operands["float"][:2]
+    of_q, of_k = (
+        lengths[::-1] if kernel.attribute(rf'{name}_layout\\*": (\d)') == _BY_COLUMN else lengths
+        for name, lengths in (("q", of_q), ("k", of_k))
+    )
+    (queries, size), (keys, _) = of_q, of_k
     # Rows stand one after another in one sequence; the list of blocks has all of a row's on one
     # axis and all rows' on the other.
     listed = side * kv_side * prod(operands["s8"][0])
