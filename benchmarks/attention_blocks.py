@@ -3,8 +3,8 @@ rows of conversations about real and synthetic images.
 
 "without segments": the blocks that a kernel computes which knows nothing of segments. A block is
 needed where one of its queries sees one of its keys. "pairs" is the share of all pairs of a query
-and a key in the computed blocks that see each other: the rest is lost at the blocks' edges. "pieces
-/ needed" is what cuDNN computes in pieces of a row's queries, in blocks' worth; the others are the
+and a key in the computed blocks that see each other: the rest is lost at the blocks' edges; "pairs
+in pieces" is that share where cuDNN computes in pieces of a row's queries. The others are the
 TPU's.
 
     python -m benchmarks.attention_blocks
@@ -38,7 +38,7 @@ TOGETHER = 8
 STEP = 512
 """Of which the lengths of those rows are multiples."""
 COLUMNS = ("rows", "attention", "without segments", "computed", "needed")
-COLUMNS += ("computed / needed", "pairs", "pieces / needed")
+COLUMNS += ("computed / needed", "pairs", "pairs in pieces")
 
 
 def main(tokens: int = 8192, patches: int = 10240, count: int = 200) -> None:
@@ -61,7 +61,7 @@ def main(tokens: int = 8192, patches: int = 10240, count: int = 200) -> None:
                 *(f"{number:,.0f}" for number in (alone, computed, needed)),
                 f"{computed / needed:.2f}",
                 f"{pairs / computed:.0%}",
-                f"{pieces / needed:.2f}",
+                f"{pairs / pieces:.0%}",
             )
         table.add_section()
     Console(width=120).print(table)

@@ -229,7 +229,8 @@ class ModelConfig:
             softmax and logits are float32 always.
         param_dtype: dtype in which fresh parameters are made; a loaded checkpoint keeps its own.
         remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full"
-            (keeps layer inputs alone) or "dots" (keeps matrix products).
+            (keeps layer inputs alone), "attention" (and what attention's kernels gave) or "dots"
+            (and matrix products).
         attention: attention kernel (`pvm_jax.model.attention_kernels`): None picks by platform,
             else "xla", "splash" or "cudnn".
         lora: the adapters that the model has; None: none.
@@ -261,8 +262,8 @@ class ModelConfig:
             raise ValueError("more deepstack_visual_indexes than decoder layers")
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, dtype_name(getattr(self, name), name))
-        if self.remat not in ("none", "full", "dots"):
-            raise ValueError(f"remat must be none, full or dots, got {self.remat!r}")
+        if self.remat not in ("none", "full", "attention", "dots"):
+            raise ValueError(f"remat must be none, full, attention or dots, got {self.remat!r}")
 
     @property
     def compute_dtype(self) -> jnp.dtype:

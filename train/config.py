@@ -285,8 +285,8 @@ class RunConfig:
         epochs: passes over the data.
         max_steps: ends the run (and its schedule) early.
         dtype: of activations and frozen weights; trained weights and optimizer state are float32.
-        remat: what the backward pass recomputes: "none", "dots" (keeps matrix products) or "full"
-            (keeps layer inputs).
+        remat: what the backward pass recomputes: "full" (keeps layer inputs alone), "attention"
+            (and what attention's kernels gave), "dots" (and matrix products) or "none".
         attention: attention kernel; None picks by platform.
         loss_chunk: positions of a row whose logits exist at the same time.
         seed: order of the examples, and whatever else is drawn.
@@ -314,7 +314,7 @@ class RunConfig:
     epochs: int = 1
     max_steps: int | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "attention", "full"] = "full"
     attention: Literal["xla", "splash", "cudnn"] | None = None
     loss_chunk: int = 512
     seed: int = 0

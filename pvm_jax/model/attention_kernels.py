@@ -5,8 +5,9 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from pvm_jax.model.blocks import LANES
+from pvm_jax.model.blocks import ATTENDED, LANES
 from pvm_jax.model.cudnn_pieces import pieces_attention
 from pvm_jax.model.cudnn_segments import segments_attention, takes_segments
 from pvm_jax.model.splash import splash_attention
@@ -63,10 +64,14 @@ def attention(
     whole = limits is None and (not causal or q_segment_ids is kv_segment_ids)
     whole &= q.shape[1] >= LANES  # not a decoding step, whose caches have gaps
     if kernel == "cudnn" and whole and (interpret or takes_segments()):
-        return segments_attention(q, k, v, *ids, causal=causal, scale=factor, interpret=interpret)
+        attended = segments_attention(
+            q, k, v, *ids, causal=causal, scale=factor, interpret=interpret
+        )
+        return checkpoint_name(attended, ATTENDED)
     arrays = *ids, _last_column(q, causal, limits)
     if kernel == "cudnn":
-        return pieces_attention(q, k, v, *arrays, scale=factor, interpret=interpret)
+        attended = pieces_attention(q, k, v, *arrays, scale=factor, interpret=interpret)
+        return checkpoint_name(attended, ATTENDED)
     if kernel == "splash":
         return splash_attention(q * factor, k, v, *arrays, interpret=interpret)
     raise ValueError(f"unknown attention kernel {kernel!r}; there are {', '.join(KERNELS)}")

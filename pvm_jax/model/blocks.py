@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 
 from pvm_jax.sharding import partition_spec
 
+ATTENDED = "attended"
+"""How checkpoint policies name what a kernel gave."""
 LANES = 128  # of a TPU's register: kernels want sequences, splash heads too, in multiples of them
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pvm_jax.model.blocks import ATTENDED
 from pvm_jax.sharding import gathered, platform
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -243,8 +244,12 @@ def remat(layer: Callable, policy: str) -> Callable:
     """`layer`, a scan body, with its backward pass recomputing what ModelConfig.remat names."""
     if policy == "none":
         return layer
+    policies = jax.checkpoint_policies
+    attended = policies.save_only_these_names(ATTENDED)
+    dots = policies.dots_with_no_batch_dims_saveable
     keep = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+        "attention": attended,
+        "dots": policies.save_from_both_policies(dots, attended),
     }
     return jax.checkpoint(layer, prevent_cse=False, policy=keep[policy])

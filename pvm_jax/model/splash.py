@@ -16,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from pvm_jax.model.blocks import (
+    ATTENDED,
     LANES,
     block_length,
     meeting_blocks,
@@ -91,7 +92,7 @@ def _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret: bool
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=ATTENDED,
         mask_function=None if ends is None else _not_after,
         interpret=interpret,
     )
