@@ -28,15 +28,15 @@ from pvm_jax.data.conversations import open_conversations
 from pvm_jax.data.example import Example
 from pvm_jax.model.blocks import block_length, meeting_blocks, pad_to_multiple
 from pvm_jax.model.cudnn_pieces import key_sizes, piece_length, seen_keys
-from pvm_jax.model.splash import BLOCK
+from pvm_jax.model.splash import BLOCK, pad_to_blocks
 from pvm_jax.options import run_as_command
 from train.config import Bucket
 from train.data.packing import make_plan
 
 TOGETHER = 8
 """Examples, each with one image, of the rows that are put together by number."""
-STEP = 512
-"""Of which the lengths of those rows are multiples."""
+STEPS = BLOCK, 4 * BLOCK
+"""Of which the tokens and patches of those rows are multiples."""
 COLUMNS = ("rows", "attention", "without segments", "computed", "needed")
 COLUMNS += ("computed / needed", "pairs", "pairs in pieces")
 
@@ -94,7 +94,7 @@ def _together(examples: list[Example], config: ModelConfig) -> Iterator[Batch]:
     for start in range(0, len(one_image) - TOGETHER + 1, TOGETHER):
         some = one_image[start : start + TOGETHER]
         lengths = np.sum([_size(example) for example in some], 0)
-        yield _row(some, config, *(-(-lengths // STEP) * STEP).tolist())
+        yield _row(some, config, *(-(-lengths // STEPS) * STEPS).tolist())
 
 
 def _row(examples: Sequence[Example], config: ModelConfig, length: int, patches: int) -> Batch:
@@ -123,8 +123,9 @@ def _counts(rows: Iterator[Batch]) -> dict[str, np.ndarray]:
 
 def _of(q_ids: np.ndarray, kv_ids: np.ndarray, *, causal: bool) -> np.ndarray:
     """Of one row, [1, S] and [1, T]."""
-    last = jnp.arange(q_ids.shape[1])[None] if causal else None
-    q, kv = jnp.asarray(q_ids), jnp.asarray(kv_ids)
+    q, kv = pad_to_blocks(jnp.asarray(q_ids)), pad_to_blocks(jnp.asarray(kv_ids))
+    q_ids, kv_ids = np.asarray(q), np.asarray(kv)
+    last = jnp.arange(q.shape[1])[None] if causal else None
     computed = np.asarray(meeting_blocks(q, kv, last, BLOCK))[0]
     alone = np.asarray(meeting_blocks(jnp.ones_like(q), jnp.ones_like(kv), last, BLOCK))
     sides = tuple(block_length(ids.shape[1], BLOCK) for ids in (q_ids, kv_ids))

@@ -77,15 +77,25 @@ def main(
     patches: int = 16384,
     count: int = 200,
 ) -> None:
-    """Prints two tables: of the kernels, and of a layer's attention of such rows, in 8B.
+    """Prints what attention's kernels take of a TPU by libtpu's schedule of them, nothing runs: a
+    table of the kernels (forward, gradient of q, of k and v), and one of 8B's attention of rows.
 
     Args:
         topology: a TPU slice; of one of its chips.
-        blocks: sizes of blocks, to be compared.
+        blocks: sizes of blocks, to be compared: powers of two from 128 on.
         tokens: of a row, a multiple of the sizes.
         patches: of a row, a multiple of the sizes.
         count: conversations that are packed into such rows.
+
+    Raises:
+        ValueError: for other sizes.
     """
+    for block in blocks:
+        if block < LANES or block & (block - 1) or tokens % block or patches % block:
+            raise ValueError(
+                f"blocks: {block} is no power of two from {LANES} on that divides --tokens {tokens}"
+                f" and --patches {patches}"
+            )
     lengths = {"decoder": tokens, "tower": patches}
     rows: Rows = {"one example": {kind: [np.ones((1, n), int)] for kind, n in lengths.items()}}
     for name, batches in mixed_rows(count, tokens, patches).items():

@@ -229,8 +229,8 @@ class ModelConfig:
             softmax and logits are float32 always.
         param_dtype: dtype in which fresh parameters are made; a loaded checkpoint keeps its own.
         remat: what the backward pass of a layer recomputes: "none" (keeps everything), "full"
-            (keeps layer inputs alone), "attention" (and what attention's kernels gave) or "dots"
-            (and matrix products).
+            (keeps layer inputs alone), "attention" (and what attention's kernels gave; "xla" is
+            none) or "dots" (and matrix products).
         attention: attention kernel (`pvm_jax.model.attention_kernels`): None picks by platform,
             else "xla", "splash" or "cudnn".
         lora: the adapters that the model has; None: none.

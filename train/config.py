@@ -286,7 +286,8 @@ class RunConfig:
         max_steps: ends the run (and its schedule) early.
         dtype: of activations and frozen weights; trained weights and optimizer state are float32.
         remat: what the backward pass recomputes: "full" (keeps layer inputs alone), "attention"
-            (and what attention's kernels gave), "dots" (and matrix products) or "none".
+            (and what attention's kernels gave; "xla" is none), "dots" (and matrix products) or
+            "none".
         attention: attention kernel; None picks by platform.
         loss_chunk: positions of a row whose logits exist at the same time.
         seed: order of the examples, and whatever else is drawn.

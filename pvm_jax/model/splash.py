@@ -29,11 +29,13 @@ BLOCK, KEYS_AT_ONCE = 1024, 512
 """Queries, and keys, of a block at most, and how many of its keys the kernel takes at once. By
 libtpu's schedules of the kernels these cost least of what was tried (docs/performance.md)."""
 LEAST = 512
-"""Of a block, where a sequence is as long: shorter ones cost more than padding does."""
+"""Sequences are padded to blocks of this length, shorter ones to a power of two: blocks of 128 in
+place of 512 cost five times as much, padding is not computed."""
 BY_COLUMN = ("TPU v6 lite",)
 """Chips on which a head of q, k and v lies [H, length] in memory. There the compiler writes it so
 as fast as it multiplies, norm over H included; the other way takes passes of its own. The kernel
-turns q round block by block, in a fraction of their time."""
+turns q round block by block, in a fraction of their time. Not so a cache's keys, for many queries
+to come: they lie as they are kept, and would be copied for each piece of a prompt."""
 
 
 def splash_attention(
@@ -53,15 +55,21 @@ def splash_attention(
         last: [B, S], the last column whose key a query sees; None: it sees all of its segment.
     """
     length, head_dim = q.shape[1], q.shape[-1]
-    q, k, v = (pad_to_multiple(_pad(x), 3) for x in (q, k, v))
-    arrays = [q, k, v, _pad(q_segment_ids), _pad(kv_segment_ids)]
+    q, k, v = (pad_to_multiple(pad_to_blocks(x), 3) for x in (q, k, v))
+    arrays = [q, k, v, pad_to_blocks(q_segment_ids), pad_to_blocks(kv_segment_ids)]
     if last is not None:
-        arrays.append(_pad(last))
+        arrays.append(pad_to_blocks(last))
 
     def local(q, k, v, q_segment_ids, kv_segment_ids, last=None):
         return _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret)
 
     return on_each_device(local, *arrays)[:, :length, :, :head_dim]
+
+
+def pad_to_blocks(x: jax.Array) -> jax.Array:
+    """[B, S, ...], S as the kernel has it."""
+    power = 1 << (x.shape[1] - 1).bit_length()
+    return pad_to_multiple(x, 1, min(max(LANES, power), LEAST))
 
 
 def fetched_blocks(meet: jax.Array, axis: int) -> jax.Array:
@@ -87,7 +95,7 @@ def _of_one_device(q, k, v, q_segment_ids, kv_segment_ids, last, interpret: bool
         of_queries,
         of_queries,
         of_keys,
-        block_sizes=_block_sizes(*(block_length(x.shape[1], BLOCK) for x in (q, k))),
+        block_sizes=_block_sizes(q.shape[1], k.shape[1]),
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
@@ -144,15 +152,10 @@ def _not_after(last: jax.Array, column: jax.Array) -> jax.Array:
     return column <= last
 
 
-def _pad(x: jax.Array) -> jax.Array:
-    """[B, S, ...], to blocks of a power of two."""
-    up_to = 1 << (x.shape[1] - 1).bit_length()
-    return pad_to_multiple(x, 1, min(max(LANES, up_to), LEAST))
-
-
-def _block_sizes(q: int, kv: int) -> splash.BlockSizes:
+def _block_sizes(length: int, kv_length: int) -> splash.BlockSizes:
+    q, kv = block_length(length, BLOCK), block_length(kv_length, BLOCK)
     part = math.gcd(kv, KEYS_AT_ONCE)
-    by_column = device_kind() in BY_COLUMN
+    by_column = device_kind() in BY_COLUMN and length == kv_length
     layout = splash.QKVLayout.SEQ_MINOR if by_column else splash.QKVLayout.HEAD_DIM_MINOR
     return splash.BlockSizes(
         block_q=q,
