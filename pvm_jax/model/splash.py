@@ -30,7 +30,7 @@ BLOCK, KEYS_AT_ONCE = 1024, 512
 libtpu's schedules of the kernels these cost least of what was tried (docs/performance.md)."""
 LEAST = 512
 """Sequences are padded to blocks of this length, shorter ones to a power of two: blocks of 128 in
-place of 512 cost five times as much, padding is not computed."""
+place of 512 cost six to nine times as much (benchmarks.tpu_attention), padding is not computed."""
 BY_COLUMN = ("TPU v6 lite",)
 """Chips on which a head of q, k and v lies [H, length] in memory. There the compiler writes it so
 as fast as it multiplies, norm over H included; the other way takes passes of its own. The kernel

@@ -3,7 +3,9 @@ reference on any segments, without the blocks in which no one sees anything. If 
 new JAX, read the head of model/splash.py."""
 
 import re
+from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +102,28 @@ def test_splash_by_parts_of_padded_blocks(length, kv_length, kind, monkeypatch):
         _run(kernel, arrays, q_ids, kv_ids, causal, None, counts) for kernel in ("xla", "splash")
     )
     assert_close(got[:2], want[:2], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv_length", "layout"),
+    [("TPU v5 lite", 300, 1), ("TPU v6 lite", 300, 2), ("TPU v6 lite", 600, 1)],
+)
+def test_heads_lie_by_column_where_a_chip_writes_them_so(kind, kv_length, layout, monkeypatch):
+    """But not a cache's, which is longer than the queries."""
+    monkeypatch.setattr(splash, "device_kind", lambda: kind)
+    q_ids, kv_ids = (np.ones((1, length), np.int32) for length in (300, kv_length))
+    masks = {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids, "causal": False}
+    attend = partial(attention, **masks, kernel="splash", interpret=True)
+    traced = str(jax.make_jaxpr(attend)(*_inputs(np.random.default_rng(0), 1, 300, kv_length)))
+    assert re.findall(r"[qkv]_layout\W+(\d)", traced) == 3 * [str(layout)]
+
+
+@pytest.mark.parametrize(
+    ("length", "padded"), [(1, 128), (130, 256), (300, 512), (512, 512), (4100, 4608)]
+)
+def test_splash_pads_to_blocks(length, padded, monkeypatch):
+    monkeypatch.setattr(splash, "LEAST", 512)
+    chex.assert_shape(splash.pad_to_blocks(jnp.zeros((2, length, 3))), (2, padded, 3))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
